@@ -1,0 +1,268 @@
+//! The host's memory management, as the framework sees one process.
+//!
+//! A host keeps, for every page of the process, where its content is: in host memory, or in a
+//! device page that belongs to a [`DeviceAllocation`] (the kernel's device-private entry). It calls
+//! up through two sinks: [`InvalidationSink`] brackets every change of the address space, and
+//! [`CpuFaultSink`] brings a device page home when the CPU touches it.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use crate::addr::{BusAddr, HostSpan, HostVa, PageCount, VramAddr, VramSpan};
+use crate::error::Interrupted;
+use crate::mmu::{Interval, Seq};
+use crate::seam::copy::CopyMove;
+use crate::seam::env::Ns;
+
+/// What an access wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Access {
+    /// Load.
+    Read,
+    /// Store.
+    Write,
+}
+
+/// What backs a CPU mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmaKind {
+    /// Private anonymous memory: the only kind that migrates.
+    Anonymous,
+    /// Private or shared file, shared memory, hugetlb: mapped in place, never migrated.
+    InPlace,
+    /// I/O or PFN-mapped, or memory that must stay with the host: no device may map it.
+    Special,
+}
+
+/// One CPU mapping (`vm_area_struct`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vma {
+    /// Addresses.
+    pub span: HostSpan,
+    /// Loads are allowed.
+    pub read: bool,
+    /// Stores are allowed.
+    pub write: bool,
+    /// What backs it.
+    pub kind: VmaKind,
+}
+
+impl Vma {
+    /// Whether the mapping allows `access`.
+    #[must_use]
+    pub fn allows(&self, access: Access) -> bool {
+        match access {
+            Access::Read => self.read,
+            Access::Write => self.write,
+        }
+    }
+}
+
+/// Identity of a device allocation, comparable and otherwise opaque: the framework's view of the
+/// kernel's zone-device data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AllocationId(pub u64);
+
+/// Identity of one device memory (`drm_pagemap`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PagemapId(pub u32);
+
+/// Where a run of pages lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// Host memory, reachable at this bus address.
+    System(BusAddr),
+    /// Device memory.
+    Device {
+        /// Which device memory.
+        pagemap: PagemapId,
+        /// Which allocation in it.
+        allocation: AllocationId,
+        /// Offset of the first page.
+        vram: VramAddr,
+    },
+}
+
+/// A run of consecutive pages in one place, contiguous there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRun {
+    /// Length.
+    pub pages: PageCount,
+    /// Where the first page lies.
+    pub at: Location,
+}
+
+/// Why the host is about to change a span (`enum mmu_notifier_event`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvalidateReason {
+    /// munmap, mremap away, a mapping placed over this one.
+    Unmap,
+    /// Content goes away or moves: madvise, reclaim, copy on write.
+    Clear,
+    /// Rights of the mapping change: mprotect.
+    ProtectVma,
+    /// Rights of pages change: fork.
+    ProtectPage,
+    /// The address space is going away.
+    Release,
+    /// Pages move to or from a device.
+    Migrate,
+}
+
+/// Receives invalidations of one interval. **Inside: no allocation, no host call, no lock but the
+/// notifier lock and leaves.**
+pub trait InvalidationSink: Send + Sync {
+    /// `span` is about to change. On return no device uses it any more. The implementation calls
+    /// [`Interval::set_seq`] with `seq` under the lock under which it later asks
+    /// [`Interval::read_retry`].
+    fn start(&self, interval: &Interval, span: HostSpan, reason: InvalidateReason, seq: Seq);
+
+    /// The change that [`start`](Self::start) announced is complete.
+    fn end(&self, interval: &Interval, span: HostSpan);
+}
+
+/// What became of a CPU fault on device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CpuFaultOutcome {
+    /// The page is home, or on its way: let the thread fault again.
+    Retry,
+    /// The allocation's timeslice is not over: let the thread fault again at this time.
+    RetryAt(Ns),
+    /// The page is lost: the kernel would deliver SIGBUS.
+    Lost,
+}
+
+/// Brings device pages home when the CPU touches them.
+pub trait CpuFaultSink: Send + Sync {
+    /// Migrates the allocation's pages around `at` to host memory.
+    ///
+    /// Called by the host with none of its locks held. Calls back into
+    /// [`AddressSpace::migrate_begin`]. Does not take the `vm` lock.
+    fn migrate_to_ram(self: Arc<Self>, at: HostVa) -> CpuFaultOutcome;
+}
+
+/// One allocation of device memory that holds pages of a process (`drm_pagemap_devmem` with its
+/// zone-device data). The host keeps one counted reference per span of device pages; the memory
+/// is free when the last one goes.
+pub trait DeviceAllocation: CpuFaultSink {
+    /// Identity.
+    fn id(&self) -> AllocationId;
+    /// Device memory it lies in.
+    fn pagemap(&self) -> PagemapId;
+    /// Where it lies.
+    fn vram(&self) -> VramSpan;
+}
+
+/// A counted reference to an allocation, as the host keeps it.
+pub type AllocationRef = Arc<dyn DeviceAllocation>;
+
+/// What [`AddressSpace::fault_in`] is asked for (`struct hmm_range`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultIn {
+    /// Pages, 4 KiB aligned.
+    pub span: HostSpan,
+    /// Right that every page must give.
+    pub access: Access,
+    /// Device memory whose pages may be reported as they are; pages in any other device memory
+    /// come home first. `None` brings all pages home.
+    pub keep: Option<PagemapId>,
+}
+
+/// Where a migration goes.
+#[derive(Clone, Debug)]
+pub enum MigrateTo {
+    /// From host memory to the start of a fresh allocation of the same size.
+    Device {
+        /// The allocation, with no pages yet.
+        allocation: AllocationRef,
+        /// Host span that becomes the allocation's memory when pages are placed there
+        /// ([`CopyEngine::adopt`](crate::seam::copy::CopyEngine::adopt)).
+        aperture: Option<HostSpan>,
+    },
+    /// From this allocation to host memory, whatever part of the span still belongs to it.
+    System {
+        /// The allocation.
+        allocation: AllocationRef,
+        /// Host span of the allocation's memory, where pages can be taken back without a copy.
+        aperture: Option<HostSpan>,
+    },
+}
+
+impl core::fmt::Debug for dyn DeviceAllocation {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "allocation {} at {}", self.id().0, self.vram())
+    }
+}
+
+/// Pages isolated for a migration (`struct migrate_vma` after setup). Nobody else can move or
+/// touch them; CPU accesses wait. Dropping the set puts everything back where it was.
+pub trait MigrationSet {
+    /// Copies that bring the content to its new place, in order; empty where the host hands
+    /// pages over without copying.
+    fn moves(&self) -> &[CopyMove];
+
+    /// Pages that are handed over without a copy.
+    fn adopted(&self) -> PageCount;
+
+    /// Makes the move real: entries point to the new place and waiting CPU accesses go on.
+    /// Returns the number of pages that moved; pages that raced stay where they were. May sleep.
+    fn finalize(self) -> PageCount;
+}
+
+/// The host mm: one process.
+///
+/// Handles come in two tiers, as in the kernel: the object itself is *identity* and can always be
+/// held; every operation needs the process *alive* and answers
+/// [`Failed::AddressSpaceGone`](crate::error::Failed::AddressSpaceGone) when it is not.
+pub trait AddressSpace: Send + Sync + 'static {
+    /// Isolated pages.
+    type Migration<'a>: MigrationSet
+    where
+        Self: 'a;
+
+    /// The mapping at `at`, or the first one behind it. May sleep; `vm` may be held.
+    fn find_vma(&self, at: HostVa) -> Option<Vma>;
+
+    /// Registers `sink` for all changes of `window` and returns the interval. May sleep; `vm` may
+    /// be held, the notifier lock may not.
+    ///
+    /// # Errors
+    /// The process is gone, or the host cannot watch that window.
+    fn subscribe(
+        &self,
+        window: HostSpan,
+        sink: Arc<dyn InvalidationSink>,
+    ) -> Result<Arc<Interval>, Interrupted>;
+
+    /// Ends a subscription. Waits for running invalidations; no call of the sink runs or will
+    /// run afterwards. Neither the notifier lock nor any host lock may be held.
+    fn unsubscribe(&self, interval: &Arc<Interval>);
+
+    /// Starts a read side: waits while an invalidation of the interval runs, then returns its
+    /// sequence for [`Interval::read_retry`]. The notifier lock must not be held.
+    fn read_begin(&self, interval: &Interval) -> Seq;
+
+    /// Makes the pages of a span accessible and says where they are, as dense runs that cover the
+    /// span exactly (`hmm_range_fault`). May sleep, and may call [`CpuFaultSink`]; only `vm` may
+    /// be held.
+    ///
+    /// # Errors
+    /// No mapping, missing rights, or pages that cannot be made present; `Stale` when another
+    /// operation holds pages.
+    fn fault_in(&self, request: &FaultIn, runs: &mut Vec<PageRun>) -> Result<(), Interrupted>;
+
+    /// Whether every page of `span` has content already, in host or device memory. Advisory: the
+    /// answer is old when it arrives.
+    fn is_populated(&self, span: HostSpan) -> bool;
+
+    /// Isolates the pages of `span`, which must lie in one mapping. Runs the invalidation of the
+    /// span itself, so no lock but `vm` may be held. To a device it is all or nothing.
+    ///
+    /// # Errors
+    /// `Stale` when pages are busy or refuse; `Failed` when the mapping cannot migrate.
+    fn migrate_begin(
+        &self,
+        span: HostSpan,
+        to: MigrateTo,
+    ) -> Result<Self::Migration<'_>, Interrupted>;
+}
