@@ -1,1 +1,35 @@
+//! The reference driver: shared virtual memory in the manner of the Xe kernel driver.
+//!
+//! | module | what | flow |
+//! |---|---|---|
+//! | [`device`] | one device: port, memory, VMs by address-space id | |
+//! | [`vm`] | one device address space and its mirror areas | |
+//! | [`fault`] | a device fault, from record to answer | device fault |
+//! | [`place`] | where the pages of a fault should be (pure) | device fault |
+//! | [`bind`] | page-table entries of one range | device fault |
+//! | [`invalidate`] | entries go away because host memory changes | invalidation |
+//! | [`collect`] | dead ranges are removed | |
+//! | [`stats`] | per-GT counters with the kernel's names: a fold over events | |
+//!
+//! The driver knows neither host nor device: hosts stand behind
+//! [`AddressSpace`](gpusvm::seam::mm::AddressSpace), devices behind
+//! [`DevicePort`](gpusvm_abi::bus::DevicePort).
+//!
+//! Lock order: `vm` ([`vm::Vm`]'s state) → host mm → notifier → vram → leaf ([`device::Device`]'s
+//! table of VMs, which is never held across a call).
+#![no_std]
+#![forbid(unsafe_code)]
 
+extern crate alloc;
+
+pub mod bind;
+pub mod collect;
+pub mod copy;
+pub mod device;
+pub mod fault;
+pub mod format;
+pub mod invalidate;
+pub mod place;
+pub mod stats;
+pub mod store;
+pub mod vm;

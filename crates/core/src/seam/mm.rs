@@ -10,6 +10,7 @@ use alloc::vec::Vec;
 
 use crate::addr::{BusAddr, HostSpan, HostVa, PageCount, VramAddr, VramSpan};
 use crate::error::Interrupted;
+use crate::event::HomeCause;
 use crate::mmu::{Interval, Seq};
 use crate::seam::copy::CopyMove;
 use crate::seam::env::Ns;
@@ -92,6 +93,17 @@ pub struct PageRun {
     pub at: Location,
 }
 
+/// Where the pages of a span are, as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// In host memory, or nowhere yet.
+    System,
+    /// All in this device memory.
+    Device(PagemapId),
+    /// In more than one place.
+    Mixed,
+}
+
 /// Why the host is about to change a span (`enum mmu_notifier_event`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InvalidateReason {
@@ -151,6 +163,15 @@ pub trait DeviceAllocation: CpuFaultSink {
     fn pagemap(&self) -> PagemapId;
     /// Where it lies.
     fn vram(&self) -> VramSpan;
+    /// Host addresses at which its pages were when they came. Page `n` of the allocation belongs
+    /// to page `n` of this span unless the process has moved its mappings since.
+    fn origin(&self) -> HostSpan;
+    /// Brings all its pages to host memory. As [`CpuFaultSink::migrate_to_ram`], for reasons other
+    /// than a touch: no timeslice is waited for.
+    ///
+    /// # Errors
+    /// `Stale` when another operation holds the pages; `Failed` when they cannot be moved.
+    fn bring_home(self: Arc<Self>, cause: HomeCause) -> Result<PageCount, Interrupted>;
 }
 
 /// A counted reference to an allocation, as the host keeps it.
@@ -255,8 +276,15 @@ pub trait AddressSpace: Send + Sync + 'static {
     /// answer is old when it arrives.
     fn is_populated(&self, span: HostSpan) -> bool;
 
-    /// Isolates the pages of `span`, which must lie in one mapping. Runs the invalidation of the
-    /// span itself, so no lock but `vm` may be held. To a device it is all or nothing.
+    /// Where the pages of `span` are (`drm_pagemap_scan_mm`). Advisory, cheap, faults nothing in.
+    fn placement(&self, span: HostSpan) -> Placement;
+
+    /// Isolates pages for a migration. Runs the invalidation of their addresses itself, so no
+    /// lock but `vm` may be held.
+    ///
+    /// To a device: the pages of `span`, which must lie in one mapping; all or nothing. To host
+    /// memory: every page that the allocation still holds, wherever the process has it mapped
+    /// (`span` is where they were when they came); an allocation without pages gives an empty set.
     ///
     /// # Errors
     /// `Stale` when pages are busy or refuse; `Failed` when the mapping cannot migrate.

@@ -1,0 +1,88 @@
+//! Migration to device memory: all or nothing (`svm-design.md` section 3.3).
+
+use alloc::sync::{Arc, Weak};
+
+use crate::addr::{HostSpan, PageCount, VramSpan};
+use crate::error::{Interrupted, Stale};
+use crate::event::Event;
+use crate::pagemap::{Allocation, Pagemap};
+use crate::seam::Platform;
+use crate::seam::copy::CopyEngine;
+use crate::seam::env::{Environment, Ns, Point};
+use crate::seam::mm::{AddressSpace, DeviceAllocation, MigrateTo, MigrationSet, Placement};
+use crate::vram::{BoRequest, Evict, From};
+
+/// A wish to move one span.
+#[derive(Clone, Copy, Debug)]
+pub struct ToDevice {
+    /// Pages, inside one mapping.
+    pub span: HostSpan,
+    /// Least time that CPU faults leave the pages there; zero for none.
+    pub timeslice: Ns,
+}
+
+impl<P: Platform> Pagemap<P> {
+    /// Moves the pages of a span to this device memory. Nothing happens where they are there
+    /// already. Takes no driver lock; `vm` may be held.
+    ///
+    /// # Errors
+    /// [`Failed::OutOfVram`](crate::error::Failed::OutOfVram) when no memory can be made free;
+    /// [`Stale`] when pages are busy, refuse, or raced: pages that did move stay moved.
+    pub fn to_device(self: &Arc<Self>, wish: ToDevice) -> Result<(), Interrupted> {
+        if self.seams.space.placement(wish.span) == Placement::Device(self.id) {
+            return Ok(());
+        }
+        let started = self.seams.env.now();
+        let allocation = self.allocate(wish.span)?;
+        let (copied, adopted) = self.fill(&allocation, wish.span)?;
+        allocation.hold_until(self.seams.env.now().after(wish.timeslice));
+        let weak: Weak<dyn Evict> = Arc::<Allocation<P>>::downgrade(&allocation);
+        self.vram.make_evictable(&allocation.bo, weak);
+        let took = self.seams.env.now().since(started);
+        self.seams.emit(&Event::ToDevice {
+            span: wish.span,
+            copied,
+            adopted,
+            took,
+        });
+        Ok(())
+    }
+
+    /// Device memory for `span`. It is on no LRU yet, so nobody evicts it while it is filled.
+    fn allocate(self: &Arc<Self>, span: HostSpan) -> Result<Arc<Allocation<P>>, Interrupted> {
+        let bo = self.vram.allocate(BoRequest {
+            bytes: span.bytes(),
+            from: From::Bottom,
+        })?;
+        Ok(Allocation::new(self, bo, span))
+    }
+
+    /// Isolates the pages, brings their content over and makes the move real. Returns the pages
+    /// that were copied and those that were adopted.
+    fn fill(
+        &self,
+        allocation: &Arc<Allocation<P>>,
+        span: HostSpan,
+    ) -> Result<(PageCount, PageCount), Interrupted> {
+        let aperture = self.copy.adopt(vram_of(allocation));
+        let to = MigrateTo::Device {
+            allocation: Arc::<Allocation<P>>::clone(allocation),
+            aperture,
+        };
+        let set = self.seams.space.migrate_begin(span, to)?;
+        self.seams.env.yield_point(Point::AfterCollect);
+        self.copy.run(set.moves())?;
+        self.seams.env.yield_point(Point::BeforeFinalize);
+        let copied = set.moves().iter().map(|m| m.vram.pages()).sum();
+        let adopted = set.adopted();
+        if set.finalize() < span.pages() {
+            Err(Stale::PagesBusy.into())
+        } else {
+            Ok((copied, adopted))
+        }
+    }
+}
+
+fn vram_of<P: Platform>(allocation: &Allocation<P>) -> VramSpan {
+    allocation.vram()
+}

@@ -1,0 +1,51 @@
+//! [`Bo`]: one contiguous block of device memory.
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use crate::addr::VramSpan;
+use crate::seam::env::Environment;
+use crate::vram::manager::Manager;
+
+/// A buffer object. Its memory is free again when the last reference goes.
+///
+/// Dropping the last reference takes the `vram` lock: not with a leaf lock held, and not inside an
+/// invalidation.
+pub struct Bo<E: Environment> {
+    manager: Arc<Manager<E>>,
+    span: VramSpan,
+    /// Place on the LRU; never reused.
+    stamp: u64,
+}
+
+impl<E: Environment> fmt::Debug for Bo<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Bo{}", self.span)
+    }
+}
+
+impl<E: Environment> Bo<E> {
+    pub(super) const fn new(manager: Arc<Manager<E>>, span: VramSpan, stamp: u64) -> Self {
+        Self {
+            manager,
+            span,
+            stamp,
+        }
+    }
+
+    /// Where it lies.
+    #[must_use]
+    pub const fn span(&self) -> VramSpan {
+        self.span
+    }
+
+    pub(super) const fn id(&self) -> u64 {
+        self.stamp
+    }
+}
+
+impl<E: Environment> Drop for Bo<E> {
+    fn drop(&mut self) {
+        self.manager.release(self.stamp, self.span);
+    }
+}

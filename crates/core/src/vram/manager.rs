@@ -1,0 +1,206 @@
+//! [`Manager`]: allocation of device memory, and eviction when it is short.
+
+use alloc::sync::{Arc, Weak};
+use core::fmt;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use crate::addr::VramSpan;
+use crate::error::{Failed, Interrupted};
+use crate::seam::env::{Environment, Mutex};
+use crate::vram::bo::Bo;
+use crate::vram::buddy::{Buddy, From};
+use crate::vram::lru::{Entry, Lru};
+
+/// Times that an allocation walks the whole LRU before it gives up (`svm-design.md` section 10).
+const EVICT_PASSES: usize = 3;
+
+/// Something whose device memory can be taken away.
+pub trait Evict: Send + Sync {
+    /// Moves the content elsewhere and lets go of the memory. Called without any lock but `vm`;
+    /// may sleep.
+    ///
+    /// # Errors
+    /// `Stale` when somebody else uses it just now: another victim is tried.
+    fn evict(self: Arc<Self>) -> Result<(), Interrupted>;
+}
+
+/// A wish for device memory.
+#[derive(Clone, Copy, Debug)]
+pub struct BoRequest {
+    /// Bytes, rounded up to pages; contiguous.
+    pub bytes: u64,
+    /// From which end.
+    pub from: From,
+}
+
+/// One device memory.
+pub struct Manager<E: Environment> {
+    env: Arc<E>,
+    size: u64,
+    /// The `vram` lock.
+    state: Mutex<E, State>,
+    /// Bumped when memory comes back; what an allocation sleeps on while others evict.
+    freed: AtomicU32,
+}
+
+struct State {
+    buddy: Buddy,
+    lru: Lru,
+    serial: u64,
+    /// Objects that are being evicted right now: off the list, not yet free.
+    evicting: usize,
+}
+
+/// How one step of an eviction walk ended.
+enum Step {
+    /// A victim has let go, or was gone already.
+    Freed,
+    /// The victim stays.
+    Busy,
+    /// The list is empty, but others are evicting.
+    Others,
+    /// The list is empty.
+    Empty,
+}
+
+impl<E: Environment> fmt::Debug for Manager<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Manager")
+            .field("size", &self.size)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<E: Environment> Manager<E> {
+    /// `size` bytes of free device memory.
+    pub fn new(env: Arc<E>, size: u64) -> Self {
+        let state = State {
+            buddy: Buddy::new(size),
+            lru: Lru::default(),
+            serial: 0,
+            evicting: 0,
+        };
+        Self {
+            env,
+            size,
+            state: Mutex::<E, _>::new(state),
+            freed: AtomicU32::new(0),
+        }
+    }
+
+    /// Bytes managed.
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> u64 {
+        let state = self.state.lock();
+        state.buddy.size() - state.buddy.free_bytes()
+    }
+
+    /// Allocates an object that nobody evicts until [`make_evictable`](Self::make_evictable). Where
+    /// memory is short, the least recently used objects go until it fits. May sleep; only `vm` may
+    /// be held.
+    ///
+    /// # Errors
+    /// [`Failed::TooLarge`] for what can never fit, [`Failed::OutOfVram`] where nothing more can
+    /// be evicted.
+    pub fn allocate(self: &Arc<Self>, request: BoRequest) -> Result<Arc<Bo<E>>, Failed> {
+        if request.bytes > self.size {
+            return Err(Failed::TooLarge);
+        }
+        for _pass in 0..EVICT_PASSES {
+            let on_list = self.state.lock().lru.len();
+            // One more step than objects, so that a walk over busy ones ends.
+            for _step in 0..=on_list {
+                let seen = self.freed.load(Ordering::Acquire);
+                if let Some(bo) = self.try_allocate(request) {
+                    return Ok(bo);
+                }
+                match self.evict_oldest() {
+                    Step::Freed | Step::Busy => {}
+                    Step::Others => self.env.wait(&self.freed, seen),
+                    Step::Empty => break,
+                }
+            }
+        }
+        self.try_allocate(request).ok_or(Failed::OutOfVram)
+    }
+
+    /// Puts an object on the LRU, at the recently-used end. `who` is asked to let go of it.
+    pub fn make_evictable(&self, bo: &Bo<E>, who: Weak<dyn Evict>) {
+        self.state.lock().lru.insert(Entry { id: bo.id(), who });
+    }
+
+    /// Notes that an object was used. Pinned objects stay pinned.
+    pub fn touch(&self, bo: &Bo<E>) {
+        let mut state = self.state.lock();
+        if let Some(entry) = state.lru.remove(bo.id()) {
+            state.lru.insert(entry);
+        }
+    }
+
+    /// Evicts what can be evicted, once; returns how many objects went.
+    pub fn evict_all(&self) -> usize {
+        let on_list = self.state.lock().lru.len();
+        (0..on_list)
+            .filter(|_| matches!(self.evict_oldest(), Step::Freed))
+            .count()
+    }
+
+    fn try_allocate(self: &Arc<Self>, request: BoRequest) -> Option<Arc<Bo<E>>> {
+        let mut state = self.state.lock();
+        let span = state.buddy.alloc(request.bytes, request.from)?;
+        state.serial += 1;
+        let id = state.serial;
+        drop(state);
+        Some(Arc::new(Bo::new(Arc::clone(self), span, id)))
+    }
+
+    /// Takes the oldest object off the list and asks its owner to let go, without the lock.
+    fn evict_oldest(&self) -> Step {
+        let mut state = self.state.lock();
+        let Some(entry) = state.lru.pop_oldest() else {
+            return if state.evicting > 0 {
+                Step::Others
+            } else {
+                Step::Empty
+            };
+        };
+        state.evicting += 1;
+        drop(state);
+        let evicted = entry.who.upgrade().map_or(Ok(()), Evict::evict);
+        let mut state = self.state.lock();
+        state.evicting -= 1;
+        // Who could not let go is asked last next time; a dead entry is forgotten.
+        if evicted.is_err() && entry.who.strong_count() > 0 {
+            state.lru.insert(entry);
+        }
+        drop(state);
+        self.announce();
+        if evicted.is_ok() {
+            Step::Freed
+        } else {
+            Step::Busy
+        }
+    }
+
+    /// The last reference to an object went.
+    pub(super) fn release(&self, id: u64, span: VramSpan) {
+        let mut state = self.state.lock();
+        let entry = state.lru.remove(id);
+        state.buddy.free(span);
+        drop(state);
+        drop(entry);
+        self.announce();
+    }
+
+    fn announce(&self) {
+        self.freed.fetch_add(1, Ordering::Release);
+        self.env.wake(&self.freed);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,265 @@
+//! Brackets: address-space calls of this process, seen before they happen.
+//!
+//! libc's own system-call sites are patched (`sys::patch`), so that also `free()` and a thread's
+//! exit come by here. A call that touches watched memory becomes:
+//!
+//! ```text
+//!  announce ─ wait for travels ─┬─ bring home ──────┬─ start ─ suspend ─ CALL ─ end
+//!                               └─ recall, to drop ─┘
+//! ```
+//!
+//! *Announce*: no migration begins in the span any more. A call that destroys content (munmap,
+//! MADV_DONTNEED) recalls the device pages and lets them go when the call has succeeded; a call
+//! that keeps it (mremap, mprotect) has them brought home first, so the system's own tables tell
+//! the whole truth. *Suspend* takes the span out of userfaultfd, so that the call raises no event
+//! and sees whole mappings: an event that does arrive is by definition late.
+//!
+//! This code runs on threads of the process, with signals blocked, on a stack of the runtime's
+//! own, because the thread's own stack may be memory that can migrate.
+
+use std::sync::{Arc, Weak};
+
+use gpusvm::addr::{HostSpan, HostVa, PAGE};
+use gpusvm::event::HomeCause;
+use gpusvm::seam::env::Mutex;
+use gpusvm::seam::mm::InvalidateReason;
+
+use crate::env::LiveEnv;
+use crate::level::{BracketChoice, BracketLevel, OpenError};
+use crate::residency::Piece;
+use crate::space::LiveSpace;
+use crate::sys::patch::{self, BracketHook, Call, Patches, SysCall};
+use crate::watch::Suspended;
+
+/// Calls that change the address space.
+const CALLS: [Call; 7] = [
+    Call::Munmap,
+    Call::Mremap,
+    Call::Mmap,
+    Call::Madvise,
+    Call::ProcessMadvise,
+    Call::Mprotect,
+    Call::Brk,
+];
+
+/// The space that brackets work for. The one piece of process-wide state: patched code has no
+/// other way to find it.
+struct Service {
+    space: Mutex<LiveEnv, Weak<LiveSpace>>,
+    patches: Mutex<LiveEnv, Option<Patches>>,
+}
+
+static SERVICE: Service = Service {
+    space: Mutex::<LiveEnv, _>::new(Weak::new()),
+    patches: Mutex::<LiveEnv, _>::new(None),
+};
+
+/// Patches the system-call sites as far as `choice` asks for it and the process allows it.
+///
+/// # Errors
+/// [`OpenError::AlreadyOpen`], or the reason why patching failed where `choice` insists on it.
+pub(crate) fn attach(choice: BracketChoice) -> Result<BracketLevel, OpenError> {
+    if SERVICE.space.lock().strong_count() > 0 {
+        return Err(OpenError::AlreadyOpen);
+    }
+    if choice == BracketChoice::Events {
+        return Ok(BracketLevel::Events { why: None });
+    }
+    let mut patches = SERVICE.patches.lock();
+    if patches.is_some() {
+        return Ok(BracketLevel::Patched);
+    }
+    match patch::install(&SERVICE, &CALLS) {
+        Ok(installed) => {
+            *patches = Some(installed);
+            Ok(BracketLevel::Patched)
+        }
+        Err(why) if choice == BracketChoice::Patched => Err(OpenError::CannotPatch(why)),
+        Err(why) => Ok(BracketLevel::Events { why: Some(why) }),
+    }
+}
+
+/// From now on brackets work for `space`.
+pub(crate) fn enter_service(space: &Arc<LiveSpace>) {
+    *SERVICE.space.lock() = Arc::downgrade(space);
+}
+
+/// Brackets work for nobody; the system-call sites get their own bytes back.
+pub(crate) fn leave_service() {
+    *SERVICE.space.lock() = Weak::new();
+    let patches = SERVICE.patches.lock().take();
+    if let Some(patches) = patches {
+        patches.restore();
+    }
+}
+
+impl BracketHook for Service {
+    fn call(&self, call: &SysCall) -> isize {
+        let space = self.space.lock().upgrade();
+        match space {
+            Some(space) => space.bracket(call),
+            None => call.raw(),
+        }
+    }
+}
+
+/// What a call does to the content of a span.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// Destroys it and the mapping.
+    Unmap,
+    /// Destroys it, the mapping stays.
+    Clear,
+    /// Keeps it; the mapping moves away.
+    Move,
+    /// Keeps it; rights change.
+    Protect,
+}
+
+impl Effect {
+    const fn reason(self) -> InvalidateReason {
+        match self {
+            Self::Unmap | Self::Move => InvalidateReason::Unmap,
+            Self::Clear => InvalidateReason::Clear,
+            Self::Protect => InvalidateReason::ProtectVma,
+        }
+    }
+
+    const fn destroys(self) -> bool {
+        matches!(self, Self::Unmap | Self::Clear)
+    }
+}
+
+/// What one system call is about to do: at most two spans.
+pub(crate) fn effects(call: &SysCall) -> [Option<(HostSpan, Effect)>; 2] {
+    let [a0, a1, a2, a3, a4, _] = call.args;
+    let one = |effect| [span_of(a0, a1).map(|span| (span, effect)), None];
+    match call.nr {
+        Call::Munmap => one(Effect::Unmap),
+        Call::Mprotect => one(Effect::Protect),
+        Call::Madvise => madvise_effect(a2).map_or([None, None], one),
+        Call::Mmap => {
+            let replaces = a3 & MAP_FIXED != 0 && a3 & MAP_FIXED_NOREPLACE != MAP_FIXED_NOREPLACE;
+            if replaces { one(Effect::Unmap) } else { [None, None] }
+        }
+        Call::Mremap => {
+            let fixed = a3 & MREMAP_FIXED != 0;
+            let onto = if fixed { span_of(a4, a2) } else { None };
+            [span_of(a0, a1).map(|s| (s, Effect::Move)), onto.map(|s| (s, Effect::Unmap))]
+        }
+        Call::Brk => [patch::brk_shrinks(a0).map(|raw| (span(raw), Effect::Unmap)), None],
+        Call::ProcessMadvise => {
+            let effect = madvise_effect(a3);
+            let hull = effect.and_then(|_| patch::iovec_hull(a1, a2));
+            [hull.map(|raw| (span(raw), Effect::Move)), None]
+        }
+    }
+}
+
+const MAP_FIXED: usize = 0x10;
+const MAP_FIXED_NOREPLACE: usize = 0x10_0000;
+const MREMAP_FIXED: usize = 2;
+
+/// What an advice does to content; `None` where it keeps content, place and rights.
+fn madvise_effect(advice: usize) -> Option<Effect> {
+    const DONTNEED: usize = 4;
+    const FREE: usize = 8;
+    const REMOVE: usize = 9;
+    const DONTNEED_LOCKED: usize = 24;
+    const GUARD_INSTALL: usize = 102;
+    match advice {
+        DONTNEED | FREE | REMOVE | DONTNEED_LOCKED | GUARD_INSTALL => Some(Effect::Clear),
+        _ => None,
+    }
+}
+
+/// The pages of `[start, start + bytes)`; `None` for arguments that the system will refuse.
+fn span_of(start: usize, bytes: usize) -> Option<HostSpan> {
+    let start = HostVa::new(u64::try_from(start).ok()?);
+    let bytes = u64::try_from(bytes).ok()?;
+    let valid = bytes > 0 && start.is_aligned(PAGE) && start.get().checked_add(bytes).is_some();
+    valid.then(|| HostSpan::at(start, bytes).align_outward(PAGE))
+}
+
+fn span(raw: core::ops::Range<u64>) -> HostSpan {
+    HostSpan::new(HostVa::new(raw.start), HostVa::new(raw.end)).align_outward(PAGE)
+}
+
+impl LiveSpace {
+    /// Runs one call inside its brackets and returns what the system answered.
+    fn bracket(&self, call: &SysCall) -> isize {
+        let mut spans = effects(call);
+        for slot in &mut spans {
+            if slot.is_some_and(|(span, _)| !self.watch.is_watched(span)) {
+                *slot = None;
+            }
+        }
+        match spans {
+            [Some(first), Some(second)] => {
+                self.bracket_span(first, || self.bracket_span(second, || call.raw()))
+            }
+            [Some(only), None] | [None, Some(only)] => self.bracket_span(only, || call.raw()),
+            [None, None] => call.raw(),
+        }
+    }
+
+    /// One span's bracket around `raw`.
+    fn bracket_span(&self, what: (HostSpan, Effect), raw: impl FnOnce() -> isize) -> isize {
+        let (span, effect) = what;
+        // A mapping that moves must be whole: taken out with all the pieces that arming cut.
+        let span = if effect == Effect::Move { self.watch.stretch(span) } else { span };
+        self.residency.lock().change(span);
+        let pieces = self.clear_the_way(span, effect);
+        let invalidation = self.notifiers.start(span, effect.reason());
+        let suspended = self.watch.suspend(span);
+        let result = raw();
+        self.settle_call(span, effect, result >= 0, &suspended);
+        self.notifiers.end(&self.env, invalidation);
+        self.close_pieces(pieces, result >= 0);
+        self.residency.lock().unchange(span);
+        self.announce_change();
+        result
+    }
+
+    /// Nothing in the span travels, and nothing in it is away but what is returned: recalled, to be
+    /// dropped.
+    fn clear_the_way(&self, span: HostSpan, effect: Effect) -> Vec<Piece> {
+        if !effect.destroys() {
+            self.bring_home(span, HomeCause::SpaceChange);
+            return Vec::new();
+        }
+        loop {
+            self.wait_settled(span);
+            if let Ok(pieces) = self.residency.lock().recall_span(span) {
+                return pieces;
+            }
+        }
+    }
+
+    /// Adjusts the watch to what the call did.
+    fn settle_call(&self, span: HostSpan, effect: Effect, done: bool, suspended: &Suspended) {
+        match effect {
+            Effect::Unmap if done => self.watch.forget(span),
+            // The new place is watched when a device first uses it.
+            Effect::Move if done => self.watch.forget(span),
+            Effect::Clear if done => self.watch.resume(suspended),
+            Effect::Protect => self.watch.resume(suspended),
+            Effect::Unmap | Effect::Clear | Effect::Move => self.watch.rearm(suspended),
+        }
+    }
+
+    /// Lets recalled pages go, or leaves them where they were if the call failed.
+    fn close_pieces(&self, pieces: Vec<Piece>, done: bool) {
+        if done {
+            self.let_go(pieces);
+            return;
+        }
+        for piece in &pieces {
+            self.residency.lock().put_back(piece);
+            self.arrived(piece.span);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

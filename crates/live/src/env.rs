@@ -1,0 +1,151 @@
+//! [`LiveEnv`]: clock, locks, waiting and deferred work on the running system.
+
+use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::time::Duration;
+use std::sync::{Arc, OnceLock};
+
+use gpusvm::seam::env::{Environment, Mutex, Ns, Work};
+use gpusvm_abi::bus::Park;
+
+use crate::sys::futex::{self, RawFutexMutex};
+use crate::sys::thread::{self, RuntimeThread, SpawnError};
+
+type Handler = Box<dyn Fn(Work) + Send + Sync>;
+
+/// The environment of a live instance. One background thread does the deferred work.
+pub struct LiveEnv {
+    /// VMs that asked for their collector, one bit per id modulo 64. Asking twice is one request.
+    garbage: AtomicU64,
+    /// Ids behind the bits of `garbage`.
+    ids: [AtomicU32; 64],
+    /// Bumped with each request; what the worker sleeps on.
+    asked: AtomicU32,
+    stop: AtomicBool,
+    handler: OnceLock<Handler>,
+    worker: Mutex<Self, Option<RuntimeThread>>,
+    random: AtomicU64,
+}
+
+impl fmt::Debug for LiveEnv {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LiveEnv").finish_non_exhaustive()
+    }
+}
+
+impl LiveEnv {
+    /// An environment whose random numbers follow from `seed`.
+    #[must_use]
+    pub fn new(seed: u64) -> Arc<Self> {
+        Arc::new(Self {
+            garbage: AtomicU64::new(0),
+            ids: [const { AtomicU32::new(0) }; 64],
+            asked: AtomicU32::new(0),
+            stop: AtomicBool::new(false),
+            handler: OnceLock::new(),
+            worker: Mutex::<Self, _>::new(None),
+            random: AtomicU64::new(seed),
+        })
+    }
+
+    /// Starts the thread that does deferred work with `handler`. A second call changes nothing.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start_worker(
+        self: &Arc<Self>,
+        handler: impl Fn(Work) + Send + Sync + 'static,
+    ) -> Result<(), SpawnError> {
+        if self.handler.set(Box::new(handler)).is_err() {
+            return Ok(());
+        }
+        let env = Arc::clone(self);
+        *self.worker.lock() = Some(thread::spawn("gpusvm-worker", move || env.work())?);
+        Ok(())
+    }
+
+    /// Stops the worker after the work that was asked for, and waits for it.
+    pub fn stop_worker(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.asked.fetch_add(1, Ordering::Release);
+        futex::wake(&self.asked);
+        let worker = self.worker.lock().take();
+        if let Some(worker) = worker {
+            worker.join();
+        }
+    }
+
+    fn work(&self) {
+        loop {
+            let seen = self.asked.load(Ordering::Acquire);
+            let mut bits = self.garbage.swap(0, Ordering::AcqRel);
+            while bits != 0 {
+                let slot = bits.trailing_zeros();
+                bits &= bits - 1;
+                let vm = self.ids[slot as usize].load(Ordering::Acquire);
+                if let Some(handler) = self.handler.get() {
+                    handler(Work::CollectGarbage { vm });
+                }
+            }
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            futex::wait(&self.asked, seen, None);
+        }
+    }
+}
+
+impl Environment for LiveEnv {
+    type RawMutex = RawFutexMutex;
+
+    fn now(&self) -> Ns {
+        Ns(futex::now_ns())
+    }
+
+    fn random(&self) -> u64 {
+        // splitmix64: a counter with a mixing function, so one atomic add per number.
+        let mut x = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    fn wait(&self, word: &AtomicU32, seen: u32) {
+        futex::wait(word, seen, None);
+    }
+
+    fn wake(&self, word: &AtomicU32) {
+        futex::wake(word);
+    }
+
+    fn sleep_until(&self, deadline: Ns) {
+        let never_woken = AtomicU32::new(0);
+        while self.now() < deadline {
+            let left = deadline.since(self.now());
+            futex::wait(&never_woken, 0, Some(Duration::from_nanos(left.0)));
+        }
+    }
+
+    fn defer(&self, work: Work) {
+        let Work::CollectGarbage { vm } = work;
+        let slot = vm % 64;
+        self.ids[slot as usize].store(vm, Ordering::Release);
+        self.garbage.fetch_or(1 << slot, Ordering::AcqRel);
+        self.asked.fetch_add(1, Ordering::Release);
+        futex::wake(&self.asked);
+    }
+}
+
+impl Park for LiveEnv {
+    fn wait(&self, word: &AtomicU32, seen: u32, timeout_ns: Option<u64>) {
+        futex::wait(word, seen, timeout_ns.map(Duration::from_nanos));
+    }
+
+    fn wake(&self, word: &AtomicU32) {
+        futex::wake(word);
+    }
+
+    fn now_ns(&self) -> u64 {
+        futex::now_ns()
+    }
+}

@@ -1,0 +1,183 @@
+//! What the system allows, what is in use, and what follows for the user.
+
+use core::fmt;
+
+use rustix::io::Errno;
+
+use crate::sys::patch::PatchError;
+use crate::sys::thread::SpawnError;
+use crate::sys::uffd::{Features, OpenMode, Uffd};
+
+/// How a [`LiveSpace`](crate::LiveSpace) is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LiveConfig {
+    /// Which brackets to use.
+    pub brackets: BracketChoice,
+}
+
+/// Wish about brackets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BracketChoice {
+    /// Patched system-call sites, or events where the process cannot be patched.
+    #[default]
+    Best,
+    /// Patched system-call sites, or an error.
+    Patched,
+    /// Events only.
+    Events,
+}
+
+/// What userfaultfd allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UffdLevel {
+    /// Faults of the CPU in user and in kernel mode are served.
+    Full,
+    /// Faults in user mode are served; system calls on memory that is away answer `EFAULT`.
+    UserModeOnly,
+}
+
+impl UffdLevel {
+    /// Name, as reports show it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::UserModeOnly => "user-mode-only",
+        }
+    }
+
+    /// What it does not cover, in a sentence.
+    #[must_use]
+    pub const fn limits(self) -> &'static str {
+        match self {
+            Self::Full => "debuggers and /proc/self/mem cannot read memory that is on a device",
+            Self::UserModeOnly => {
+                "system calls on memory that is on a device fail with EFAULT; touch it first"
+            }
+        }
+    }
+}
+
+/// How address-space changes are seen.
+#[derive(Debug)]
+pub enum BracketLevel {
+    /// Before they happen, by patched system-call sites.
+    Patched,
+    /// After they happened, by userfaultfd events.
+    Events {
+        /// Why not better; `None` where it was asked for.
+        why: Option<PatchError>,
+    },
+}
+
+impl BracketLevel {
+    /// Name, as reports show it.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Patched => "patched",
+            Self::Events { .. } => "events",
+        }
+    }
+
+    /// What it does not cover, in a sentence.
+    #[must_use]
+    pub const fn limits(&self) -> &'static str {
+        match self {
+            Self::Patched => {
+                "raw system calls that bypass libc are seen late, by events, and counted"
+            }
+            Self::Events { .. } => {
+                "changes are seen after they happened; mprotect is not seen at all"
+            }
+        }
+    }
+}
+
+/// What is in use.
+#[derive(Debug)]
+pub struct Level {
+    /// Faults.
+    pub uffd: UffdLevel,
+    /// Address-space changes.
+    pub bracket: BracketLevel,
+}
+
+/// A live space cannot be opened.
+#[derive(Debug)]
+pub enum OpenError {
+    /// There is one already in this process.
+    AlreadyOpen,
+    /// The runtime's allocator is not the global allocator.
+    NoRuntimeAllocator,
+    /// userfaultfd is refused.
+    NoUffd(Errno),
+    /// userfaultfd has no `UFFDIO_MOVE`.
+    NoMove,
+    /// Patching was insisted on and failed.
+    CannotPatch(PatchError),
+    /// A step failed.
+    Os {
+        /// What was attempted.
+        step: &'static str,
+        /// The system's answer.
+        errno: Errno,
+    },
+}
+
+impl OpenError {
+    pub(crate) const fn os(step: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |errno| Self::Os { step, errno }
+    }
+}
+
+impl From<SpawnError> for OpenError {
+    fn from(error: SpawnError) -> Self {
+        Self::Os { step: "start a thread", errno: error.errno() }
+    }
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AlreadyOpen => f.write_str(
+                "this process has a live space already; close it before opening another",
+            ),
+            Self::NoRuntimeAllocator => f.write_str(
+                "the runtime's memory must not migrate: declare \
+                 `#[global_allocator] static A: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;`",
+            ),
+            Self::NoUffd(errno) => write!(
+                f,
+                "userfaultfd is refused ({errno}): run as root, set vm.unprivileged_userfaultfd=1, \
+                 or allow the system call in the container's seccomp profile"
+            ),
+            Self::NoMove => f.write_str(
+                "userfaultfd has no UFFDIO_MOVE: a Linux kernel of at least 6.8 is needed",
+            ),
+            Self::CannotPatch(why) => write!(f, "{why}"),
+            Self::Os { step, errno } => write!(f, "cannot {step}: {errno}"),
+        }
+    }
+}
+
+impl core::error::Error for OpenError {}
+
+/// Descriptors for user memory (with events) and for staging (without), and the level they have.
+pub(crate) fn open_descriptors() -> Result<(Uffd, Uffd, UffdLevel), OpenError> {
+    let full = Uffd::open(OpenMode::Full, Features::EVENTS);
+    let (user, mode, level) = match full {
+        Ok(uffd) => (uffd, OpenMode::Full, UffdLevel::Full),
+        Err(first) => {
+            let uffd = Uffd::open(OpenMode::UserModeOnly, Features::EVENTS)
+                .map_err(|_second| OpenError::NoUffd(first))?;
+            (uffd, OpenMode::UserModeOnly, UffdLevel::UserModeOnly)
+        }
+    };
+    if !user.features().contains(Features::MOVE) {
+        return Err(OpenError::NoMove);
+    }
+    let staging = Uffd::open(mode, Features::NONE).map_err(OpenError::NoUffd)?;
+    Ok((user, staging, level))
+}
+

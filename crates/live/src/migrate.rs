@@ -1,0 +1,361 @@
+//! Migrations of the live host: pages leave a mapping by `UFFDIO_MOVE` and return by it.
+//!
+//! ```text
+//!  to a device:  claim ─ invalidate ─ depart ─ arm ─ MOVE out ─┬─ [copy] ─ settle ─ wake
+//!  home:         recall ─ invalidate ──────────── [copy] ──────┴─ MOVE in ─ release ─ wake
+//! ```
+//!
+//! Pages move either straight into memory that *is* the device's (adopt: nothing is copied) or into
+//! a staging slot from which a copy engine takes them. A span is marked as travelling only after
+//! the invalidation has ended every device access to it: a device unit may be waiting for the
+//! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
+
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PAGE_2M, PageCount, VramSpan};
+use gpusvm::error::{Failed, Interrupted, Stale};
+use gpusvm::event::Event;
+use gpusvm::seam::copy::{CopyMove, CopyWith};
+use gpusvm::seam::mm::{
+    AllocationRef, InvalidateReason, MigrateTo, MigrationSet, VmaKind,
+};
+use rustix::io::Errno;
+
+use crate::residency::{Busy, DevicePage, Piece};
+use crate::space::LiveSpace;
+use crate::staging::{Left, Slot};
+use crate::sys::advise;
+use crate::sys::uffd::Uffd;
+use crate::watch::CannotArm;
+
+/// Why pages did not leave.
+enum Refused {
+    /// Shared after a fork, or pinned: worth one try to make them exclusive.
+    NotExclusive,
+    /// The mapping is of a kind that does not let pages go.
+    Mapping,
+}
+
+/// Isolated pages of a live migration.
+#[derive(Debug)]
+pub struct LiveMigration<'a> {
+    space: &'a LiveSpace,
+    way: Way,
+    legs: Vec<Leg>,
+    moves: Vec<CopyMove>,
+    adopted: PageCount,
+    /// Finalized: dropping has nothing to undo.
+    done: bool,
+}
+
+#[derive(Debug)]
+enum Way {
+    Out { span: HostSpan, allocation: AllocationRef },
+    Home { pieces: Vec<Piece> },
+}
+
+/// Up to 2 MiB of user memory and the place outside of it where its pages stay meanwhile.
+#[derive(Clone, Copy, Debug)]
+struct Leg {
+    user: HostSpan,
+    parked: HostVa,
+    slot: Option<Slot>,
+    /// Bytes that have left the mapping so far.
+    left: u64,
+}
+
+impl Leg {
+    const fn new(user: HostSpan, parked: HostVa, slot: Option<Slot>) -> Self {
+        Self { user, parked, slot, left: 0 }
+    }
+
+    /// Forgets the part that never left.
+    fn keep_parked_part(&mut self) {
+        self.user = HostSpan::at(self.user.start(), self.left);
+    }
+
+    fn parked_span(&self) -> HostSpan {
+        HostSpan::at(self.parked, self.user.bytes())
+    }
+}
+
+impl LiveSpace {
+    /// The migration entry of the seam.
+    pub(crate) fn begin(
+        &self,
+        span: HostSpan,
+        to: MigrateTo,
+    ) -> Result<LiveMigration<'_>, Interrupted> {
+        match to {
+            MigrateTo::Device { allocation, aperture } => self.begin_out(span, allocation, aperture),
+            MigrateTo::System { allocation, aperture } => Ok(self.begin_home(&allocation, aperture)),
+        }
+    }
+
+    fn begin_out(
+        &self,
+        span: HostSpan,
+        allocation: AllocationRef,
+        aperture: Option<HostSpan>,
+    ) -> Result<LiveMigration<'_>, Interrupted> {
+        let vma = self.vma_around(span.start()).ok_or(Failed::NoVma(span.start()))?;
+        if !vma.span.covers(span) || vma.kind != VmaKind::Anonymous {
+            return Err(Failed::NotMigratable(span.start()).into());
+        }
+        self.watch.ensure(&vma);
+        match self.try_out(span, &allocation, aperture)? {
+            Ok(set) => return Ok(set),
+            Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
+            Err(Refused::NotExclusive) => {}
+        }
+        // A write fault makes fork-shared pages exclusive; pinned ones stay refused.
+        if advise::populate_write(span).is_err() {
+            return Err(Stale::PagesRefused.into());
+        }
+        self.try_out(span, &allocation, aperture)?.map_err(|_still| Stale::PagesRefused.into())
+    }
+
+    /// One attempt: either all pages of the span left, or everything is as before.
+    fn try_out(
+        &self,
+        span: HostSpan,
+        allocation: &AllocationRef,
+        aperture: Option<HostSpan>,
+    ) -> Result<Result<LiveMigration<'_>, Refused>, Interrupted> {
+        self.residency.lock().claim(span).map_err(|Busy| Stale::PagesBusy)?;
+        let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
+        self.residency.lock().depart(span);
+        let mut legs = self.legs_out(span, aperture);
+        let left = match self.watch.arm(span) {
+            Ok(()) => self.leave(&mut legs),
+            Err(CannotArm) => Err(Refused::Mapping),
+        };
+        if left.is_err() {
+            legs.iter_mut().for_each(Leg::keep_parked_part);
+        }
+        self.notifiers.end(&self.env, invalidation);
+        let set = LiveMigration {
+            space: self,
+            moves: if aperture.is_some() { Vec::new() } else { moves_out(&legs, allocation) },
+            adopted: if aperture.is_some() { span.pages() } else { PageCount::ZERO },
+            way: Way::Out { span, allocation: allocation.clone() },
+            legs,
+            done: false,
+        };
+        // On refusal the set is dropped here, which moves back what had left.
+        Ok(left.map(|()| set))
+    }
+
+    fn legs_out(&self, span: HostSpan, aperture: Option<HostSpan>) -> Vec<Leg> {
+        blocks(span)
+            .map(|user| match aperture {
+                Some(home) => {
+                    let parked = home.start().plus(user.start().offset_from(span.start()));
+                    Leg::new(user, parked, None)
+                }
+                None => self.slot_leg(user, self.staging.take_empty()),
+            })
+            .collect()
+    }
+
+    /// A leg through a slot. The offset inside the slot equals the offset inside the 2 MiB block,
+    /// so that huge pages stay huge.
+    fn slot_leg(&self, user: HostSpan, slot: Slot) -> Leg {
+        let inside = user.start().get() & (PAGE_2M - 1);
+        Leg::new(user, slot.at.plus(inside), Some(slot))
+    }
+
+    /// Moves the pages out of the mapping. Each leg knows how far it came.
+    fn leave(&self, legs: &mut [Leg]) -> Result<(), Refused> {
+        for leg in legs {
+            while leg.left < leg.user.bytes() {
+                let rest = HostSpan::new(leg.user.start().plus(leg.left), leg.user.end());
+                let moved = self.staging.uffd.move_pages(leg.parked.plus(leg.left), rest);
+                leg.left += moved.bytes;
+                match moved.error {
+                    None => {}
+                    Some(Errno::AGAIN) => rustix::thread::sched_yield(),
+                    Some(Errno::BUSY) => return Err(Refused::NotExclusive),
+                    Some(_) => return Err(Refused::Mapping),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn begin_home(
+        &self,
+        allocation: &AllocationRef,
+        aperture: Option<HostSpan>,
+    ) -> LiveMigration<'_> {
+        let pieces = self.residency.lock().recall(allocation.id(), allocation.origin());
+        let mut legs = Vec::new();
+        let mut moves = Vec::new();
+        for piece in &pieces {
+            let invalidation = self.notifiers.start(piece.span, InvalidateReason::Migrate);
+            self.notifiers.end(&self.env, invalidation);
+            self.legs_home(piece, aperture, &mut legs, &mut moves);
+        }
+        let adopted = match aperture {
+            Some(_) => pieces.iter().map(|piece| piece.span.pages()).sum(),
+            None => PageCount::ZERO,
+        };
+        LiveMigration { space: self, way: Way::Home { pieces }, legs, moves, adopted, done: false }
+    }
+
+    fn legs_home(
+        &self,
+        piece: &Piece,
+        aperture: Option<HostSpan>,
+        legs: &mut Vec<Leg>,
+        moves: &mut Vec<CopyMove>,
+    ) {
+        for user in blocks(piece.span) {
+            let offset = piece.page.offset + user.start().offset_from(piece.span.start());
+            if let Some(home) = aperture {
+                legs.push(Leg::new(user, home.start().plus(offset), None));
+                continue;
+            }
+            let leg = self.slot_leg(user, self.staging.take_full());
+            let vram = VramSpan::at(piece.page.allocation.vram().start().plus(offset), user.bytes());
+            moves.push(CopyMove { vram, with: CopyWith::To(BusAddr::new(leg.parked.get())) });
+            legs.push(leg);
+        }
+    }
+
+    /// Moves parked pages of one leg into the mapping. What no longer fits there is dropped, as
+    /// the kernel drops a device page whose mapping is gone.
+    fn come_in(&self, leg: &Leg) {
+        let mut at = leg.user;
+        let mut from = leg.parked_span();
+        let mut conflicts = 0;
+        while !at.is_empty() {
+            let moved = self.watch.uffd.move_pages(at.start(), from);
+            let mut step = moved.bytes;
+            match moved.error {
+                None => {}
+                Some(Errno::AGAIN) => self.let_events_pass(),
+                // The place has other content or a guard by now: that is newer.
+                Some(Errno::EXIST) => {
+                    step += PAGE;
+                    conflicts += 1;
+                }
+                // A read-only mapping takes no moved pages, but it takes copies.
+                Some(_) => match copy_in(&self.watch.uffd, at.start(), from.start()) {
+                    Ok(()) => step += PAGE,
+                    Err(Errno::AGAIN) => self.let_events_pass(),
+                    Err(_gone) => step += PAGE,
+                },
+            }
+            at = HostSpan::new(at.start().plus(step), at.end());
+            from = HostSpan::new(from.start().plus(step), from.end());
+        }
+        if conflicts > 0 {
+            let pages = PageCount::new(conflicts);
+            self.emit(&Event::HostConflict { span: leg.user, pages });
+        }
+    }
+
+    /// Ends the travel of `span`: what waits for it goes on.
+    pub(crate) fn arrived(&self, span: HostSpan) {
+        self.announce_change();
+        // An error means that the mapping is gone, and with it everybody who waited.
+        let _nobody_waits = self.watch.uffd.wake(span);
+    }
+}
+
+fn copy_in(uffd: &Uffd, to: HostVa, from: HostVa) -> Result<(), Errno> {
+    uffd.copy(to, from, PAGE).error.map_or(Ok(()), Err)
+}
+
+/// `span` cut at 2 MiB borders.
+fn blocks(span: HostSpan) -> impl Iterator<Item = HostSpan> {
+    let mut rest = span;
+    core::iter::from_fn(move || {
+        let border = rest.start().align_down(PAGE_2M).plus(PAGE_2M).min(rest.end());
+        let block = HostSpan::new(rest.start(), border);
+        rest = HostSpan::new(border, rest.end());
+        (!block.is_empty()).then_some(block)
+    })
+}
+
+fn moves_out(legs: &[Leg], allocation: &AllocationRef) -> Vec<CopyMove> {
+    let vram = allocation.vram();
+    let first = legs.first().map_or(HostVa::new(0), |leg| leg.user.start());
+    legs.iter()
+        .map(|leg| {
+            let at = vram.start().plus(leg.user.start().offset_from(first));
+            CopyMove {
+                vram: VramSpan::at(at, leg.user.bytes()),
+                with: CopyWith::From(BusAddr::new(leg.parked.get())),
+            }
+        })
+        .collect()
+}
+
+impl MigrationSet for LiveMigration<'_> {
+    fn moves(&self) -> &[CopyMove] {
+        &self.moves
+    }
+
+    fn adopted(&self) -> PageCount {
+        self.adopted
+    }
+
+    fn finalize(mut self) -> PageCount {
+        self.done = true;
+        match &self.way {
+            Way::Out { span, allocation } => {
+                let page = DevicePage { allocation: allocation.clone(), offset: 0 };
+                self.space.residency.lock().settle(*span, page);
+                self.space.arrived(*span);
+                span.pages()
+            }
+            Way::Home { pieces } => {
+                self.legs.iter().for_each(|leg| self.space.come_in(leg));
+                for piece in pieces {
+                    let released = self.space.residency.lock().release(piece.span);
+                    self.space.arrived(piece.span);
+                    drop(released);
+                }
+                pieces.iter().map(|piece| piece.span.pages()).sum()
+            }
+        }
+    }
+}
+
+impl Drop for LiveMigration<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            self.undo();
+        }
+        let left = match self.way {
+            Way::Out { .. } if self.done => Left::Pages,
+            Way::Out { .. } | Way::Home { .. } => Left::Little,
+        };
+        for leg in &self.legs {
+            if let Some(slot) = leg.slot {
+                let whole = leg.user.bytes() == PAGE_2M;
+                self.space.staging.put(slot, if whole { left } else { Left::Little });
+            }
+        }
+    }
+}
+
+impl LiveMigration<'_> {
+    /// Puts everything back where it was.
+    fn undo(&self) {
+        match &self.way {
+            Way::Out { span, .. } => {
+                self.legs.iter().for_each(|leg| self.space.come_in(leg));
+                let released = self.space.residency.lock().release(*span);
+                self.space.arrived(*span);
+                drop(released);
+            }
+            Way::Home { pieces } => {
+                for piece in pieces {
+                    self.space.residency.lock().put_back(piece);
+                    self.space.arrived(piece.span);
+                }
+            }
+        }
+    }
+}

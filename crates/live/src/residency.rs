@@ -1,0 +1,252 @@
+//! Where the pages of the process are: the live host's page tables for everything that is not
+//! plain host memory (the kernel's device-private and migration entries).
+//!
+//! A span is in one of four states; what the table does not name is **host**.
+//!
+//! ```text
+//!           claim              depart              settle
+//!   host ─────────▶ claimed ─────────▶ transit ─────────▶ resident
+//!    ▲  ◀─release──┘      ◀──release──┘ │   ▲               │
+//!    └──────────────────── release ─────┘   └───recall──────┘
+//! ```
+//!
+//! *Claimed*: no other operation may take the span, but CPU and device still use it as host memory.
+//! *Transit*: CPU accesses wait; whoever ends the transit wakes them. *Resident*: the content is in
+//! device memory. *Changes* are spans that a bracket is about to alter: no claim may begin there.
+//!
+//! Plain data under the `mm` lock; nothing in here calls out, and dropped allocations are handed
+//! to the caller, who lets go of them without the lock.
+
+use std::collections::BTreeMap;
+
+use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::seam::mm::{AllocationId, AllocationRef};
+
+/// A page of device memory: where in which allocation.
+#[derive(Clone, Debug)]
+pub(crate) struct DevicePage {
+    /// The allocation; this is a counted reference.
+    pub(crate) allocation: AllocationRef,
+    /// Bytes from the allocation's start.
+    pub(crate) offset: u64,
+}
+
+impl DevicePage {
+    fn plus(&self, bytes: u64) -> Self {
+        Self { allocation: self.allocation.clone(), offset: self.offset + bytes }
+    }
+}
+
+/// What a span is doing; see the module's picture.
+#[derive(Clone, Debug)]
+pub(crate) enum State {
+    /// Taken, still host memory.
+    Claimed,
+    /// On the way to a device, or (with a page) on the way home or away.
+    Transit(Option<DevicePage>),
+    /// In device memory.
+    Resident(DevicePage),
+}
+
+#[derive(Debug)]
+struct Entry {
+    end: HostVa,
+    state: State,
+}
+
+/// A span of one allocation's pages.
+#[derive(Clone, Debug)]
+pub(crate) struct Piece {
+    /// Host addresses.
+    pub(crate) span: HostSpan,
+    /// Device page of the first address.
+    pub(crate) page: DevicePage,
+}
+
+/// Another operation holds part of the span.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Busy;
+
+/// The table.
+#[derive(Debug, Default)]
+pub(crate) struct Residency {
+    entries: BTreeMap<HostVa, Entry>,
+    changes: Vec<HostSpan>,
+    /// Some mapping was moved with its pages: allocations are no longer found by their origin.
+    moved: bool,
+}
+
+impl Residency {
+    /// Takes a span of host memory.
+    pub(crate) fn claim(&mut self, span: HostSpan) -> Result<(), Busy> {
+        let free = self.overlapping(span).next().is_none()
+            && !self.changes.iter().any(|change| change.overlaps(span));
+        if !free {
+            return Err(Busy);
+        }
+        self.entries.insert(span.start(), Entry { end: span.end(), state: State::Claimed });
+        Ok(())
+    }
+
+    /// A claimed span starts to travel: CPU accesses wait from now on.
+    pub(crate) fn depart(&mut self, span: HostSpan) {
+        if let Some(entry) = self.entries.get_mut(&span.start()) {
+            entry.state = State::Transit(None);
+        }
+    }
+
+    /// A travelling span has arrived in device memory.
+    pub(crate) fn settle(&mut self, span: HostSpan, page: DevicePage) {
+        if let Some(entry) = self.entries.get_mut(&span.start()) {
+            entry.state = State::Resident(page);
+        }
+    }
+
+    /// The span is host memory again; returns the reference it held, for the caller to drop.
+    #[must_use = "the reference must be dropped without the lock"]
+    pub(crate) fn release(&mut self, span: HostSpan) -> Option<State> {
+        self.entries.remove(&span.start()).map(|entry| entry.state)
+    }
+
+    /// Sends every resident span of an allocation travelling, and returns them.
+    pub(crate) fn recall(&mut self, id: AllocationId, origin: HostSpan) -> Vec<Piece> {
+        let search = if self.moved { everything() } else { origin };
+        let mut pieces = Vec::new();
+        for (span, state) in self.overlapping_mut(search) {
+            match state {
+                State::Resident(page) if page.allocation.id() == id => {
+                    pieces.push(Piece { span, page: page.clone() });
+                    *state = State::Transit(Some(page.clone()));
+                }
+                State::Resident(_) | State::Claimed | State::Transit(_) => {}
+            }
+        }
+        pieces
+    }
+
+    /// Sends every resident span inside `span` travelling, cutting at its borders.
+    pub(crate) fn recall_span(&mut self, span: HostSpan) -> Result<Vec<Piece>, Busy> {
+        if self.is_travelling(span) {
+            return Err(Busy);
+        }
+        self.cut(span.start());
+        self.cut(span.end());
+        let mut pieces = Vec::new();
+        for (piece, state) in self.overlapping_mut(span) {
+            if let State::Resident(page) = state {
+                pieces.push(Piece { span: piece, page: page.clone() });
+                *state = State::Transit(Some(page.clone()));
+            }
+        }
+        Ok(pieces)
+    }
+
+    /// A recalled piece stays in device memory after all.
+    pub(crate) fn put_back(&mut self, piece: &Piece) {
+        self.settle(piece.span, piece.page.clone());
+    }
+
+    /// Whether some operation holds part of `span`.
+    pub(crate) fn is_travelling(&self, span: HostSpan) -> bool {
+        self.overlapping(span).any(|(_, state)| !matches!(state, State::Resident(_)))
+    }
+
+    /// Whether part of `span` is travelling or in device memory: its pages may be missing.
+    pub(crate) fn has_departed(&self, span: HostSpan) -> bool {
+        self.overlapping(span).any(|(_, state)| !matches!(state, State::Claimed))
+    }
+
+    /// An allocation that has resident pages in `span`.
+    pub(crate) fn any_resident(&self, span: HostSpan) -> Option<AllocationRef> {
+        self.overlapping(span).find_map(|(_, state)| match state {
+            State::Resident(page) => Some(page.allocation.clone()),
+            State::Claimed | State::Transit(_) => None,
+        })
+    }
+
+    /// What the table says about the page at `at`.
+    pub(crate) fn at(&self, at: HostVa) -> Option<&State> {
+        self.overlapping(HostSpan::at(at, 1)).next().map(|(_, state)| state)
+    }
+
+    /// Named spans that overlap `span`, in order.
+    pub(crate) fn overlapping(
+        &self,
+        span: HostSpan,
+    ) -> impl Iterator<Item = (HostSpan, &State)> {
+        let from = self.first_key(span);
+        self.entries
+            .range(from..span.end().max(from))
+            .map(|(start, entry)| (HostSpan::new(*start, entry.end), &entry.state))
+    }
+
+    fn overlapping_mut(
+        &mut self,
+        span: HostSpan,
+    ) -> impl Iterator<Item = (HostSpan, &mut State)> {
+        let from = self.first_key(span);
+        self.entries
+            .range_mut(from..span.end().max(from))
+            .map(|(start, entry)| (HostSpan::new(*start, entry.end), &mut entry.state))
+    }
+
+    fn first_key(&self, span: HostSpan) -> HostVa {
+        self.entries
+            .range(..=span.start())
+            .next_back()
+            .filter(|(_, entry)| entry.end > span.start())
+            .map_or(span.start(), |(start, _)| *start)
+    }
+
+    /// Makes `at` a border between entries.
+    fn cut(&mut self, at: HostVa) {
+        let Some((&start, entry)) = self.entries.range_mut(..at).next_back() else { return };
+        if entry.end <= at {
+            return;
+        }
+        let offset = at.offset_from(start);
+        let state = match &entry.state {
+            State::Resident(page) => State::Resident(page.plus(offset)),
+            State::Transit(Some(page)) => State::Transit(Some(page.plus(offset))),
+            other @ (State::Claimed | State::Transit(None)) => other.clone(),
+        };
+        let tail = Entry { end: entry.end, state };
+        entry.end = at;
+        self.entries.insert(at, tail);
+    }
+
+    /// The process moved a mapping together with its entries.
+    pub(crate) fn rebase(&mut self, from: HostSpan, to: HostVa) {
+        self.moved = true;
+        self.cut(from.start());
+        self.cut(from.end());
+        let keys: Vec<_> = self.overlapping(from).map(|(span, _)| span).collect();
+        for span in keys {
+            if let Some(mut entry) = self.entries.remove(&span.start()) {
+                let start = to.plus(span.start().offset_from(from.start()));
+                entry.end = start.plus(span.bytes());
+                self.entries.insert(start, entry);
+            }
+        }
+    }
+
+    /// A bracket opens: no claim may begin in `span` until [`unchange`](Self::unchange).
+    pub(crate) fn change(&mut self, span: HostSpan) {
+        self.changes.push(span);
+    }
+
+    /// The bracket over `span` closes.
+    pub(crate) fn unchange(&mut self, span: HostSpan) {
+        if let Some(index) = self.changes.iter().position(|change| *change == span) {
+            self.changes.swap_remove(index);
+        }
+    }
+}
+
+/// The whole address space.
+pub(crate) fn everything() -> HostSpan {
+    HostSpan::new(HostVa::new(0), HostVa::new(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,412 @@
+//! [`LiveSpace`]: this process as an [`AddressSpace`].
+//!
+//! What a kernel knows by its page tables, the live host knows from three places: the system's own
+//! mappings (`PROCMAP_QUERY`), the residency table (which spans are away), and the watch (which
+//! mappings raise faults and brackets). Host memory is reached by its own address: a bus address
+//! *is* the host virtual address, and device accesses go through copies that survive a fault.
+
+use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::Arc;
+
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE_2M};
+use gpusvm::error::{Failed, Interrupted, Stale};
+use gpusvm::event::{Event, EventSink, HomeCause};
+use gpusvm::mmu::{Interval, IntervalNotifiers, Seq};
+use gpusvm::seam::env::{Environment, Mutex};
+use gpusvm::seam::mm::{
+    AddressSpace, FaultIn, InvalidationSink, Location, MigrateTo, PageRun, PagemapId,
+    Placement, Vma, VmaKind,
+};
+
+use crate::bracket;
+use crate::env::LiveEnv;
+use crate::level::{Level, LiveConfig, OpenError};
+use crate::migrate::LiveMigration;
+use crate::reader::{self, Reader};
+use crate::residency::{Piece, Residency, State, everything};
+use crate::staging::Staging;
+use crate::sys::futex;
+use crate::sys::pagemap::PageMap;
+use crate::sys::procmap::{MapInfo, NameKind, ProcMap};
+use crate::sys::uffd::{RegisterMode, Uffd};
+use crate::sys::vram::{LiveVram, VramMode};
+use crate::sys::{arena, thread};
+use crate::watch::Watch;
+
+/// Times that [`LiveSpace::fault_in`] starts over before it answers `Stale`.
+const FAULT_IN_ROUNDS: usize = 16;
+
+/// This process, shared with devices. There is one per process.
+pub struct LiveSpace {
+    pub(crate) env: Arc<LiveEnv>,
+    pub(crate) notifiers: IntervalNotifiers<LiveEnv>,
+    pub(crate) residency: Mutex<LiveEnv, Residency>,
+    pub(crate) watch: Watch,
+    pub(crate) staging: Staging,
+    procmap: ProcMap,
+    pagemap: PageMap,
+    sink: Arc<dyn EventSink>,
+    level: Level,
+    /// Bumped when a travel or a change ends; what those in its way sleep on.
+    changed: AtomicU32,
+    reader: Mutex<LiveEnv, Option<Reader>>,
+    /// Thread id of the reader.
+    pub(crate) reader_tid: AtomicU32,
+    pub(crate) closing: AtomicBool,
+}
+
+impl fmt::Debug for LiveSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LiveSpace").field("level", &self.level).finish_non_exhaustive()
+    }
+}
+
+impl LiveSpace {
+    /// Opens the process: probes what the system allows, starts the fault reader, patches the
+    /// system-call sites. Events of the host go to `sink`.
+    ///
+    /// # Errors
+    /// [`OpenError`] tells what the system refuses and what to do about it.
+    pub fn open(
+        config: &LiveConfig,
+        env: Arc<LiveEnv>,
+        sink: Arc<dyn EventSink>,
+    ) -> Result<Arc<Self>, OpenError> {
+        if !arena::is_installed() {
+            return Err(OpenError::NoRuntimeAllocator);
+        }
+        let (user, staging, uffd_level) = crate::level::open_descriptors()?;
+        let bracket = bracket::attach(config.brackets)?;
+        let space = Arc::new(Self {
+            env,
+            notifiers: IntervalNotifiers::new(),
+            residency: Mutex::<LiveEnv, _>::new(Residency::default()),
+            watch: Watch::new(user),
+            staging: Staging::new(staging).map_err(OpenError::os("map the staging arena"))?,
+            procmap: ProcMap::open().map_err(OpenError::os("query this process's mappings"))?,
+            pagemap: PageMap::open().map_err(OpenError::os("open /proc/self/pagemap"))?,
+            sink,
+            level: Level { uffd: uffd_level, bracket },
+            changed: AtomicU32::new(0),
+            reader: Mutex::<LiveEnv, _>::new(None),
+            reader_tid: AtomicU32::new(0),
+            closing: AtomicBool::new(false),
+        });
+        let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
+        *space.reader.lock() = Some(reader);
+        bracket::enter_service(&space);
+        Ok(space)
+    }
+
+    /// What the system allows and what is in use.
+    pub const fn level(&self) -> &Level {
+        &self.level
+    }
+
+    /// Device memory of `bytes` bytes in this process.
+    ///
+    /// # Errors
+    /// The system's errno, from mapping or registering it.
+    pub fn create_vram(&self, bytes: u64, mode: VramMode) -> Result<Arc<LiveVram>, OpenError> {
+        let vram = LiveVram::new(bytes, mode).map_err(OpenError::os("map device memory"))?;
+        if mode == VramMode::Adopt {
+            self.staging
+                .uffd
+                .register(vram.span(), RegisterMode::WriteProtect)
+                .map_err(OpenError::os("register device memory"))?;
+        }
+        Ok(Arc::new(vram))
+    }
+
+    /// Brings every page of the process home. Pages that other operations hold are waited for.
+    pub fn bring_everything_home(&self) {
+        self.bring_home(everything(), HomeCause::Teardown);
+    }
+
+    /// Ends the service: data comes home, registrations and patches are taken back, the reader
+    /// stops. Call it after the VMs are closed; a second call does nothing.
+    pub fn close(&self) {
+        if self.closing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.bring_everything_home();
+        bracket::leave_service();
+        self.watch.close();
+        let reader = self.reader.lock().take();
+        if let Some(reader) = reader {
+            reader.stop();
+        }
+    }
+
+    pub(crate) fn emit(&self, event: &Event) {
+        self.sink.record(self.env.now(), event);
+    }
+
+    /// Tells those who wait for the residency table that it has changed.
+    pub(crate) fn announce_change(&self) {
+        self.changed.fetch_add(1, Ordering::Release);
+        futex::wake(&self.changed);
+    }
+
+    /// Waits until nothing in `span` travels.
+    pub(crate) fn wait_settled(&self, span: HostSpan) {
+        loop {
+            let seen = self.changed.load(Ordering::Acquire);
+            if !self.residency.lock().is_travelling(span) {
+                return;
+            }
+            futex::wait(&self.changed, seen, None);
+        }
+    }
+
+    /// Brings all resident pages of `span` home and waits for those that travel.
+    pub(crate) fn bring_home(&self, span: HostSpan, cause: HomeCause) {
+        loop {
+            self.wait_settled(span);
+            let Some(allocation) = self.residency.lock().any_resident(span) else {
+                if self.residency.lock().is_travelling(span) {
+                    continue;
+                }
+                return;
+            };
+            // A failure is a page that cannot be copied; it was reported, and stays where it is.
+            if let Err(Interrupted::Failed(_)) = allocation.bring_home(cause) {
+                return;
+            }
+        }
+    }
+
+    /// Lets go of the pages that are resident in `span`, without bringing them home.
+    pub(crate) fn drop_pages(&self, span: HostSpan) {
+        let Ok(pieces) = self.residency.lock().recall_span(span) else { return };
+        self.let_go(pieces);
+    }
+
+    /// Ends the travel of recalled pieces by dropping their content.
+    pub(crate) fn let_go(&self, pieces: Vec<Piece>) {
+        for piece in &pieces {
+            let released = self.residency.lock().release(piece.span);
+            self.arrived(piece.span);
+            drop(released);
+        }
+    }
+
+    /// Whether anything is mapped in `span`.
+    pub(crate) fn is_mapped(&self, span: HostSpan) -> bool {
+        self.vma_around(span.start()).is_some_and(|vma| vma.span.overlaps(span))
+    }
+
+    /// A MOVE found unread events. The reader drains them; if this is the reader, it does so now.
+    pub(crate) fn let_events_pass(&self) {
+        if self.reader_tid.load(Ordering::Relaxed) == thread::current_id() {
+            reader::drain(self);
+        } else {
+            rustix::thread::sched_yield();
+        }
+    }
+
+    /// The mapping at `at` or behind it, with the pieces that arming has cut joined again inside
+    /// the 2 MiB around `at`.
+    pub(crate) fn vma_around(&self, at: HostVa) -> Option<Vma> {
+        let found = self.procmap.query(at).ok()??;
+        let mut vma = vma_of(&found);
+        let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
+        while vma.span.contains(at) && vma.span.start() > block.start() {
+            let before = HostVa::new(vma.span.start().get() - 1);
+            let Some(other) = self.joinable(&vma, before) else { break };
+            vma.span = vma.span.join(other);
+        }
+        while vma.span.contains(at) && vma.span.end() < block.end() {
+            let Some(other) = self.joinable(&vma, vma.span.end()) else { break };
+            vma.span = vma.span.join(other);
+        }
+        Some(vma)
+    }
+
+    /// The mapping that contains `at`, if it differs from `vma` in nothing that matters.
+    fn joinable(&self, vma: &Vma, at: HostVa) -> Option<HostSpan> {
+        let other = vma_of(&self.procmap.query(at).ok()??);
+        let same = other.kind == VmaKind::Anonymous
+            && vma.kind == VmaKind::Anonymous
+            && other.read == vma.read
+            && other.write == vma.write
+            && other.span.contains(at)
+            && self.watch.is_watched(other.span);
+        same.then_some(other.span)
+    }
+
+    /// One try of [`AddressSpace::fault_in`]; `None` when it has to start over.
+    fn try_fault_in(
+        &self,
+        request: &FaultIn,
+        runs: &mut Vec<PageRun>,
+    ) -> Result<Option<()>, Interrupted> {
+        runs.clear();
+        self.check_mappings(request)?;
+        let mut foreign = None;
+        let mut travelling = false;
+        let mut at = request.span.start();
+        let table = self.residency.lock();
+        for (span, state) in table.overlapping(request.span) {
+            let Some(part) = span.intersect(request.span) else { continue };
+            push_system(runs, HostSpan::new(at, part.start()));
+            match state {
+                State::Resident(page) if Some(page.allocation.pagemap()) == request.keep => {
+                    let into = part.start().offset_from(span.start());
+                    push_device(runs, part, &page.allocation, page.offset + into);
+                }
+                State::Resident(page) => foreign = Some(page.allocation.clone()),
+                State::Claimed | State::Transit(_) => travelling = true,
+            }
+            at = part.end();
+        }
+        push_system(runs, HostSpan::new(at, request.span.end()));
+        drop(table);
+        if let Some(allocation) = foreign {
+            // Stale is another operation at work; the next round waits for it.
+            if let Err(Interrupted::Failed(failed)) = allocation.bring_home(HomeCause::Mixed) {
+                return Err(failed.into());
+            }
+            return Ok(None);
+        }
+        if travelling {
+            self.wait_settled(request.span);
+            return Ok(None);
+        }
+        Ok(Some(()))
+    }
+
+    /// Every mapping of the span allows the access and is watched.
+    fn check_mappings(&self, request: &FaultIn) -> Result<(), Interrupted> {
+        let mut at = request.span.start();
+        while at < request.span.end() {
+            let vma = self.vma_around(at).filter(|vma| vma.span.contains(at));
+            let vma = vma.ok_or(Failed::BadPage(at))?;
+            if vma.kind == VmaKind::Special || !vma.read {
+                return Err(Failed::BadPage(at).into());
+            }
+            if !vma.allows(request.access) {
+                return Err(Failed::Permission(at).into());
+            }
+            self.watch.ensure(&vma);
+            at = vma.span.end();
+        }
+        Ok(())
+    }
+}
+
+fn push_system(runs: &mut Vec<PageRun>, span: HostSpan) {
+    if !span.is_empty() {
+        let at = Location::System(BusAddr::new(span.start().get()));
+        runs.push(PageRun { pages: span.pages(), at });
+    }
+}
+
+fn push_device(
+    runs: &mut Vec<PageRun>,
+    span: HostSpan,
+    allocation: &gpusvm::seam::mm::AllocationRef,
+    offset: u64,
+) {
+    let at = Location::Device {
+        pagemap: allocation.pagemap(),
+        allocation: allocation.id(),
+        vram: allocation.vram().start().plus(offset),
+    };
+    runs.push(PageRun { pages: span.pages(), at });
+}
+
+fn vma_of(map: &MapInfo) -> Vma {
+    let special = thread::runtime_owns(map.span) || map.name_kind == NameKind::Special;
+    let private = !map.shared && map.inode == 0 && map.name_kind != NameKind::Stack;
+    let kind = if special {
+        VmaKind::Special
+    } else if private && map.read && map.write && !map.exec {
+        VmaKind::Anonymous
+    } else {
+        VmaKind::InPlace
+    };
+    Vma { span: map.span, read: map.read, write: map.write, kind }
+}
+
+impl AddressSpace for LiveSpace {
+    type Migration<'a> = LiveMigration<'a>;
+
+    fn find_vma(&self, at: HostVa) -> Option<Vma> {
+        self.vma_around(at)
+    }
+
+    fn subscribe(
+        &self,
+        window: HostSpan,
+        sink: Arc<dyn InvalidationSink>,
+    ) -> Result<Arc<Interval>, Interrupted> {
+        if self.closing.load(Ordering::Acquire) {
+            return Err(Failed::AddressSpaceGone.into());
+        }
+        Ok(self.notifiers.insert(window, sink))
+    }
+
+    fn unsubscribe(&self, interval: &Arc<Interval>) {
+        self.notifiers.remove(&self.env, interval);
+    }
+
+    fn read_begin(&self, interval: &Interval) -> Seq {
+        self.notifiers.read_begin(&self.env, interval)
+    }
+
+    fn fault_in(&self, request: &FaultIn, runs: &mut Vec<PageRun>) -> Result<(), Interrupted> {
+        for _round in 0..FAULT_IN_ROUNDS {
+            if self.try_fault_in(request, runs)?.is_some() {
+                return Ok(());
+            }
+        }
+        Err(Stale::PagesBusy.into())
+    }
+
+    fn is_populated(&self, span: HostSpan) -> bool {
+        let table = self.residency.lock();
+        let away: Vec<_> = table.overlapping(span).map(|(away, _)| away).collect();
+        drop(table);
+        let mut at = span.start();
+        for part in away {
+            let gap = HostSpan::new(at, part.start());
+            if !gap.is_empty() && !self.pagemap.populated(gap) {
+                return false;
+            }
+            at = at.max(part.end());
+        }
+        let rest = HostSpan::new(at, span.end());
+        rest.is_empty() || self.pagemap.populated(rest)
+    }
+
+    fn placement(&self, span: HostSpan) -> Placement {
+        let table = self.residency.lock();
+        let mut at = span.start();
+        let mut found: Option<PagemapId> = None;
+        for (part, state) in table.overlapping(span) {
+            let State::Resident(page) = state else { return Placement::Mixed };
+            let here = page.allocation.pagemap();
+            if part.start() > at || found.is_some_and(|other| other != here) {
+                return Placement::Mixed;
+            }
+            found = Some(here);
+            at = part.end();
+        }
+        match found {
+            None => Placement::System,
+            Some(pagemap) if at >= span.end() => Placement::Device(pagemap),
+            Some(_) => Placement::Mixed,
+        }
+    }
+
+    fn migrate_begin(
+        &self,
+        span: HostSpan,
+        to: MigrateTo,
+    ) -> Result<LiveMigration<'_>, Interrupted> {
+        self.begin(span, to)
+    }
+}
+

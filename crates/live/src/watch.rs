@@ -1,0 +1,197 @@
+//! Which memory is watched: registrations with userfaultfd and the hull that syscall brackets look
+//! at (`livehost.md` sections 2 and 7).
+//!
+//! * *Watched*: some device may use the mapping. Address-space calls that touch it are bracketed.
+//! * *Registered*: watched memory that userfaultfd accepts, write-protect mode only: first touches
+//!   cost nothing, and changes that no bracket saw still raise events.
+//! * *Armed*: registered memory whose pages may be away: MISSING mode, faults come to the reader.
+//!
+//! Arming a piece splits the kernel's mapping in two or three. It stays armed after its pages came
+//! home, until a fault finds host memory there or a bracket makes the mapping whole again.
+//!
+//! The lock is held across registration calls, which never wait for the reader. Lock rank: host
+//! mm, outside the residency table's.
+
+use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
+use gpusvm::seam::env::Mutex;
+use gpusvm::seam::mm::Vma;
+
+use crate::env::LiveEnv;
+use crate::residency::Residency;
+use crate::spans::SpanSet;
+use crate::sys::patch;
+use crate::sys::uffd::{RegisterMode, Uffd};
+
+#[derive(Debug, Default)]
+struct Sets {
+    watched: SpanSet,
+    registered: SpanSet,
+    armed: SpanSet,
+}
+
+/// The registrations of one process.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    pub(crate) uffd: Uffd,
+    sets: Mutex<LiveEnv, Sets>,
+}
+
+/// A piece cannot be armed: the kernel refused, so its pages cannot be taken away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CannotArm;
+
+impl Watch {
+    pub(crate) fn new(uffd: Uffd) -> Self {
+        Self { uffd, sets: Mutex::<LiveEnv, _>::new(Sets::default()) }
+    }
+
+    /// Watches a whole mapping before a device may use any of it. Cheap when it is watched already.
+    pub(crate) fn ensure(&self, vma: &Vma) {
+        let mut sets = self.sets.lock();
+        if sets.watched.covers(vma.span) {
+            return;
+        }
+        sets.watched.insert(vma.span);
+        publish_hull(&sets.watched);
+        // Calls that began before the hull grew may still be changing the mapping: let them end.
+        patch::wait_for_unwatched_calls();
+        if self.uffd.register(vma.span, RegisterMode::WriteProtect).is_ok() {
+            sets.registered.insert(vma.span);
+        }
+    }
+
+    /// Arms a span, so that a touch of a missing page waits for the reader.
+    pub(crate) fn arm(&self, span: HostSpan) -> Result<(), CannotArm> {
+        let mut sets = self.sets.lock();
+        if sets.armed.covers(span) {
+            return Ok(());
+        }
+        if !sets.registered.covers(span) {
+            return Err(CannotArm);
+        }
+        self.uffd
+            .register(span, RegisterMode::MissingAndWriteProtect)
+            .map_err(|_errno| CannotArm)?;
+        sets.armed.insert(span);
+        Ok(())
+    }
+
+    /// Disarms the block around `at` unless some of its pages are away. Returns whether the kernel
+    /// fills the page itself now; waiting accesses are then already woken.
+    ///
+    /// The residency table is asked under this lock, and a migration arms under this lock only
+    /// after it has marked its span as travelling: so a block is never disarmed under a migration.
+    pub(crate) fn disarm(&self, at: HostVa, residency: &Mutex<LiveEnv, Residency>) -> bool {
+        let mut sets = self.sets.lock();
+        let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
+        let Some(piece) = sets.armed.within(block).into_iter().find(|piece| piece.contains(at))
+        else {
+            return true;
+        };
+        if residency.lock().has_departed(piece) {
+            return false;
+        }
+        sets.armed.remove(piece);
+        let whole = self.uffd.unregister(piece).is_ok()
+            && self.uffd.register(piece, RegisterMode::WriteProtect).is_ok();
+        if !whole {
+            sets.registered.remove(piece);
+        }
+        true
+    }
+
+    /// Takes `span` out of userfaultfd, so that a bracketed call raises no events and sees whole
+    /// mappings. Returns what [`resume`](Self::resume) needs.
+    pub(crate) fn suspend(&self, span: HostSpan) -> Suspended {
+        let mut sets = self.sets.lock();
+        let registered = sets.registered.within(span);
+        let armed = sets.armed.within(span);
+        for piece in &registered {
+            // A refusal means that the mapping has changed unseen; the events then tell.
+            if self.uffd.unregister(*piece).is_ok() {
+                sets.registered.remove(*piece);
+                sets.armed.remove(*piece);
+            }
+        }
+        Suspended { registered, armed }
+    }
+
+    /// Registers again what [`suspend`](Self::suspend) took out, as far as it still exists.
+    pub(crate) fn resume(&self, suspended: &Suspended) {
+        let mut sets = self.sets.lock();
+        for piece in &suspended.registered {
+            if self.uffd.register(*piece, RegisterMode::WriteProtect).is_ok() {
+                sets.registered.insert(*piece);
+            }
+        }
+    }
+
+    /// Arms again what was armed, where pages are still away after a call that failed.
+    pub(crate) fn rearm(&self, suspended: &Suspended) {
+        self.resume(suspended);
+        for piece in &suspended.armed {
+            // Not armed means that the mapping is gone, and with it the pages.
+            let _gone = self.arm(*piece);
+        }
+    }
+
+    /// The mappings in `span` are gone, or have to be watched anew.
+    pub(crate) fn forget(&self, span: HostSpan) {
+        let mut sets = self.sets.lock();
+        sets.watched.remove(span);
+        sets.registered.remove(span);
+        sets.armed.remove(span);
+        publish_hull(&sets.watched);
+    }
+
+    /// A mapping moved together with its registration.
+    pub(crate) fn moved(&self, from: HostSpan, to: HostVa) {
+        let mut sets = self.sets.lock();
+        let Sets { watched, registered, armed } = &mut *sets;
+        for set in [watched, registered, armed] {
+            let pieces = set.within(from);
+            set.remove(from);
+            for piece in pieces {
+                let start = to.plus(piece.start().offset_from(from.start()));
+                set.insert(HostSpan::at(start, piece.bytes()));
+            }
+        }
+        publish_hull(&sets.watched);
+    }
+
+    /// Whether a device may use any of `span`.
+    pub(crate) fn is_watched(&self, span: HostSpan) -> bool {
+        !self.sets.lock().watched.within(span).is_empty()
+    }
+
+    /// The watched stretch around `span`: what must be taken out to make its mappings whole.
+    pub(crate) fn stretch(&self, span: HostSpan) -> HostSpan {
+        let sets = self.sets.lock();
+        let reach = HostSpan::new(
+            HostVa::new(span.start().get().saturating_sub(PAGE)),
+            span.end().plus(PAGE),
+        );
+        sets.registered.overlapping_whole(reach).fold(span, HostSpan::join)
+    }
+
+    /// Ends all registrations.
+    pub(crate) fn close(&self) {
+        let everything = crate::residency::everything();
+        let _ended = self.suspend(everything);
+        self.forget(everything);
+    }
+}
+
+/// What a bracket took out of userfaultfd.
+#[derive(Debug)]
+pub(crate) struct Suspended {
+    registered: Vec<HostSpan>,
+    armed: Vec<HostSpan>,
+}
+
+fn publish_hull(watched: &SpanSet) {
+    match watched.hull() {
+        Some(hull) => patch::set_hull(hull.start().get(), hull.end().get()),
+        None => patch::set_hull(u64::MAX, 0),
+    }
+}

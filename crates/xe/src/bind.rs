@@ -1,0 +1,86 @@
+//! Binding: page-table entries for the pages of one range (`svm-design.md` section 5.8).
+//!
+//! [`plan`] may allocate tables and fail; [`commit`] writes, under the notifier lock, after the
+//! sequence was checked, and cannot fail.
+
+use alloc::vec::Vec;
+
+use gpusvm::error::{Failed, Stale};
+use gpusvm::range::RangeRef;
+use gpusvm::seam::Platform;
+use gpusvm::seam::mm::{Access, Location};
+use gpusvm::seam::table::{LeafFlags, LeafTarget};
+use gpusvm::svm::PageSet;
+use gpusvm::table::{Segment, TablePlan};
+
+use crate::vm::{Vm, VmState, mirrored};
+
+/// Entries for `pages` of `range`, not yet written.
+///
+/// # Errors
+/// [`Failed::OutOfVram`] for a table; nothing has changed then.
+pub(crate) fn plan<P: Platform>(
+    vm: &Vm<P>,
+    state: &mut VmState,
+    range: &RangeRef,
+    pages: &PageSet,
+) -> Result<TablePlan, Failed> {
+    let write = pages.access() == Access::Write;
+    // The device's own atomics reach host memory over the bus as well, so both kinds allow them.
+    let flags = LeafFlags {
+        write,
+        atomic: write,
+    };
+    let segments: Vec<_> = pages
+        .runs()
+        .iter()
+        .map(|run| {
+            let target = match run.at {
+                Location::System(bus) => LeafTarget::System(bus),
+                Location::Device { vram, .. } => LeafTarget::Vram(vram),
+            };
+            Segment {
+                pages: run.pages,
+                target,
+                flags,
+            }
+        })
+        .collect();
+    state
+        .table
+        .plan(&*vm.device.tables, mirrored(range.span()), &segments)
+}
+
+/// Writes the planned entries, unless the host changed its tables since the pages were gathered.
+///
+/// # Errors
+/// [`Stale`]; the plan is undone then, and nothing was written.
+pub(crate) fn commit<P: Platform>(
+    vm: &Vm<P>,
+    state: &mut VmState,
+    range: &RangeRef,
+    pages: PageSet,
+    plan: TablePlan,
+) -> Result<(), Stale> {
+    let tables = &*vm.device.tables;
+    let mut plan = Some(plan);
+    let mut replaced = None;
+    let committed = vm.svm.commit(range, pages, |bound, held| {
+        if let Some(plan) = plan.take() {
+            let done = state.table.commit(plan, tables, held);
+            bound.slots = done.slots;
+            bound.valid = true;
+            replaced = Some(done.garbage);
+        }
+    });
+    if let Some(plan) = plan {
+        state.table.abort(plan, tables);
+    }
+    if let Some(garbage) = replaced
+        && !garbage.is_empty()
+    {
+        vm.svm.driver().flush_all();
+        garbage.free(tables);
+    }
+    committed
+}
