@@ -134,20 +134,33 @@ impl Effect {
 pub(crate) fn effects(call: &SysCall) -> [Option<(HostSpan, Effect)>; 2] {
     let [a0, a1, a2, a3, a4, _] = call.args;
     let one = |effect| [span_of(a0, a1).map(|span| (span, effect)), None];
-    match call.nr {
+    let Some(nr) = call.call() else {
+        return [None, None];
+    };
+    match nr {
         Call::Munmap => one(Effect::Unmap),
         Call::Mprotect => one(Effect::Protect),
         Call::Madvise => madvise_effect(a2).map_or([None, None], one),
         Call::Mmap => {
             let replaces = a3 & MAP_FIXED != 0 && a3 & MAP_FIXED_NOREPLACE != MAP_FIXED_NOREPLACE;
-            if replaces { one(Effect::Unmap) } else { [None, None] }
+            if replaces {
+                one(Effect::Unmap)
+            } else {
+                [None, None]
+            }
         }
         Call::Mremap => {
             let fixed = a3 & MREMAP_FIXED != 0;
             let onto = if fixed { span_of(a4, a2) } else { None };
-            [span_of(a0, a1).map(|s| (s, Effect::Move)), onto.map(|s| (s, Effect::Unmap))]
+            [
+                span_of(a0, a1).map(|s| (s, Effect::Move)),
+                onto.map(|s| (s, Effect::Unmap)),
+            ]
         }
-        Call::Brk => [patch::brk_shrinks(a0).map(|raw| (span(raw), Effect::Unmap)), None],
+        Call::Brk => [
+            patch::brk_shrinks(a0).map(|raw| (span(raw), Effect::Unmap)),
+            None,
+        ],
         Call::ProcessMadvise => {
             let effect = madvise_effect(a3);
             let hull = effect.and_then(|_| patch::iovec_hull(a1, a2));
@@ -207,7 +220,11 @@ impl LiveSpace {
     fn bracket_span(&self, what: (HostSpan, Effect), raw: impl FnOnce() -> isize) -> isize {
         let (span, effect) = what;
         // A mapping that moves must be whole: taken out with all the pieces that arming cut.
-        let span = if effect == Effect::Move { self.watch.stretch(span) } else { span };
+        let span = if effect == Effect::Move {
+            self.watch.stretch(span)
+        } else {
+            span
+        };
         self.residency.lock().change(span);
         let pieces = self.clear_the_way(span, effect);
         let invalidation = self.notifiers.start(span, effect.reason());

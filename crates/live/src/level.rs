@@ -133,7 +133,10 @@ impl OpenError {
 
 impl From<SpawnError> for OpenError {
     fn from(error: SpawnError) -> Self {
-        Self::Os { step: "start a thread", errno: error.errno() }
+        Self::Os {
+            step: "start a thread",
+            errno: error.errno(),
+        }
     }
 }
 
@@ -180,4 +183,3 @@ pub(crate) fn open_descriptors() -> Result<(Uffd, Uffd, UffdLevel), OpenError> {
     let staging = Uffd::open(mode, Features::NONE).map_err(OpenError::NoUffd)?;
     Ok((user, staging, level))
 }
-

@@ -1,1 +1,54 @@
+//! The live host: this process's real memory, shared with devices.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`LiveSpace`] (`space`) | the process as an [`AddressSpace`](gpusvm::seam::mm::AddressSpace) |
+//! | `residency` | which pages are away, or on their way |
+//! | `watch` | which mappings raise faults and brackets |
+//! | `migrate`, `staging` | pages leave and return by `UFFDIO_MOVE` |
+//! | `reader` | the thread that serves CPU faults |
+//! | `bracket` | address-space calls, seen before they happen |
+//! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
+//! | `level` | what the system allows, and what follows |
+//! | `sys` | every `unsafe`, and nothing that knows what it is for |
+//!
+//! A program that opens a live space declares the allocator that keeps the runtime's own memory
+//! apart:
+//!
+//! ```
+//! #[global_allocator]
+//! static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
+//! # fn main() { assert!(gpusvm_live::is_installed()); }
+//! ```
+//!
+//! Lock order: host mm (`watch`, then notifiers, then `residency`) → notifier → vram → leaf
+//! (`staging`, the allocator).
 
+mod bracket;
+mod env;
+mod level;
+mod migrate;
+mod reader;
+mod residency;
+mod space;
+mod spans;
+mod staging;
+mod sys;
+mod watch;
+
+pub use env::LiveEnv;
+pub use level::{BracketChoice, BracketLevel, Level, LiveConfig, OpenError, UffdLevel};
+pub use migrate::LiveMigration;
+pub use space::LiveSpace;
+pub use sys::arena::{RuntimeAlloc, RuntimeScope, is_installed};
+pub use sys::fault_copy::LiveBus;
+pub use sys::futex::RawFutexMutex;
+pub use sys::mapping::{AnonMapping, FileMapping, Huge, Protect};
+pub use sys::patch::PatchError;
+pub use sys::probe::{Facts, memory_available, probe};
+pub use sys::thread;
+pub use sys::vram::{LiveVram, VramMode};
+
+#[cfg(test)]
+#[global_allocator]
+static ALLOCATOR: RuntimeAlloc = RuntimeAlloc;

@@ -14,9 +14,7 @@ use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PAGE_2M, PageCount, VramSpan
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::Event;
 use gpusvm::seam::copy::{CopyMove, CopyWith};
-use gpusvm::seam::mm::{
-    AllocationRef, InvalidateReason, MigrateTo, MigrationSet, VmaKind,
-};
+use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrateTo, MigrationSet, VmaKind};
 use rustix::io::Errno;
 
 use crate::residency::{Busy, DevicePage, Piece};
@@ -48,8 +46,13 @@ pub struct LiveMigration<'a> {
 
 #[derive(Debug)]
 enum Way {
-    Out { span: HostSpan, allocation: AllocationRef },
-    Home { pieces: Vec<Piece> },
+    Out {
+        span: HostSpan,
+        allocation: AllocationRef,
+    },
+    Home {
+        pieces: Vec<Piece>,
+    },
 }
 
 /// Up to 2 MiB of user memory and the place outside of it where its pages stay meanwhile.
@@ -64,7 +67,12 @@ struct Leg {
 
 impl Leg {
     const fn new(user: HostSpan, parked: HostVa, slot: Option<Slot>) -> Self {
-        Self { user, parked, slot, left: 0 }
+        Self {
+            user,
+            parked,
+            slot,
+            left: 0,
+        }
     }
 
     /// Forgets the part that never left.
@@ -85,8 +93,14 @@ impl LiveSpace {
         to: MigrateTo,
     ) -> Result<LiveMigration<'_>, Interrupted> {
         match to {
-            MigrateTo::Device { allocation, aperture } => self.begin_out(span, allocation, aperture),
-            MigrateTo::System { allocation, aperture } => Ok(self.begin_home(&allocation, aperture)),
+            MigrateTo::Device {
+                allocation,
+                aperture,
+            } => self.begin_out(span, allocation, aperture),
+            MigrateTo::System {
+                allocation,
+                aperture,
+            } => Ok(self.begin_home(&allocation, aperture)),
         }
     }
 
@@ -96,7 +110,9 @@ impl LiveSpace {
         allocation: AllocationRef,
         aperture: Option<HostSpan>,
     ) -> Result<LiveMigration<'_>, Interrupted> {
-        let vma = self.vma_around(span.start()).ok_or(Failed::NoVma(span.start()))?;
+        let vma = self
+            .vma_around(span.start())
+            .ok_or(Failed::NoVma(span.start()))?;
         if !vma.span.covers(span) || vma.kind != VmaKind::Anonymous {
             return Err(Failed::NotMigratable(span.start()).into());
         }
@@ -110,7 +126,8 @@ impl LiveSpace {
         if advise::populate_write(span).is_err() {
             return Err(Stale::PagesRefused.into());
         }
-        self.try_out(span, &allocation, aperture)?.map_err(|_still| Stale::PagesRefused.into())
+        self.try_out(span, &allocation, aperture)?
+            .map_err(|_still| Stale::PagesRefused.into())
     }
 
     /// One attempt: either all pages of the span left, or everything is as before.
@@ -120,7 +137,10 @@ impl LiveSpace {
         allocation: &AllocationRef,
         aperture: Option<HostSpan>,
     ) -> Result<Result<LiveMigration<'_>, Refused>, Interrupted> {
-        self.residency.lock().claim(span).map_err(|Busy| Stale::PagesBusy)?;
+        self.residency
+            .lock()
+            .claim(span)
+            .map_err(|Busy| Stale::PagesBusy)?;
         let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
         self.residency.lock().depart(span);
         let mut legs = self.legs_out(span, aperture);
@@ -134,9 +154,20 @@ impl LiveSpace {
         self.notifiers.end(&self.env, invalidation);
         let set = LiveMigration {
             space: self,
-            moves: if aperture.is_some() { Vec::new() } else { moves_out(&legs, allocation) },
-            adopted: if aperture.is_some() { span.pages() } else { PageCount::ZERO },
-            way: Way::Out { span, allocation: allocation.clone() },
+            moves: if aperture.is_some() {
+                Vec::new()
+            } else {
+                moves_out(&legs, allocation)
+            },
+            adopted: if aperture.is_some() {
+                span.pages()
+            } else {
+                PageCount::ZERO
+            },
+            way: Way::Out {
+                span,
+                allocation: allocation.clone(),
+            },
             legs,
             done: false,
         };
@@ -168,7 +199,10 @@ impl LiveSpace {
         for leg in legs {
             while leg.left < leg.user.bytes() {
                 let rest = HostSpan::new(leg.user.start().plus(leg.left), leg.user.end());
-                let moved = self.staging.uffd.move_pages(leg.parked.plus(leg.left), rest);
+                let moved = self
+                    .staging
+                    .uffd
+                    .move_pages(leg.parked.plus(leg.left), rest);
                 leg.left += moved.bytes;
                 match moved.error {
                     None => {}
@@ -186,7 +220,10 @@ impl LiveSpace {
         allocation: &AllocationRef,
         aperture: Option<HostSpan>,
     ) -> LiveMigration<'_> {
-        let pieces = self.residency.lock().recall(allocation.id(), allocation.origin());
+        let pieces = self
+            .residency
+            .lock()
+            .recall(allocation.id(), allocation.origin());
         let mut legs = Vec::new();
         let mut moves = Vec::new();
         for piece in &pieces {
@@ -198,7 +235,14 @@ impl LiveSpace {
             Some(_) => pieces.iter().map(|piece| piece.span.pages()).sum(),
             None => PageCount::ZERO,
         };
-        LiveMigration { space: self, way: Way::Home { pieces }, legs, moves, adopted, done: false }
+        LiveMigration {
+            space: self,
+            way: Way::Home { pieces },
+            legs,
+            moves,
+            adopted,
+            done: false,
+        }
     }
 
     fn legs_home(
@@ -215,8 +259,14 @@ impl LiveSpace {
                 continue;
             }
             let leg = self.slot_leg(user, self.staging.take_full());
-            let vram = VramSpan::at(piece.page.allocation.vram().start().plus(offset), user.bytes());
-            moves.push(CopyMove { vram, with: CopyWith::To(BusAddr::new(leg.parked.get())) });
+            let vram = VramSpan::at(
+                piece.page.allocation.vram().start().plus(offset),
+                user.bytes(),
+            );
+            moves.push(CopyMove {
+                vram,
+                with: CopyWith::To(BusAddr::new(leg.parked.get())),
+            });
             legs.push(leg);
         }
     }
@@ -250,7 +300,10 @@ impl LiveSpace {
         }
         if conflicts > 0 {
             let pages = PageCount::new(conflicts);
-            self.emit(&Event::HostConflict { span: leg.user, pages });
+            self.emit(&Event::HostConflict {
+                span: leg.user,
+                pages,
+            });
         }
     }
 
@@ -263,14 +316,20 @@ impl LiveSpace {
 }
 
 fn copy_in(uffd: &Uffd, to: HostVa, from: HostVa) -> Result<(), Errno> {
-    uffd.copy(to, from, PAGE).error.map_or(Ok(()), Err)
+    uffd.copy(to, HostSpan::at(from, PAGE))
+        .error
+        .map_or(Ok(()), Err)
 }
 
 /// `span` cut at 2 MiB borders.
 fn blocks(span: HostSpan) -> impl Iterator<Item = HostSpan> {
     let mut rest = span;
     core::iter::from_fn(move || {
-        let border = rest.start().align_down(PAGE_2M).plus(PAGE_2M).min(rest.end());
+        let border = rest
+            .start()
+            .align_down(PAGE_2M)
+            .plus(PAGE_2M)
+            .min(rest.end());
         let block = HostSpan::new(rest.start(), border);
         rest = HostSpan::new(border, rest.end());
         (!block.is_empty()).then_some(block)
@@ -304,7 +363,10 @@ impl MigrationSet for LiveMigration<'_> {
         self.done = true;
         match &self.way {
             Way::Out { span, allocation } => {
-                let page = DevicePage { allocation: allocation.clone(), offset: 0 };
+                let page = DevicePage {
+                    allocation: allocation.clone(),
+                    offset: 0,
+                };
                 self.space.residency.lock().settle(*span, page);
                 self.space.arrived(*span);
                 span.pages()
@@ -334,7 +396,9 @@ impl Drop for LiveMigration<'_> {
         for leg in &self.legs {
             if let Some(slot) = leg.slot {
                 let whole = leg.user.bytes() == PAGE_2M;
-                self.space.staging.put(slot, if whole { left } else { Left::Little });
+                self.space
+                    .staging
+                    .put(slot, if whole { left } else { Left::Little });
             }
         }
     }

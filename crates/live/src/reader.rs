@@ -61,7 +61,9 @@ impl Reader {
 }
 
 fn run(space: &LiveSpace, stop: &OwnedFd) {
-    space.reader_tid.store(thread::current_id(), Ordering::Relaxed);
+    space
+        .reader_tid
+        .store(thread::current_id(), Ordering::Relaxed);
     let mut deferred = Deferred::default();
     let mut messages = [const { Message::None }; BATCH];
     loop {
@@ -71,7 +73,11 @@ fn run(space: &LiveSpace, stop: &OwnedFd) {
         if readable {
             let count = space.watch.uffd.read(&mut messages).unwrap_or(0);
             for message in &mut messages[..count] {
-                handle(space, core::mem::replace(message, Message::None), &mut deferred);
+                handle(
+                    space,
+                    core::mem::replace(message, Message::None),
+                    &mut deferred,
+                );
             }
         } else if stopped(stop) {
             return;
@@ -80,17 +86,23 @@ fn run(space: &LiveSpace, stop: &OwnedFd) {
 }
 
 fn stopped(stop: &OwnedFd) -> bool {
-    let mut fds = [rustix::event::PollFd::new(stop, rustix::event::PollFlags::IN)];
-    let none = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut fds = [rustix::event::PollFd::new(
+        stop,
+        rustix::event::PollFlags::IN,
+    )];
+    let none = rustix::event::Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     rustix::event::poll(&mut fds, Some(&none)).is_ok_and(|ready| ready > 0)
 }
 
 fn handle(space: &LiveSpace, message: Message, deferred: &mut Deferred) {
     match message {
-        Message::Fault { at, .. } => serve_fault(space, at.align_down(PAGE), deferred),
+        Message::Fault { at } => serve_fault(space, at.align_down(PAGE), deferred),
         Message::Unmap(span) => late_change(space, span, InvalidateReason::Unmap),
         Message::Remove(span) => late_change(space, span, InvalidateReason::Clear),
-        Message::Remap { from, to, .. } => late_move(space, from, to),
+        Message::Remap { from, to } => late_move(space, from, to),
         // The child's descriptor closes: it reads what the parent brought home before.
         Message::Fork(_child) => {}
         Message::None => {}
@@ -180,7 +192,7 @@ pub(crate) fn drain(space: &LiveSpace) {
     let mut none = Deferred::default();
     for message in &mut messages[..count] {
         match core::mem::replace(message, Message::None) {
-            Message::Fault { at, .. } => wake(space, at.align_down(PAGE)),
+            Message::Fault { at } => wake(space, at.align_down(PAGE)),
             other => handle(space, other, &mut none),
         }
     }
@@ -194,7 +206,9 @@ struct Deferred {
 
 impl Default for Deferred {
     fn default() -> Self {
-        Self { slots: [None; DEFERRED] }
+        Self {
+            slots: [None; DEFERRED],
+        }
     }
 }
 

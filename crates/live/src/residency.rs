@@ -33,7 +33,10 @@ pub(crate) struct DevicePage {
 
 impl DevicePage {
     fn plus(&self, bytes: u64) -> Self {
-        Self { allocation: self.allocation.clone(), offset: self.offset + bytes }
+        Self {
+            allocation: self.allocation.clone(),
+            offset: self.offset + bytes,
+        }
     }
 }
 
@@ -84,7 +87,13 @@ impl Residency {
         if !free {
             return Err(Busy);
         }
-        self.entries.insert(span.start(), Entry { end: span.end(), state: State::Claimed });
+        self.entries.insert(
+            span.start(),
+            Entry {
+                end: span.end(),
+                state: State::Claimed,
+            },
+        );
         Ok(())
     }
 
@@ -115,7 +124,10 @@ impl Residency {
         for (span, state) in self.overlapping_mut(search) {
             match state {
                 State::Resident(page) if page.allocation.id() == id => {
-                    pieces.push(Piece { span, page: page.clone() });
+                    pieces.push(Piece {
+                        span,
+                        page: page.clone(),
+                    });
                     *state = State::Transit(Some(page.clone()));
                 }
                 State::Resident(_) | State::Claimed | State::Transit(_) => {}
@@ -134,7 +146,10 @@ impl Residency {
         let mut pieces = Vec::new();
         for (piece, state) in self.overlapping_mut(span) {
             if let State::Resident(page) = state {
-                pieces.push(Piece { span: piece, page: page.clone() });
+                pieces.push(Piece {
+                    span: piece,
+                    page: page.clone(),
+                });
                 *state = State::Transit(Some(page.clone()));
             }
         }
@@ -148,12 +163,14 @@ impl Residency {
 
     /// Whether some operation holds part of `span`.
     pub(crate) fn is_travelling(&self, span: HostSpan) -> bool {
-        self.overlapping(span).any(|(_, state)| !matches!(state, State::Resident(_)))
+        self.overlapping(span)
+            .any(|(_, state)| !matches!(state, State::Resident(_)))
     }
 
     /// Whether part of `span` is travelling or in device memory: its pages may be missing.
     pub(crate) fn has_departed(&self, span: HostSpan) -> bool {
-        self.overlapping(span).any(|(_, state)| !matches!(state, State::Claimed))
+        self.overlapping(span)
+            .any(|(_, state)| !matches!(state, State::Claimed))
     }
 
     /// An allocation that has resident pages in `span`.
@@ -166,24 +183,20 @@ impl Residency {
 
     /// What the table says about the page at `at`.
     pub(crate) fn at(&self, at: HostVa) -> Option<&State> {
-        self.overlapping(HostSpan::at(at, 1)).next().map(|(_, state)| state)
+        self.overlapping(HostSpan::at(at, 1))
+            .next()
+            .map(|(_, state)| state)
     }
 
     /// Named spans that overlap `span`, in order.
-    pub(crate) fn overlapping(
-        &self,
-        span: HostSpan,
-    ) -> impl Iterator<Item = (HostSpan, &State)> {
+    pub(crate) fn overlapping(&self, span: HostSpan) -> impl Iterator<Item = (HostSpan, &State)> {
         let from = self.first_key(span);
         self.entries
             .range(from..span.end().max(from))
             .map(|(start, entry)| (HostSpan::new(*start, entry.end), &entry.state))
     }
 
-    fn overlapping_mut(
-        &mut self,
-        span: HostSpan,
-    ) -> impl Iterator<Item = (HostSpan, &mut State)> {
+    fn overlapping_mut(&mut self, span: HostSpan) -> impl Iterator<Item = (HostSpan, &mut State)> {
         let from = self.first_key(span);
         self.entries
             .range_mut(from..span.end().max(from))
@@ -200,7 +213,9 @@ impl Residency {
 
     /// Makes `at` a border between entries.
     fn cut(&mut self, at: HostVa) {
-        let Some((&start, entry)) = self.entries.range_mut(..at).next_back() else { return };
+        let Some((&start, entry)) = self.entries.range_mut(..at).next_back() else {
+            return;
+        };
         if entry.end <= at {
             return;
         }
@@ -210,7 +225,10 @@ impl Residency {
             State::Transit(Some(page)) => State::Transit(Some(page.plus(offset))),
             other @ (State::Claimed | State::Transit(None)) => other.clone(),
         };
-        let tail = Entry { end: entry.end, state };
+        let tail = Entry {
+            end: entry.end,
+            state,
+        };
         entry.end = at;
         self.entries.insert(at, tail);
     }

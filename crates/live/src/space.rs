@@ -15,8 +15,8 @@ use gpusvm::event::{Event, EventSink, HomeCause};
 use gpusvm::mmu::{Interval, IntervalNotifiers, Seq};
 use gpusvm::seam::env::{Environment, Mutex};
 use gpusvm::seam::mm::{
-    AddressSpace, FaultIn, InvalidationSink, Location, MigrateTo, PageRun, PagemapId,
-    Placement, Vma, VmaKind,
+    AddressSpace, FaultIn, InvalidationSink, Location, MigrateTo, PageRun, PagemapId, Placement,
+    Vma, VmaKind,
 };
 
 use crate::bracket;
@@ -28,8 +28,8 @@ use crate::residency::{Piece, Residency, State, everything};
 use crate::staging::Staging;
 use crate::sys::futex;
 use crate::sys::pagemap::PageMap;
-use crate::sys::procmap::{MapInfo, NameKind, ProcMap};
-use crate::sys::uffd::{RegisterMode, Uffd};
+use crate::sys::procmap::{MapInfo, NameKind, ProcMap, Sharing};
+use crate::sys::uffd::RegisterMode;
 use crate::sys::vram::{LiveVram, VramMode};
 use crate::sys::{arena, thread};
 use crate::watch::Watch;
@@ -58,7 +58,9 @@ pub struct LiveSpace {
 
 impl fmt::Debug for LiveSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LiveSpace").field("level", &self.level).finish_non_exhaustive()
+        f.debug_struct("LiveSpace")
+            .field("level", &self.level)
+            .finish_non_exhaustive()
     }
 }
 
@@ -87,7 +89,10 @@ impl LiveSpace {
             procmap: ProcMap::open().map_err(OpenError::os("query this process's mappings"))?,
             pagemap: PageMap::open().map_err(OpenError::os("open /proc/self/pagemap"))?,
             sink,
-            level: Level { uffd: uffd_level, bracket },
+            level: Level {
+                uffd: uffd_level,
+                bracket,
+            },
             changed: AtomicU32::new(0),
             reader: Mutex::<LiveEnv, _>::new(None),
             reader_tid: AtomicU32::new(0),
@@ -179,7 +184,9 @@ impl LiveSpace {
 
     /// Lets go of the pages that are resident in `span`, without bringing them home.
     pub(crate) fn drop_pages(&self, span: HostSpan) {
-        let Ok(pieces) = self.residency.lock().recall_span(span) else { return };
+        let Ok(pieces) = self.residency.lock().recall_span(span) else {
+            return;
+        };
         self.let_go(pieces);
     }
 
@@ -194,7 +201,8 @@ impl LiveSpace {
 
     /// Whether anything is mapped in `span`.
     pub(crate) fn is_mapped(&self, span: HostSpan) -> bool {
-        self.vma_around(span.start()).is_some_and(|vma| vma.span.overlaps(span))
+        self.vma_around(span.start())
+            .is_some_and(|vma| vma.span.overlaps(span))
     }
 
     /// A MOVE found unread events. The reader drains them; if this is the reader, it does so now.
@@ -214,11 +222,15 @@ impl LiveSpace {
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
         while vma.span.contains(at) && vma.span.start() > block.start() {
             let before = HostVa::new(vma.span.start().get() - 1);
-            let Some(other) = self.joinable(&vma, before) else { break };
+            let Some(other) = self.joinable(&vma, before) else {
+                break;
+            };
             vma.span = vma.span.join(other);
         }
         while vma.span.contains(at) && vma.span.end() < block.end() {
-            let Some(other) = self.joinable(&vma, vma.span.end()) else { break };
+            let Some(other) = self.joinable(&vma, vma.span.end()) else {
+                break;
+            };
             vma.span = vma.span.join(other);
         }
         Some(vma)
@@ -249,7 +261,9 @@ impl LiveSpace {
         let mut at = request.span.start();
         let table = self.residency.lock();
         for (span, state) in table.overlapping(request.span) {
-            let Some(part) = span.intersect(request.span) else { continue };
+            let Some(part) = span.intersect(request.span) else {
+                continue;
+            };
             push_system(runs, HostSpan::new(at, part.start()));
             match state {
                 State::Resident(page) if Some(page.allocation.pagemap()) == request.keep => {
@@ -299,7 +313,10 @@ impl LiveSpace {
 fn push_system(runs: &mut Vec<PageRun>, span: HostSpan) {
     if !span.is_empty() {
         let at = Location::System(BusAddr::new(span.start().get()));
-        runs.push(PageRun { pages: span.pages(), at });
+        runs.push(PageRun {
+            pages: span.pages(),
+            at,
+        });
     }
 }
 
@@ -314,12 +331,15 @@ fn push_device(
         allocation: allocation.id(),
         vram: allocation.vram().start().plus(offset),
     };
-    runs.push(PageRun { pages: span.pages(), at });
+    runs.push(PageRun {
+        pages: span.pages(),
+        at,
+    });
 }
 
 fn vma_of(map: &MapInfo) -> Vma {
-    let special = thread::runtime_owns(map.span) || map.name_kind == NameKind::Special;
-    let private = !map.shared && map.inode == 0 && map.name_kind != NameKind::Stack;
+    let special = thread::runtime_owns(map.span) || map.name == NameKind::Special;
+    let private = map.sharing == Sharing::Private && map.inode == 0 && map.name != NameKind::Stack;
     let kind = if special {
         VmaKind::Special
     } else if private && map.read && map.write && !map.exec {
@@ -327,7 +347,12 @@ fn vma_of(map: &MapInfo) -> Vma {
     } else {
         VmaKind::InPlace
     };
-    Vma { span: map.span, read: map.read, write: map.write, kind }
+    Vma {
+        span: map.span,
+        read: map.read,
+        write: map.write,
+        kind,
+    }
 }
 
 impl AddressSpace for LiveSpace {
@@ -386,7 +411,9 @@ impl AddressSpace for LiveSpace {
         let mut at = span.start();
         let mut found: Option<PagemapId> = None;
         for (part, state) in table.overlapping(span) {
-            let State::Resident(page) = state else { return Placement::Mixed };
+            let State::Resident(page) = state else {
+                return Placement::Mixed;
+            };
             let here = page.allocation.pagemap();
             if part.start() > at || found.is_some_and(|other| other != here) {
                 return Placement::Mixed;
@@ -409,4 +436,3 @@ impl AddressSpace for LiveSpace {
         self.begin(span, to)
     }
 }
-

@@ -26,7 +26,10 @@ impl SpanSet {
 
     /// Takes all of `span` out.
     pub(crate) fn remove(&mut self, span: HostSpan) {
-        while let Some(other) = self.overlapping(span).next() {
+        if span.is_empty() {
+            return;
+        }
+        while let Some(other) = self.first_overlap(span) {
             self.spans.remove(&other.start());
             let head = HostSpan::new(other.start(), span.start().min(other.end()));
             let tail = HostSpan::new(span.end().max(other.start()), other.end());
@@ -40,12 +43,16 @@ impl SpanSet {
 
     /// Whether all of `span` is in the set.
     pub(crate) fn covers(&self, span: HostSpan) -> bool {
-        self.overlapping(span).next().is_some_and(|other| other.covers(span))
+        self.overlapping(span)
+            .next()
+            .is_some_and(|other| other.covers(span))
     }
 
     /// The parts of `span` in the set, in order, clipped to it.
     pub(crate) fn within(&self, span: HostSpan) -> Vec<HostSpan> {
-        self.overlapping(span).filter_map(|other| other.intersect(span)).collect()
+        self.overlapping(span)
+            .filter_map(|other| other.intersect(span))
+            .collect()
     }
 
     /// The whole spans that overlap `span`.
@@ -62,11 +69,19 @@ impl SpanSet {
 
     /// Spans that overlap `span`, unclipped, in order.
     fn overlapping(&self, span: HostSpan) -> impl Iterator<Item = HostSpan> {
-        let first = self.spans.range(..=span.start()).next_back().map_or(span.start(), |s| *s.0);
+        let first = self
+            .spans
+            .range(..=span.start())
+            .next_back()
+            .map_or(span.start(), |s| *s.0);
         self.spans
             .range(first..span.end().max(first))
             .map(|(start, end)| HostSpan::new(*start, *end))
             .filter(move |other| other.overlaps(span))
+    }
+
+    fn first_overlap(&self, span: HostSpan) -> Option<HostSpan> {
+        self.overlapping(span).next()
     }
 
     fn touching(&self, span: HostSpan) -> Option<HostSpan> {

@@ -69,8 +69,16 @@ impl Staging {
         uffd.register(arena.span(), RegisterMode::WriteProtect)?;
         let start = arena.span().start();
         let empty = (0..SLOTS).map(|n| start.plus(n * PAGE_2M)).collect();
-        let pool = Mutex::<LiveEnv, _>::new(Pool { empty, full: Vec::new() });
-        Ok(Self { uffd, arena, pool, returned: AtomicU32::new(0) })
+        let pool = Mutex::<LiveEnv, _>::new(Pool {
+            empty,
+            full: Vec::new(),
+        });
+        Ok(Self {
+            uffd,
+            arena,
+            pool,
+            returned: AtomicU32::new(0),
+        })
     }
 
     /// A slot without pages. Waits for one to come back where all are in use.

@@ -42,7 +42,10 @@ pub(crate) struct CannotArm;
 
 impl Watch {
     pub(crate) fn new(uffd: Uffd) -> Self {
-        Self { uffd, sets: Mutex::<LiveEnv, _>::new(Sets::default()) }
+        Self {
+            uffd,
+            sets: Mutex::<LiveEnv, _>::new(Sets::default()),
+        }
     }
 
     /// Watches a whole mapping before a device may use any of it. Cheap when it is watched already.
@@ -55,7 +58,11 @@ impl Watch {
         publish_hull(&sets.watched);
         // Calls that began before the hull grew may still be changing the mapping: let them end.
         patch::wait_for_unwatched_calls();
-        if self.uffd.register(vma.span, RegisterMode::WriteProtect).is_ok() {
+        if self
+            .uffd
+            .register(vma.span, RegisterMode::WriteProtect)
+            .is_ok()
+        {
             sets.registered.insert(vma.span);
         }
     }
@@ -84,7 +91,11 @@ impl Watch {
     pub(crate) fn disarm(&self, at: HostVa, residency: &Mutex<LiveEnv, Residency>) -> bool {
         let mut sets = self.sets.lock();
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
-        let Some(piece) = sets.armed.within(block).into_iter().find(|piece| piece.contains(at))
+        let Some(piece) = sets
+            .armed
+            .within(block)
+            .into_iter()
+            .find(|piece| piece.contains(at))
         else {
             return true;
         };
@@ -93,7 +104,10 @@ impl Watch {
         }
         sets.armed.remove(piece);
         let whole = self.uffd.unregister(piece).is_ok()
-            && self.uffd.register(piece, RegisterMode::WriteProtect).is_ok();
+            && self
+                .uffd
+                .register(piece, RegisterMode::WriteProtect)
+                .is_ok();
         if !whole {
             sets.registered.remove(piece);
         }
@@ -120,7 +134,11 @@ impl Watch {
     pub(crate) fn resume(&self, suspended: &Suspended) {
         let mut sets = self.sets.lock();
         for piece in &suspended.registered {
-            if self.uffd.register(*piece, RegisterMode::WriteProtect).is_ok() {
+            if self
+                .uffd
+                .register(*piece, RegisterMode::WriteProtect)
+                .is_ok()
+            {
                 sets.registered.insert(*piece);
             }
         }
@@ -147,7 +165,11 @@ impl Watch {
     /// A mapping moved together with its registration.
     pub(crate) fn moved(&self, from: HostSpan, to: HostVa) {
         let mut sets = self.sets.lock();
-        let Sets { watched, registered, armed } = &mut *sets;
+        let Sets {
+            watched,
+            registered,
+            armed,
+        } = &mut *sets;
         for set in [watched, registered, armed] {
             let pieces = set.within(from);
             set.remove(from);
@@ -171,7 +193,9 @@ impl Watch {
             HostVa::new(span.start().get().saturating_sub(PAGE)),
             span.end().plus(PAGE),
         );
-        sets.registered.overlapping_whole(reach).fold(span, HostSpan::join)
+        sets.registered
+            .overlapping_whole(reach)
+            .fold(span, HostSpan::join)
     }
 
     /// Ends all registrations.

@@ -1,0 +1,333 @@
+//! The runtime's own memory: an arena that never migrates, and the allocator over it.
+//!
+//! The framework keeps its ranges, notifiers and tables in memory of the very process whose memory
+//! it moves. Were they on the C library's heap, a migration could take away the page on which the
+//! lock of that migration lies. So whatever the runtime allocates comes from an arena that no
+//! device may map ([`thread::runtime_owns`](super::thread::runtime_owns)).
+//!
+//! A thread allocates here while it is *in the runtime*: inside a [`RuntimeScope`], as all threads
+//! of the runtime always are, or on a bracket's stack. Everybody else allocates as before. Freeing
+//! goes by address, from any thread.
+//!
+//! Blocks have four size classes per doubling; a freed block goes to its class's list and is
+//! never split or merged. Lock rank: leaf.
+
+use core::alloc::{GlobalAlloc, Layout};
+use core::cell::Cell;
+use core::ptr::{self, NonNull};
+use core::sync::atomic::{AtomicUsize, Ordering};
+use std::alloc::System;
+
+use gpusvm::addr::{HostSpan, HostVa};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+
+use crate::sys::futex::RawFutexMutex;
+
+/// Address space set aside; pages are used as they are needed.
+const BYTES: usize = 16 << 30;
+/// Smallest block.
+const MIN: usize = 16;
+/// Classes: four per doubling, from 16 bytes up.
+const CLASSES: usize = 4 * 30;
+
+/// The allocator: declare it as the global allocator of a program that opens a live space.
+///
+/// ```ignore
+/// #[global_allocator]
+/// static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RuntimeAlloc;
+
+/// First address of the arena, 0 before the first use.
+static BASE: AtomicUsize = AtomicUsize::new(0);
+/// Bracket stacks: a thread on one of them is in the runtime.
+static STACKS: (AtomicUsize, AtomicUsize) = (AtomicUsize::new(0), AtomicUsize::new(0));
+static HEAP: lock_api::Mutex<RawFutexMutex, Heap> = lock_api::Mutex::from_raw(
+    lock_api::RawMutex::INIT,
+    Heap {
+        next: 0,
+        free: [0; CLASSES],
+    },
+);
+
+thread_local! {
+    /// Nested scopes of this thread. Constant and without a destructor, so that reading it never
+    /// allocates.
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Addresses as plain numbers: the blocks are nobody's objects while they are free.
+struct Heap {
+    next: usize,
+    free: [usize; CLASSES],
+}
+
+/// While it lives, this thread allocates the runtime's memory.
+#[derive(Debug)]
+#[must_use = "the scope ends when this is dropped"]
+pub struct RuntimeScope(());
+
+impl RuntimeScope {
+    /// Enters the runtime; scopes nest.
+    pub fn enter() -> Self {
+        DEPTH.with(|depth| depth.set(depth.get() + 1));
+        Self(())
+    }
+}
+
+impl Drop for RuntimeScope {
+    fn drop(&mut self) {
+        DEPTH.with(|depth| depth.set(depth.get() - 1));
+    }
+}
+
+/// Whether this thread is in the runtime. The stack is asked first: on a bracket's stack the
+/// thread's own memory, thread-locals included, must not be touched.
+fn in_runtime() -> bool {
+    let marker = 0_u8;
+    let stack = (&raw const marker).addr();
+    let (low, high) = (
+        STACKS.0.load(Ordering::Relaxed),
+        STACKS.1.load(Ordering::Relaxed),
+    );
+    (low..high).contains(&stack) || DEPTH.with(|depth| depth.get() > 0)
+}
+
+/// Threads whose stack lies in `span` are in the runtime. Called once, at set-up.
+pub(crate) fn set_bracket_stacks(low: usize, high: usize) {
+    STACKS.1.store(high, Ordering::Relaxed);
+    STACKS.0.store(low, Ordering::Relaxed);
+}
+
+/// The arena; empty before its first use.
+pub(crate) fn arena_span() -> HostSpan {
+    let base = u64::try_from(BASE.load(Ordering::Relaxed)).unwrap_or(0);
+    if base == 0 {
+        return HostSpan::at(HostVa::new(0), 0);
+    }
+    HostSpan::at(HostVa::new(base), u64::try_from(BYTES).unwrap_or(0))
+}
+
+/// Whether [`RuntimeAlloc`] is this program's global allocator.
+#[must_use]
+pub fn is_installed() -> bool {
+    let _inside = RuntimeScope::enter();
+    let probe = Box::new(0_u64);
+    contains(ptr::from_ref(&*probe).addr())
+}
+
+fn contains(address: usize) -> bool {
+    let base = BASE.load(Ordering::Relaxed);
+    base != 0 && (base..base + BYTES).contains(&address)
+}
+
+// SAFETY: blocks come from a private mapping that is never unmapped; a class's blocks are at least
+// as large as the request and aligned for it; a block is handed out once until it is freed.
+unsafe impl GlobalAlloc for RuntimeAlloc {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if in_runtime() {
+            return class_of(layout).map_or(ptr::null_mut(), |class| HEAP.lock().take(class));
+        }
+        // SAFETY: the caller's promises about `layout` are System's conditions.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        if contains(block.addr()) {
+            if let (Some(class), Some(block)) = (class_of(layout), NonNull::new(block)) {
+                HEAP.lock().give(class, block);
+            }
+            return;
+        }
+        // SAFETY: not from the arena, so it is System's block.
+        unsafe { System.dealloc(block, layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        if !contains(block.addr()) && !in_runtime() {
+            // SAFETY: System's block, and it stays there.
+            return unsafe { System.realloc(block, layout, size) };
+        }
+        let Ok(wanted) = Layout::from_size_align(size, layout.align()) else {
+            return ptr::null_mut();
+        };
+        if contains(block.addr()) && class_of(wanted) == class_of(layout) {
+            return block;
+        }
+        // SAFETY: `wanted` has a valid size and alignment, and a size that is not zero, as the
+        // caller promises for `size`.
+        let fresh = unsafe { self.alloc(wanted) };
+        if !fresh.is_null() {
+            // SAFETY: both blocks hold the smaller of the two sizes, and are different blocks.
+            unsafe { ptr::copy_nonoverlapping(block, fresh, layout.size().min(size)) };
+            // SAFETY: the caller gives the old block up.
+            unsafe { self.dealloc(block, layout) };
+        }
+        fresh
+    }
+}
+
+/// The class for a request: the smallest whose blocks are large enough, and aligned enough.
+fn class_of(layout: Layout) -> Option<usize> {
+    let size = layout.size().max(MIN);
+    if layout.align() <= MIN || layout.align() <= size / 8 {
+        let class = class_for(size);
+        if block_align(class) >= layout.align() {
+            return (class < CLASSES).then_some(class);
+        }
+    }
+    let class = class_for(size.max(layout.align()).checked_next_power_of_two()?);
+    (class < CLASSES).then_some(class)
+}
+
+/// The smallest class of at least `size` bytes.
+fn class_for(size: usize) -> usize {
+    let size = size.max(MIN);
+    let doubling = usize::try_from((size - 1).max(1).ilog2())
+        .unwrap_or(0)
+        .max(4)
+        - 4;
+    let base = MIN << doubling;
+    let quarter = base / 4;
+    let step = (size.saturating_sub(base)).div_ceil(quarter);
+    if size <= base {
+        doubling * 4
+    } else {
+        doubling * 4 + step
+    }
+}
+
+/// Bytes of a block of `class`.
+const fn class_bytes(class: usize) -> usize {
+    let base = MIN << (class / 4);
+    base + base / 4 * (class % 4)
+}
+
+/// Alignment that every block of `class` has.
+const fn block_align(class: usize) -> usize {
+    let bytes = class_bytes(class);
+    let natural = 1 << bytes.trailing_zeros();
+    if natural < MIN { MIN } else { natural }
+}
+
+impl Heap {
+    fn take(&mut self, class: usize) -> *mut u8 {
+        let first = self.free[class];
+        if first == 0 {
+            return self.fresh(class);
+        }
+        let block: *mut usize = ptr::with_exposed_provenance_mut(first);
+        // SAFETY: a block on the list is free arena memory of at least 16 bytes; its first word is
+        // the link that `give` wrote.
+        self.free[class] = unsafe { block.read() };
+        block.cast()
+    }
+
+    fn give(&mut self, class: usize, block: NonNull<u8>) {
+        let link = block.as_ptr().cast::<usize>();
+        // SAFETY: the block is the caller's no more, is at least 16 bytes and aligned for a word.
+        unsafe { link.write(self.free[class]) };
+        self.free[class] = link.expose_provenance();
+    }
+
+    /// A block that was never used.
+    fn fresh(&mut self, class: usize) -> *mut u8 {
+        let base = arena_base();
+        if base == 0 {
+            return ptr::null_mut();
+        }
+        // Rounded up, so that the words and quarter classes below 16 bytes stay aligned.
+        let bytes = class_bytes(class).next_multiple_of(MIN);
+        let start = self.next.next_multiple_of(block_align(class));
+        if start + bytes > BYTES {
+            return ptr::null_mut();
+        }
+        self.next = start + bytes;
+        ptr::with_exposed_provenance_mut(base + start)
+    }
+}
+
+/// The arena's first address; maps it at the first call. 0 where that is refused.
+fn arena_base() -> usize {
+    let base = BASE.load(Ordering::Relaxed);
+    if base != 0 {
+        return base;
+    }
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a fresh mapping, which overlaps nothing.
+    let mapped = unsafe { mmap_anonymous(ptr::null_mut(), BYTES + HUGE, access, flags) };
+    // Aligned, so that blocks can be aligned to anything up to a huge page.
+    let base = mapped.map_or(0, |at| at.expose_provenance().next_multiple_of(HUGE));
+    BASE.store(base, Ordering::Relaxed);
+    base
+}
+
+const HUGE: usize = 2 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn blocks_follow_the_scope_they_were_asked_in() {
+        assert!(is_installed(), "the crate's tests run with the allocator");
+        let outside = Box::new(1_u64);
+        assert!(!contains(ptr::from_ref(&*outside).addr()));
+        let scope = RuntimeScope::enter();
+        let mut grows = vec![1_u64; 10];
+        assert!(contains(grows.as_ptr().addr()));
+        drop(scope);
+        grows.extend(0..1000);
+        assert_eq!(grows[..10], [1; 10]);
+        assert_eq!(grows[1009], 999);
+        std::thread::scope(|scope| {
+            scope.spawn(move || drop(grows));
+        });
+    }
+
+    #[test]
+    fn every_class_holds_what_it_is_asked_for() {
+        for size in (1..5000).chain([65_536, 65_537, 1 << 20, (1 << 20) + 1]) {
+            for align in [1, 8, 16, 64, 4096] {
+                let layout = Layout::from_size_align(size, align).expect("a valid layout");
+                let class = class_of(layout).expect("small enough");
+                assert!(class_bytes(class) >= size, "{size} in class {class}");
+                assert!(
+                    block_align(class) >= align,
+                    "{size}/{align} in class {class}"
+                );
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn live_blocks_never_overlap(ops in prop::collection::vec((1_usize..5000, 0_u32..8, any::<bool>()), 1..200)) {
+            let mut live: Vec<(*mut u8, Layout, u8)> = Vec::new();
+            for (n, (size, align, take)) in ops.into_iter().enumerate() {
+                let _scope = RuntimeScope::enter();
+                if take || live.is_empty() {
+                    let layout = Layout::from_size_align(size, 1 << align).expect("a valid layout");
+                    let tag = u8::try_from(n % 251).expect("below 251");
+                    // SAFETY: the size is not zero.
+                    let block = unsafe { RuntimeAlloc.alloc(layout) };
+                    prop_assert!(block.addr().is_multiple_of(layout.align()));
+                    // SAFETY: the block holds `size` bytes.
+                    unsafe { block.write_bytes(tag, size) };
+                    live.push((block, layout, tag));
+                } else {
+                    let (block, layout, tag) = live.swap_remove(size % live.len());
+                    for at in 0..layout.size() {
+                        // SAFETY: inside the block, which was filled when it was made.
+                        prop_assert_eq!(unsafe { block.add(at).read() }, tag);
+                    }
+                    // SAFETY: allocated with this layout, and not freed yet.
+                    unsafe { RuntimeAlloc.dealloc(block, layout) };
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! Copies that survive a fault: how a device reaches host memory.
+//!
+//! Each primitive is a few instructions between two labels. When one of them faults, a signal
+//! handler finds the instruction pointer between the labels and sends it to the fix-up, which
+//! returns "this many bytes were left". A handler that finds it elsewhere passes the signal on to
+//! whoever had it before. Costs nothing over `memcpy` as long as nothing faults (`livehost.md`
+//! section 4).
+//!
+//! A page that is away is no fault in this sense: the access waits inside the kernel until the page
+//! is home.
+
+use core::arch::global_asm;
+use core::ffi::c_void;
+use core::ptr;
+use std::sync::OnceLock;
+
+use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus};
+
+global_asm!(
+    ".text",
+    ".balign 16",
+    "gpusvm_copy:",
+    "    mov rcx, rdx",
+    "gpusvm_copy_begin:",
+    "    rep movsb",
+    "gpusvm_copy_end:",
+    "    mov rax, rcx",
+    "    ret",
+    ".balign 16",
+    "gpusvm_load8:",
+    "gpusvm_load8_begin:",
+    "    mov rax, [rdi]",
+    "gpusvm_load8_end:",
+    "    mov [rsi], rax",
+    "    xor eax, eax",
+    "    ret",
+    ".balign 16",
+    "gpusvm_store8:",
+    "gpusvm_store8_begin:",
+    "    mov [rdi], rsi",
+    "gpusvm_store8_end:",
+    "    xor eax, eax",
+    "    ret",
+    ".balign 16",
+    "gpusvm_cas8:",
+    "    mov rax, rsi",
+    "gpusvm_cas8_begin:",
+    "    lock cmpxchg [rdi], rdx",
+    "gpusvm_cas8_end:",
+    "    mov [rcx], rax",
+    "    xor eax, eax",
+    "    ret",
+    "gpusvm_fault_fixup:",
+    "    mov eax, 1",
+    "    ret",
+);
+
+unsafe extern "sysv64" {
+    /// Copies `len` bytes; returns how many were left at a fault.
+    fn gpusvm_copy(to: *mut u8, from: *const u8, len: usize) -> usize;
+    /// Loads a word into `out`; returns 1 at a fault.
+    fn gpusvm_load8(from: *const u64, out: *mut u64) -> u64;
+    /// Stores a word; returns 1 at a fault.
+    fn gpusvm_store8(to: *mut u64, value: u64) -> u64;
+    /// Compares and exchanges a word, the former one goes to `old`; returns 1 at a fault.
+    fn gpusvm_cas8(at: *mut u64, expected: u64, new: u64, old: *mut u64) -> u64;
+
+    fn gpusvm_copy_begin();
+    fn gpusvm_copy_end();
+    fn gpusvm_load8_begin();
+    fn gpusvm_load8_end();
+    fn gpusvm_store8_begin();
+    fn gpusvm_store8_end();
+    fn gpusvm_cas8_begin();
+    fn gpusvm_cas8_end();
+    fn gpusvm_fault_fixup();
+}
+
+/// Where to go on when an instruction of a primitive faults.
+fn fixup_for(at: usize) -> Option<usize> {
+    let fix = gpusvm_fault_fixup as unsafe extern "sysv64" fn() as usize;
+    let table: [(
+        unsafe extern "sysv64" fn(),
+        unsafe extern "sysv64" fn(),
+        usize,
+    ); 4] = [
+        // The copy's own end returns what is left.
+        (
+            gpusvm_copy_begin,
+            gpusvm_copy_end,
+            gpusvm_copy_end as unsafe extern "sysv64" fn() as usize,
+        ),
+        (gpusvm_load8_begin, gpusvm_load8_end, fix),
+        (gpusvm_store8_begin, gpusvm_store8_end, fix),
+        (gpusvm_cas8_begin, gpusvm_cas8_end, fix),
+    ];
+    table
+        .into_iter()
+        .find(|(begin, end, _)| (*begin as usize..*end as usize).contains(&at))
+        .map(|t| t.2)
+}
+
+/// What had the signals before.
+struct Former {
+    segv: libc::sigaction,
+    bus: libc::sigaction,
+}
+
+static FORMER: OnceLock<Former> = OnceLock::new();
+
+/// Installs the handler, once per process. Call it before the first copy.
+pub(crate) fn install() {
+    FORMER.get_or_init(|| {
+        // Two steps, so that the former actions are known before the handler can run.
+        let former = Former {
+            segv: current(libc::SIGSEGV),
+            bus: current(libc::SIGBUS),
+        };
+        take_over(libc::SIGSEGV);
+        take_over(libc::SIGBUS);
+        former
+    });
+}
+
+fn current(signal: i32) -> libc::sigaction {
+    // SAFETY: all-zero is a valid `sigaction`: the default action, no flags, an empty mask.
+    let mut action: libc::sigaction = unsafe { core::mem::zeroed() };
+    // SAFETY: asks only; `action` is a valid place for the answer.
+    let _answered = unsafe { libc::sigaction(signal, ptr::null(), &raw mut action) };
+    action
+}
+
+fn take_over(signal: i32) {
+    // SAFETY: as in `current`.
+    let mut action: libc::sigaction = unsafe { core::mem::zeroed() };
+    action.sa_sigaction = handle as extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+    // SAFETY: the handler is async-signal-safe: it reads a table and changes a register, or hands
+    // the signal to the former action.
+    let _installed = unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) };
+}
+
+extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
+    let user = context.cast::<libc::ucontext_t>();
+    // SAFETY: the kernel passes the interrupted thread's context, which is ours to change until
+    // the handler returns.
+    let registers = unsafe { &mut (*user).uc_mcontext.gregs };
+    let rip = libc::REG_RIP as usize;
+    let at = usize::try_from(registers[rip]).unwrap_or(0);
+    match fixup_for(at) {
+        Some(fix) => registers[rip] = i64::try_from(fix).unwrap_or(0),
+        None => pass_on(signal, info, context),
+    }
+}
+
+/// Does what would have happened without us.
+fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
+    let former = FORMER.get().map(|f| {
+        if signal == libc::SIGSEGV {
+            &f.segv
+        } else {
+            &f.bus
+        }
+    });
+    let Some(former) = former else {
+        return default_action(signal);
+    };
+    match former.sa_sigaction {
+        // An ignored fault is fatal all the same: the kernel resets the action and kills.
+        libc::SIG_DFL | libc::SIG_IGN => default_action(signal),
+        handler if former.sa_flags & libc::SA_SIGINFO != 0 => {
+            // SAFETY: installed with SA_SIGINFO, so this is a handler of three arguments.
+            let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) =
+                unsafe { core::mem::transmute(handler) };
+            handler(signal, info, context);
+        }
+        handler => {
+            // SAFETY: installed without SA_SIGINFO, so this is a handler of one argument.
+            let handler: extern "C" fn(i32) = unsafe { core::mem::transmute(handler) };
+            handler(signal);
+        }
+    }
+}
+
+/// Puts the default action back: the instruction faults again, and the process dies of it.
+fn default_action(signal: i32) {
+    // SAFETY: as in `current`: all-zero is the default action.
+    let action: libc::sigaction = unsafe { core::mem::zeroed() };
+    // SAFETY: installs the default action.
+    let _installed = unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) };
+}
+
+/// Copies `len` bytes. On a fault returns how many were left.
+///
+/// # Safety
+/// One side must be memory that the caller owns for `len` bytes. The other may be any address: if
+/// it is not accessible the copy stops there; if it is, its owner accepts the access.
+pub(crate) unsafe fn copy(to: *mut u8, from: *const u8, len: usize) -> Result<(), usize> {
+    // SAFETY: the caller's side is valid; a fault on the other is fixed up, for which `install`
+    // was called when the host was opened.
+    match unsafe { gpusvm_copy(to, from, len) } {
+        0 => Ok(()),
+        left => Err(left),
+    }
+}
+
+/// Updates a word. `None` where it cannot be accessed.
+///
+/// # Safety
+/// `at` may be any 8-byte aligned address; if it is accessible, its owner accepts the update.
+pub(crate) unsafe fn atomic(at: *mut u64, op: AtomicOp) -> Option<u64> {
+    let mut expected = 0;
+    // SAFETY: a fault at `at` is fixed up; `expected` is ours.
+    if unsafe { gpusvm_load8(at, &raw mut expected) } != 0 {
+        return None;
+    }
+    loop {
+        let mut old = 0;
+        // SAFETY: as above.
+        if unsafe { gpusvm_cas8(at, expected, op.apply(expected), &raw mut old) } != 0 {
+            return None;
+        }
+        if old == expected {
+            return Some(old);
+        }
+        expected = old;
+    }
+}
+
+/// The bus of the live host: a bus address is the host virtual address.
+///
+/// Every access is a copy between a buffer of the device and process memory. Process memory is
+/// accessed as another thread of the process would, and a fault is an answer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LiveBus;
+
+impl LiveBus {
+    /// The bus. Installs the signal handler that makes faults answers.
+    #[must_use]
+    pub fn new() -> Self {
+        install();
+        Self
+    }
+}
+
+/// First address past user space.
+const USER_END: u64 = 1 << 47;
+
+/// The address as a pointer, if `len` bytes there lie in user space and not in the null page.
+pub(crate) fn user_pointer(address: u64, len: usize) -> Result<*mut u8, BusError> {
+    let len = u64::try_from(len).unwrap_or(u64::MAX);
+    let end = address.checked_add(len);
+    if address < 4096 || end.is_none_or(|end| end > USER_END) {
+        return Err(BusError { address });
+    }
+    let address = usize::try_from(address).map_err(|_wide| BusError { address })?;
+    Ok(ptr::with_exposed_provenance_mut(address))
+}
+
+fn stopped(address: u64, len: usize, left: usize) -> BusError {
+    BusError {
+        address: address + u64::try_from(len - left).unwrap_or(0),
+    }
+}
+
+impl SystemBus for LiveBus {
+    fn read(&self, address: u64, dst: &mut [u8]) -> Result<(), BusError> {
+        let from = user_pointer(address, dst.len())?;
+        if let Ok(word) = <&mut [u8; 8]>::try_from(&mut *dst) {
+            let mut value = 0;
+            // SAFETY: a fault at `from` is fixed up; `value` is ours.
+            let fault = unsafe { gpusvm_load8(from.cast(), &raw mut value) };
+            *word = value.to_ne_bytes();
+            return if fault == 0 {
+                Ok(())
+            } else {
+                Err(BusError { address })
+            };
+        }
+        // SAFETY: `dst` is ours for its whole length.
+        unsafe { copy(dst.as_mut_ptr(), from, dst.len()) }
+            .map_err(|left| stopped(address, dst.len(), left))
+    }
+
+    fn write(&self, address: u64, src: &[u8]) -> Result<(), BusError> {
+        let to = user_pointer(address, src.len())?;
+        if let Ok(word) = <[u8; 8]>::try_from(src) {
+            // SAFETY: a fault at `to` is fixed up.
+            let fault = unsafe { gpusvm_store8(to.cast(), u64::from_ne_bytes(word)) };
+            return if fault == 0 {
+                Ok(())
+            } else {
+                Err(BusError { address })
+            };
+        }
+        // SAFETY: `src` is readable for its whole length.
+        unsafe { copy(to, src.as_ptr(), src.len()) }
+            .map_err(|left| stopped(address, src.len(), left))
+    }
+
+    fn atomic(&self, address: u64, op: AtomicOp) -> Result<u64, BusError> {
+        let at = user_pointer(address, 8)?;
+        if !address.is_multiple_of(8) {
+            return Err(BusError { address });
+        }
+        // SAFETY: aligned, as just checked.
+        unsafe { atomic(at.cast(), op) }.ok_or(BusError { address })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::mapping::{AnonMapping, Huge};
+
+    #[test]
+    fn copy_stops_at_the_end_of_the_mapping_and_says_where() {
+        let bus = LiveBus::new();
+        let mut map = AnonMapping::new(8192, Huge::Never).expect("two pages can be mapped");
+        map.bytes_mut().fill(7);
+        let address = map.address();
+        map.unmap_tail(4096);
+        let mut buffer = [0; 100];
+        assert_eq!(
+            bus.read(address + 4090, &mut buffer),
+            Err(BusError {
+                address: address + 4096
+            })
+        );
+        assert_eq!(&buffer[..7], &[7, 7, 7, 7, 7, 7, 0]);
+        assert_eq!(
+            bus.write(address + 4096, &[1; 8]),
+            Err(BusError {
+                address: address + 4096
+            })
+        );
+        assert_eq!(
+            bus.atomic(address + 4096, AtomicOp::Add(1)),
+            Err(BusError {
+                address: address + 4096
+            })
+        );
+        assert_eq!(bus.write(address, b"all eleven."), Ok(()));
+        assert_eq!(&map.bytes()[..11], b"all eleven.");
+    }
+
+    #[test]
+    fn wild_addresses_are_refused_without_an_access() {
+        let bus = LiveBus::new();
+        for address in [0, 8, 4095, 1 << 47, u64::MAX - 3, (1 << 47) - 4] {
+            assert_eq!(
+                bus.read(address, &mut [0; 8]),
+                Err(BusError { address }),
+                "{address:#x}"
+            );
+        }
+        assert!(bus.atomic(0x1_0001, AtomicOp::Xor(1)).is_err(), "unaligned");
+    }
+
+    #[test]
+    fn atomics_return_the_former_value_and_lose_none() {
+        let bus = LiveBus::new();
+        let map = AnonMapping::new(4096, Huge::Never).expect("a page can be mapped");
+        let address = map.address();
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    (0..10_000).for_each(|_| assert!(bus.atomic(address, AtomicOp::Add(1)).is_ok()))
+                });
+            }
+        });
+        let swap = AtomicOp::CompareExchange {
+            expected: 20_000,
+            new: 5,
+        };
+        assert_eq!(bus.atomic(address, swap), Ok(20_000));
+        assert_eq!(bus.atomic(address, AtomicOp::Max(9)), Ok(5));
+        assert_eq!(bus.atomic(address, AtomicOp::Min(3)), Ok(9));
+        assert_eq!(map.bytes()[0], 3);
+    }
+}

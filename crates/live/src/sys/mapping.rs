@@ -1,0 +1,402 @@
+//! Mappings as owned values, for code that forbids `unsafe`.
+
+use core::ptr;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use gpusvm::addr::{HostSpan, HostVa};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+
+use crate::sys::fault_copy;
+
+const HUGE: usize = 2 << 20;
+
+/// Whether huge pages are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Huge {
+    /// Aligned to 2 MiB and advised.
+    Advise,
+    /// Forbidden.
+    Never,
+}
+
+/// Anonymous memory that the owner reads and writes like a slice.
+///
+/// It is mapped and unmapped through the C library, as a program's own memory is, so brackets see
+/// it go.
+#[derive(Debug)]
+pub struct AnonMapping {
+    start: *mut u8,
+    bytes: usize,
+    /// What was mapped, for unmapping: alignment may have left room at both ends.
+    whole: (*mut u8, usize),
+}
+
+// SAFETY: the mapping belongs to the value alone; access follows its borrows.
+unsafe impl Send for AnonMapping {}
+// SAFETY: as above; shared borrows only read.
+unsafe impl Sync for AnonMapping {}
+
+impl AnonMapping {
+    /// Maps `bytes` bytes of zeros.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(bytes: usize, huge: Huge) -> io::Result<Self> {
+        let room = if huge == Huge::Advise { HUGE } else { 0 };
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a fresh mapping, which overlaps nothing.
+        let mapped = unsafe { libc::mmap(ptr::null_mut(), bytes + room, access, flags, -1, 0) };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let whole = (mapped.cast::<u8>(), bytes + room);
+        let align = if huge == Huge::Advise { HUGE } else { 1 };
+        let skip = mapped.addr().next_multiple_of(align) - mapped.addr();
+        // SAFETY: `skip` is below `room`, so the start stays inside.
+        let start = unsafe { whole.0.add(skip) };
+        let advice = if huge == Huge::Advise {
+            libc::MADV_HUGEPAGE
+        } else {
+            libc::MADV_NOHUGEPAGE
+        };
+        // A kernel without huge pages refuses the advice and needs none.
+        // SAFETY: advice changes no content.
+        let _advised = unsafe { libc::madvise(start.cast(), bytes, advice) };
+        Ok(Self {
+            start,
+            bytes,
+            whole,
+        })
+    }
+
+    /// First address.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        u64::try_from(self.start.expose_provenance()).unwrap_or(0)
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> &[u8] {
+        // SAFETY: the mapping is readable for `bytes` bytes and lives as long as the borrow.
+        unsafe { core::slice::from_raw_parts(self.start, self.bytes) }
+    }
+
+    /// The bytes, to change them.
+    pub const fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `bytes`, and the borrow is exclusive.
+        unsafe { core::slice::from_raw_parts_mut(self.start, self.bytes) }
+    }
+
+    /// The bytes as words.
+    #[must_use]
+    pub const fn words(&self) -> &[u64] {
+        // SAFETY: mappings are page aligned, and every bit pattern is a word.
+        unsafe { core::slice::from_raw_parts(self.start.cast(), self.bytes / 8) }
+    }
+
+    /// The bytes as words, to change them.
+    pub const fn words_mut(&mut self) -> &mut [u64] {
+        // SAFETY: as for `words`, and the borrow is exclusive.
+        unsafe { core::slice::from_raw_parts_mut(self.start.cast(), self.bytes / 8) }
+    }
+
+    /// Unmaps everything from `keep` bytes on, a multiple of the page size.
+    ///
+    /// # Panics
+    /// Where `keep` is no multiple of the page size or more than there is.
+    pub fn unmap_tail(&mut self, keep: usize) {
+        assert!(
+            keep.is_multiple_of(4096) && keep <= self.bytes,
+            "cannot keep {keep} bytes"
+        );
+        let end = self.whole.0.addr() + self.whole.1;
+        let from = self.start.wrapping_add(keep);
+        let len = end - from.addr();
+        // SAFETY: this part of the mapping is ours, and no borrow of it can live now.
+        let _unmapped = unsafe { libc::munmap(from.cast(), len) };
+        self.whole.1 -= len;
+        self.bytes = keep;
+    }
+
+    /// Drops the content of a part: it reads as zeros afterwards (`MADV_DONTNEED`).
+    ///
+    /// # Errors
+    /// The system's.
+    ///
+    /// # Panics
+    /// Where the part is not inside.
+    pub fn discard(&mut self, from: usize, len: usize) -> io::Result<()> {
+        let at = self.part(from, len);
+        // SAFETY: the borrow is exclusive; zeros are valid bytes.
+        check(unsafe { libc::madvise(at.cast(), len, libc::MADV_DONTNEED) })
+    }
+
+    /// Changes the rights of a part. A part without the right to read or write must not be
+    /// accessed by the owner until it is given back.
+    ///
+    /// # Errors
+    /// The system's.
+    ///
+    /// # Panics
+    /// Where the part is not inside.
+    pub fn protect(&mut self, from: usize, len: usize, rights: Protect) -> io::Result<()> {
+        let at = self.part(from, len);
+        let rights = match rights {
+            Protect::None => libc::PROT_NONE,
+            Protect::Read => libc::PROT_READ,
+            Protect::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+        };
+        // SAFETY: the borrow is exclusive; an access without the right is a fault, not undefined.
+        check(unsafe { libc::mprotect(at.cast(), len, rights) })
+    }
+
+    /// Moves the whole mapping to another place (`mremap`).
+    ///
+    /// # Errors
+    /// The system's; the mapping is where it was then.
+    pub fn relocate(&mut self) -> io::Result<()> {
+        let fresh = Self::new(self.bytes, Huge::Advise)?;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: both mappings are ours and of this size; the target's former pages are given up.
+        let moved = unsafe {
+            libc::mremap(
+                self.start.cast(),
+                self.bytes,
+                self.bytes,
+                flags,
+                fresh.start,
+            )
+        };
+        if moved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let mut old = core::mem::replace(self, fresh);
+        // What is left of the old mapping is the room that alignment left around it.
+        old.bytes = 0;
+        Ok(())
+    }
+
+    fn part(&self, from: usize, len: usize) -> *mut u8 {
+        assert!(
+            from.checked_add(len).is_some_and(|end| end <= self.bytes),
+            "part outside"
+        );
+        self.start.wrapping_add(from)
+    }
+}
+
+impl Drop for AnonMapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and no borrow lives.
+        let _unmapped = unsafe { libc::munmap(self.whole.0.cast(), self.whole.1) };
+    }
+}
+
+/// Rights of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protect {
+    /// No access.
+    None,
+    /// Loads.
+    Read,
+    /// Loads and stores.
+    ReadWrite,
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// A file, mapped read-only. Another process may shorten it, so it is read by copies that survive
+/// a fault, never as a slice.
+#[derive(Debug)]
+pub struct FileMapping {
+    start: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to the value alone, and is only read.
+unsafe impl Send for FileMapping {}
+// SAFETY: as above.
+unsafe impl Sync for FileMapping {}
+
+impl FileMapping {
+    /// Maps all of a regular file.
+    ///
+    /// # Errors
+    /// The system's; `InvalidInput` for what is no regular file or is empty.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let facts = file.metadata()?;
+        if !facts.is_file() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a regular file",
+            ));
+        }
+        let len = usize::try_from(facts.len()).map_err(io::Error::other)?;
+        if len == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the file is empty",
+            ));
+        }
+        fault_copy::install();
+        let flags = libc::MAP_PRIVATE;
+        // SAFETY: a fresh mapping, which overlaps nothing.
+        let mapped = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ,
+                flags,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self {
+            start: mapped.cast(),
+            len,
+        })
+    }
+
+    /// First address.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        u64::try_from(self.start.expose_provenance()).unwrap_or(0)
+    }
+
+    /// Bytes of the file when it was mapped.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never: an empty file cannot be mapped.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` past the end, also where the file was shortened meanwhile.
+    pub fn read(&self, from: usize, out: &mut [u8]) -> io::Result<()> {
+        let inside = from
+            .checked_add(out.len())
+            .is_some_and(|end| end <= self.len);
+        let end = || io::Error::new(io::ErrorKind::UnexpectedEof, "the file is shorter");
+        if !inside {
+            return Err(end());
+        }
+        // SAFETY: `out` is ours; a fault in the mapping is an answer.
+        unsafe { fault_copy::copy(out.as_mut_ptr(), self.start.wrapping_add(from), out.len()) }
+            .map_err(|_left| end())
+    }
+}
+
+impl Drop for FileMapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours.
+        let _unmapped = unsafe { libc::munmap(self.start.cast(), self.len) };
+    }
+}
+
+/// Memory that the runtime maps for itself, huge where possible, by raw system calls. Children do
+/// not inherit it.
+#[derive(Debug)]
+pub(crate) struct RuntimeMapping {
+    span: HostSpan,
+    whole: (*mut u8, usize),
+}
+
+// SAFETY: the mapping belongs to the value alone; it is only handed out as addresses.
+unsafe impl Send for RuntimeMapping {}
+// SAFETY: as above.
+unsafe impl Sync for RuntimeMapping {}
+
+impl RuntimeMapping {
+    /// Maps `bytes` bytes, aligned to 2 MiB.
+    pub(crate) fn new(bytes: u64) -> Result<Self, Errno> {
+        let len = usize::try_from(bytes).map_err(|_wide| Errno::NOMEM)?;
+        let room = len.checked_add(HUGE).ok_or(Errno::NOMEM)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a fresh mapping, which overlaps nothing.
+        let mapped = unsafe { mmap_anonymous(ptr::null_mut(), room, access, flags) }?;
+        let start = mapped.expose_provenance().next_multiple_of(HUGE);
+        let at: *mut core::ffi::c_void = ptr::with_exposed_provenance_mut(start);
+        // A kernel without huge pages refuses this and works all the same.
+        // SAFETY: advice changes no content.
+        let _advised = unsafe { madvise(at, len, Advice::LinuxHugepage) };
+        // SAFETY: as above.
+        unsafe { madvise(at, len, Advice::LinuxDontFork) }?;
+        let start = HostVa::new(u64::try_from(start).unwrap_or(0));
+        Ok(Self {
+            span: HostSpan::at(start, bytes),
+            whole: (mapped.cast(), room),
+        })
+    }
+
+    /// Where it is.
+    pub(crate) const fn span(&self) -> HostSpan {
+        self.span
+    }
+
+    /// The byte at `offset`.
+    pub(crate) fn pointer(&self, offset: u64) -> *mut u8 {
+        let at = self.span.start().plus(offset).get();
+        ptr::with_exposed_provenance_mut(usize::try_from(at).unwrap_or(0))
+    }
+}
+
+impl Drop for RuntimeMapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours.
+        let _unmapped = unsafe { munmap(self.whole.0.cast(), self.whole.1) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relocation_keeps_the_content_and_changes_the_address() {
+        let mut map = AnonMapping::new(4 << 20, Huge::Advise).expect("4M can be mapped");
+        map.words_mut()[5] = 99;
+        let before = map.address();
+        map.relocate().expect("the system moves it");
+        assert_ne!(map.address(), before);
+        assert_eq!(map.words()[5], 99);
+    }
+
+    #[test]
+    fn files_are_read_with_bounds_and_odd_ones_are_refused() {
+        let map = FileMapping::open(Path::new("/proc/self/exe")).expect("a program is a file");
+        let mut magic = [0; 4];
+        map.read(0, &mut magic).expect("it has a head");
+        assert_eq!(&magic, b"\x7fELF");
+        assert!(map.read(map.len() - 2, &mut magic).is_err());
+        assert!(FileMapping::open(Path::new("/proc")).is_err());
+        assert!(
+            FileMapping::open(Path::new("/proc/version")).is_err(),
+            "empty by its size"
+        );
+        assert!(FileMapping::open(Path::new("/nowhere")).is_err());
+    }
+}

@@ -1,0 +1,18 @@
+//! The system layer: every `unsafe` of the live host, and nothing that knows what it is for.
+//!
+//! Code in here may run while a fault is served or inside an address-space bracket, on any thread
+//! of the process. Such code makes raw system calls only: no libc `errno`, no thread-locals with
+//! destructors, no `malloc`, no stdio. What may run only at set-up says so.
+
+pub(crate) mod advise;
+pub(crate) mod arena;
+pub(crate) mod fault_copy;
+pub(crate) mod futex;
+pub(crate) mod mapping;
+pub(crate) mod pagemap;
+pub(crate) mod patch;
+pub(crate) mod probe;
+pub(crate) mod procmap;
+pub mod thread;
+pub(crate) mod uffd;
+pub(crate) mod vram;

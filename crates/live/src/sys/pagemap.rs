@@ -1,0 +1,110 @@
+//! Which pages have content: `PAGEMAP_SCAN`.
+
+use std::os::fd::OwnedFd;
+
+use gpusvm::addr::{HostSpan, HostVa};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+
+/// `struct pm_scan_arg`.
+#[repr(C)]
+#[derive(Default)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+const OP_SCAN: Opcode = opcode::read_write::<Scan>(b'f', 16);
+const PRESENT: u64 = 1 << 3;
+const SWAPPED: u64 = 1 << 4;
+
+/// The process's page map.
+#[derive(Debug)]
+pub(crate) struct PageMap(OwnedFd);
+
+impl PageMap {
+    /// Opens the process's own page map and checks that it can be scanned.
+    ///
+    /// # Errors
+    /// `ENOTTY` on a kernel before 6.7, or where /proc is not to be had.
+    pub(crate) fn open() -> Result<Self, Errno> {
+        let fd = open(
+            "/proc/self/pagemap",
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        let map = Self(fd);
+        let page = HostSpan::at(HostVa::new(0x1000), 0x1000);
+        map.missing(page)?;
+        Ok(map)
+    }
+
+    /// Whether every page of `span` is in memory or in swap. A scan that fails says no.
+    pub(crate) fn populated(&self, span: HostSpan) -> bool {
+        self.missing(span).is_ok_and(|missing| !missing)
+    }
+
+    /// Whether some page of `span` is in neither.
+    fn missing(&self, span: HostSpan) -> Result<bool, Errno> {
+        let mut region = [Region::default(); 1];
+        let mut arg = Scan {
+            size: u64::try_from(size_of::<Scan>()).unwrap_or(0),
+            start: span.start().get(),
+            end: span.end().get(),
+            vec: region.as_mut_ptr().expose_provenance() as u64,
+            vec_len: 1,
+            max_pages: 1,
+            // Pages for which neither bit is set.
+            category_inverted: PRESENT | SWAPPED,
+            category_mask: PRESENT | SWAPPED,
+            return_mask: PRESENT | SWAPPED,
+            ..Scan::default()
+        };
+        // SAFETY: PAGEMAP_SCAN reads and writes `struct pm_scan_arg`, whose layout `Scan` has.
+        let call = unsafe { Updater::<OP_SCAN, _>::new(&mut arg) };
+        // SAFETY: the kernel writes at most one region, into a buffer of one that outlives the
+        // call.
+        unsafe { ioctl(&self.0, call) }?;
+        Ok(region[0].end > region[0].start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::mapping::{AnonMapping, Huge};
+
+    #[test]
+    fn one_untouched_page_is_noticed() {
+        let map = PageMap::open().expect("the kernel scans page maps");
+        let mut mine = AnonMapping::new(64 << 10, Huge::Never).expect("64K can be mapped");
+        let span = HostSpan::at(HostVa::new(mine.address()), 64 << 10);
+        assert!(!map.populated(span));
+        for page in (0..16).filter(|page| *page != 7) {
+            mine.bytes_mut()[page * 4096] = 1;
+        }
+        assert!(!map.populated(span));
+        mine.bytes_mut()[7 * 4096] = 1;
+        assert!(map.populated(span));
+    }
+}

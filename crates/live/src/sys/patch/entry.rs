@@ -1,0 +1,258 @@
+//! The entry that all stubs jump to, and the way from there to the hook.
+//!
+//! Registers on entry: `rax` the call's number, `rcx` where to go back, the call's arguments where
+//! a system call has them. What the fast path needs beyond `rax`, `rcx` and `r11` goes below the
+//! thread's red zone.
+
+use core::arch::{asm, global_asm};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
+
+use crate::sys::arena;
+use crate::sys::fault_copy;
+use crate::sys::patch::{Call, HIGH, HOOK, IN_FLIGHT, LOW, PARITY, PatchError};
+
+/// Stacks for brackets, one bit of [`FREE`] each.
+const STACKS: usize = 64;
+/// log2 of a stack's bytes.
+const STACK_SHIFT: u32 = 16;
+const STACK: usize = 1 << STACK_SHIFT;
+
+/// Stacks that are free, one bit each.
+static FREE: AtomicU64 = AtomicU64::new(0);
+/// End of the first stack.
+static FIRST_TOP: AtomicUsize = AtomicUsize::new(0);
+/// Bytes that XSAVE needs.
+static XSAVE_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+/// A system call as its site made it. The entry builds it on the bracket's stack.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct SysCall {
+    pub(super) number: usize,
+    /// The arguments, in order.
+    pub(crate) args: [usize; 6],
+}
+
+impl SysCall {
+    /// Which call it is; `None` for a number that no stub passes on.
+    pub(crate) const fn call(&self) -> Option<Call> {
+        Call::from_number(self.number)
+    }
+
+    /// Makes the call. Negative results are errors.
+    pub(crate) fn raw(&self) -> isize {
+        let [a0, a1, a2, a3, a4, a5] = self.args;
+        let result: isize;
+        // SAFETY: exactly the call that the program made; its effects are the program's own. The
+        // kernel changes rax, rcx and r11 only.
+        unsafe {
+            asm!(
+                "syscall",
+                inlateout("rax") self.number => result,
+                in("rdi") a0, in("rsi") a1, in("rdx") a2, in("r10") a3, in("r8") a4, in("r9") a5,
+                lateout("rcx") _, lateout("r11") _,
+                options(nostack),
+            );
+        }
+        result
+    }
+}
+
+global_asm!(
+    ".text",
+    ".balign 64",
+    "gpusvm_bracket_entry:",
+    "    lea rsp, [rsp - 128]",
+    "    push rcx",
+    "    mov r11, [rip + {parity}]",
+    "    lea rcx, [rip + {in_flight}]",
+    "    add rcx, r11",
+    "    lock inc qword ptr [rcx]",
+    "    push rcx",
+    "    cmp eax, 9",
+    "    je 2f",
+    "    cmp eax, 10",
+    "    je 3f",
+    "    cmp eax, 11",
+    "    je 3f",
+    "    cmp eax, 28",
+    "    je 3f",
+    // mremap, process_madvise, brk: whenever anything is watched.
+    "    cmp qword ptr [rip + {high}], 0",
+    "    jne 5f",
+    "    jmp 4f",
+    // mmap: only with MAP_FIXED does it replace anything.
+    "2:  test r10d, 0x10",
+    "    jz 4f",
+    // munmap, mprotect, madvise, mmap: does [rdi, rdi + rsi) meet the hull?
+    "3:  cmp rdi, [rip + {high}]",
+    "    jae 4f",
+    "    lea r11, [rdi + rsi]",
+    "    cmp r11, [rip + {low}]",
+    "    ja 5f",
+    // The fast path.
+    "4:  syscall",
+    "    pop rcx",
+    "    lock dec qword ptr [rcx]",
+    "    pop rcx",
+    "    lea rsp, [rsp + 128]",
+    "    jmp rcx",
+    // The slow path: not in flight any more, for it may wait for those who are.
+    "5:  pop rcx",
+    "    lock dec qword ptr [rcx]",
+    "    push rax",
+    "6:  mov rax, [rip + {free}]",
+    "    test rax, rax",
+    "    jz 7f",
+    "    bsf rcx, rax",
+    "    mov r11, rax",
+    "    btr r11, rcx",
+    "    lock cmpxchg [rip + {free}], r11",
+    "    je 8f",
+    "7:  pause",
+    "    jmp 6b",
+    // rcx is the number of a stack of ours.
+    "8:  mov rax, rcx",
+    "    shl rax, {shift}",
+    "    add rax, [rip + {first_top}]",
+    "    mov r11, rsp",
+    "    mov rsp, rax",
+    "    push r11",
+    "    push rcx",
+    "    push rbx",
+    "    push r9",
+    "    push r8",
+    "    push r10",
+    "    push rdx",
+    "    push rsi",
+    "    push rdi",
+    "    push qword ptr [r11]",
+    "    mov rbx, rsp",
+    "    sub rsp, [rip + {xsave_bytes}]",
+    "    and rsp, -64",
+    // XSAVE leaves most of its header alone, and XRSTOR wants it zero.
+    "    xor eax, eax",
+    "    mov [rsp + 512], rax",
+    "    mov [rsp + 520], rax",
+    "    mov [rsp + 528], rax",
+    "    mov [rsp + 536], rax",
+    "    mov [rsp + 544], rax",
+    "    mov [rsp + 552], rax",
+    "    mov [rsp + 560], rax",
+    "    mov [rsp + 568], rax",
+    "    mov eax, -1",
+    "    mov edx, -1",
+    "    xsave64 [rsp]",
+    "    cld",
+    "    mov rdi, rbx",
+    "    call {dispatch}",
+    "    mov [rbx], rax",
+    "    mov eax, -1",
+    "    mov edx, -1",
+    "    xrstor64 [rsp]",
+    "    mov rsp, rbx",
+    "    pop rax",
+    "    pop rdi",
+    "    pop rsi",
+    "    pop rdx",
+    "    pop r10",
+    "    pop r8",
+    "    pop r9",
+    "    pop rbx",
+    "    pop rcx",
+    "    mov rsp, [rsp]",
+    "    lock bts [rip + {free}], rcx",
+    "    lea rsp, [rsp + 8]",
+    "    pop rcx",
+    "    lea rsp, [rsp + 128]",
+    "    jmp rcx",
+    parity = sym PARITY,
+    in_flight = sym IN_FLIGHT,
+    low = sym LOW,
+    high = sym HIGH,
+    free = sym FREE,
+    first_top = sym FIRST_TOP,
+    xsave_bytes = sym XSAVE_BYTES,
+    shift = const STACK_SHIFT,
+    dispatch = sym dispatch,
+);
+
+unsafe extern "C" {
+    fn gpusvm_bracket_entry();
+}
+
+/// Address of the entry.
+pub(super) fn address() -> u64 {
+    u64::try_from(gpusvm_bracket_entry as unsafe extern "C" fn() as usize).unwrap_or(0)
+}
+
+/// Maps the stacks and measures the register state. Once per process.
+pub(super) fn prepare() -> Result<(), PatchError> {
+    fault_copy::install();
+    if FIRST_TOP.load(Ordering::Relaxed) != 0 {
+        return Ok(());
+    }
+    if !std::is_x86_feature_detected!("xsave") {
+        return Err(PatchError::NoXsave);
+    }
+    let state = core::arch::x86_64::__cpuid_count(0xD, 0);
+    XSAVE_BYTES.store(
+        usize::try_from(state.ebx).unwrap_or(4096),
+        Ordering::Relaxed,
+    );
+    let base = map_stacks()?;
+    arena::set_bracket_stacks(base, base + STACKS * STACK);
+    FIRST_TOP.store(base + STACK, Ordering::Release);
+    FREE.store(u64::MAX, Ordering::Release);
+    Ok(())
+}
+
+/// Maps all stacks, the lowest page of each as a guard.
+fn map_stacks() -> Result<usize, PatchError> {
+    let os = |step| move |errno| PatchError::Os { step, errno };
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a fresh mapping, which overlaps nothing.
+    let base = unsafe {
+        mmap_anonymous(
+            core::ptr::null_mut(),
+            STACKS * STACK,
+            access,
+            MapFlags::PRIVATE,
+        )
+    }
+    .map_err(os("map bracket stacks"))?;
+    for n in 0..STACKS {
+        let guard = base.wrapping_byte_add(n * STACK);
+        // SAFETY: the page belongs to the new mapping, which nobody uses yet.
+        unsafe { mprotect(guard, 4096, rustix::mm::MprotectFlags::empty()) }
+            .map_err(os("guard bracket stacks"))?;
+    }
+    Ok(base.expose_provenance())
+}
+
+/// Called by the entry, on a bracket's stack, with all registers saved.
+extern "C" fn dispatch(call: &SysCall) -> isize {
+    let former = set_signal_mask(u64::MAX);
+    let result = HOOK
+        .get()
+        .map_or_else(|| call.raw(), |hook| hook.call(call));
+    set_signal_mask(former);
+    result
+}
+
+/// Sets this thread's signal mask and returns the former one.
+fn set_signal_mask(mask: u64) -> u64 {
+    const RT_SIGPROCMASK: usize = 14;
+    const SIG_SETMASK: usize = 2;
+    let mut former = 0_u64;
+    let set = core::ptr::from_ref(&mask).expose_provenance();
+    let old = (&raw mut former).expose_provenance();
+    let _done = SysCall {
+        number: RT_SIGPROCMASK,
+        args: [SIG_SETMASK, set, old, 8, 0, 0],
+    }
+    .raw();
+    former
+}

@@ -1,0 +1,261 @@
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use lock_api::Mutex;
+
+use super::*;
+use crate::sys::futex::RawFutexMutex;
+use crate::sys::mapping::{AnonMapping, Huge, Protect};
+
+/// Calls that the hook has seen.
+struct Recorder {
+    seen: Mutex<RawFutexMutex, [(usize, [usize; 6]); 64]>,
+    count: AtomicUsize,
+}
+
+static RECORDER: Recorder = Recorder {
+    seen: Mutex::from_raw(lock_api::RawMutex::INIT, [(0, [0; 6]); 64]),
+    count: AtomicUsize::new(0),
+};
+
+impl BracketHook for Recorder {
+    fn call(&self, call: &SysCall) -> isize {
+        let at = self.count.fetch_add(1, Ordering::SeqCst);
+        self.seen.lock()[at % 64] = (call.number, call.args);
+        clobber_vector_registers();
+        call.raw()
+    }
+}
+
+fn clobber_vector_registers() {
+    // SAFETY: declares what it changes.
+    unsafe {
+        core::arch::asm!(
+            "pcmpeqd xmm0, xmm0",
+            "pcmpeqd xmm7, xmm7",
+            "pcmpeqd xmm15, xmm15",
+            out("xmm0") _, out("xmm7") _, out("xmm15") _,
+        );
+    }
+}
+
+const ALL: [Call; 7] = [
+    Call::Munmap,
+    Call::Mremap,
+    Call::Mmap,
+    Call::Madvise,
+    Call::ProcessMadvise,
+    Call::Mprotect,
+    Call::Brk,
+];
+
+/// The process has one set of sites and one hull: one test at a time uses them.
+static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+/// Runs `test` with everything patched, or says why not.
+fn patched(test: impl FnOnce()) {
+    let _alone = ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    match install(&RECORDER, &ALL) {
+        Ok(patches) => {
+            assert!(patches.sites().len() >= 10, "{:?}", patches.sites());
+            let before = RECORDER.count.load(Ordering::SeqCst);
+            test();
+            set_hull(u64::MAX, 0);
+            RECORDER.count.store(before, Ordering::SeqCst);
+            patches.restore();
+        }
+        Err(error) => println!("skipped: {error}"),
+    }
+}
+
+/// Calls that `work` makes on memory inside the hull of `map`.
+fn seen_during(address: u64, bytes: u64, work: impl FnOnce()) -> Vec<(usize, [usize; 6])> {
+    let from = RECORDER.count.load(Ordering::SeqCst);
+    set_hull(address, address + bytes);
+    wait_for_unwatched_calls();
+    work();
+    set_hull(u64::MAX, 0);
+    let to = RECORDER.count.load(Ordering::SeqCst);
+    let seen = RECORDER.seen.lock();
+    (from..to).map(|n| seen[n % 64]).collect()
+}
+
+fn numbers(calls: &[(usize, [usize; 6])]) -> Vec<usize> {
+    calls.iter().map(|call| call.0).collect()
+}
+
+#[test]
+fn each_call_is_seen_with_its_arguments_and_keeps_its_result() {
+    patched(|| {
+        let mut map = AnonMapping::new(1 << 20, Huge::Never).expect("a megabyte can be mapped");
+        let address = map.address();
+        map.bytes_mut()[5000] = 1;
+        let calls = seen_during(address, 1 << 20, || {
+            map.protect(0, 4096, Protect::Read)
+                .expect("rights can change");
+            map.protect(0, 4096, Protect::ReadWrite)
+                .expect("rights can change");
+            map.discard(4096, 8192).expect("content can go");
+            assert_eq!(map.bytes()[5000], 0);
+            map.unmap_tail(64 << 10);
+        });
+        assert_eq!(numbers(&calls), [10, 10, 28, 11]);
+        let start = usize::try_from(address).expect("64-bit");
+        assert_eq!(calls[0].1[..3], [start, 4096, 1]);
+        assert_eq!(calls[2].1[..3], [start + 4096, 8192, 4]);
+        assert_eq!(calls[3].1[0], start + (64 << 10));
+    });
+}
+
+#[test]
+fn failing_calls_keep_their_errno() {
+    patched(|| {
+        let map = AnonMapping::new(4096, Huge::Never).expect("a page can be mapped");
+        let at: *mut core::ffi::c_void =
+            core::ptr::with_exposed_provenance_mut(usize::try_from(map.address()).expect("64-bit"));
+        let calls = seen_during(map.address(), 4096, || {
+            // SAFETY: an advice that does not exist changes nothing.
+            let result = unsafe { libc::madvise(at, 4096, 12345) };
+            assert_eq!(result, -1);
+            assert_eq!(
+                std::io::Error::last_os_error().raw_os_error(),
+                Some(libc::EINVAL)
+            );
+            // SAFETY: as above; this wrapper returns the error.
+            assert_eq!(
+                unsafe { libc::posix_madvise(at, 4096, 12345) },
+                libc::EINVAL
+            );
+        });
+        assert_eq!(numbers(&calls), [28, 28]);
+    });
+}
+
+#[test]
+fn free_is_seen_and_memory_outside_the_hull_is_not() {
+    patched(|| {
+        // SAFETY: allocates.
+        let block = unsafe { libc::malloc(4 << 20) };
+        let other = AnonMapping::new(1 << 20, Huge::Never).expect("a megabyte can be mapped");
+        let address = u64::try_from(block.addr()).expect("64-bit");
+        let calls = seen_during(address, 4 << 20, || {
+            drop(other);
+            // SAFETY: allocated above, freed once.
+            unsafe { libc::free(block) };
+        });
+        assert_eq!(numbers(&calls), [11], "{calls:x?}");
+    });
+}
+
+#[test]
+fn moving_and_fixed_mappings_are_seen() {
+    patched(|| {
+        let mut map = AnonMapping::new(2 << 20, Huge::Advise).expect("2M can be mapped");
+        map.words_mut()[3] = 77;
+        let address = map.address();
+        let calls = seen_during(address, 2 << 20, || map.relocate().expect("it moves"));
+        assert!(numbers(&calls).contains(&25), "{calls:x?}");
+        assert_eq!(map.words()[3], 77);
+        let at =
+            core::ptr::with_exposed_provenance_mut(usize::try_from(map.address()).expect("64-bit"));
+        let calls = seen_during(map.address(), 2 << 20, || {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+            // SAFETY: replaces a part of our own mapping.
+            let got =
+                unsafe { libc::mmap(at, 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+            assert_eq!(got, at);
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            // SAFETY: a fresh mapping.
+            let fresh = unsafe { libc::mmap(at, 4096, libc::PROT_READ, flags, -1, 0) };
+            assert_ne!(fresh, at);
+        });
+        assert_eq!(numbers(&calls), [9], "only the fixed one");
+        assert_eq!(map.words()[3], 0);
+    });
+}
+
+#[test]
+fn registers_and_red_zone_survive_the_slow_path() {
+    patched(|| {
+        let map = AnonMapping::new(8192, Huge::Never).expect("two pages can be mapped");
+        let munmap: unsafe extern "C" fn(*mut core::ffi::c_void, usize) -> i32 = libc::munmap;
+        let address = usize::try_from(map.address()).expect("64-bit");
+        let (mut x0, mut x15, mut callee) = (0x1111_2222_u64, 0x3333_4444_u64, 0x5555_u64);
+        let calls = seen_during(map.address(), 8192, || {
+            // Unaligned, so the call fails and changes nothing; the bracket runs all the same.
+            // SAFETY: declares what a call may change, and checks what it must not.
+            unsafe {
+                core::arch::asm!(
+                    "movq xmm0, {x0}",
+                    "movq xmm15, {x15}",
+                    "mov r12, {callee}",
+                    "call {munmap}",
+                    "movq {x0}, xmm0",
+                    "movq {x15}, xmm15",
+                    "mov {callee}, r12",
+                    munmap = in(reg) munmap,
+                    x0 = inout(reg) x0,
+                    x15 = inout(reg) x15,
+                    callee = inout(reg) callee,
+                    inout("rdi") address + 1 => _,
+                    inout("rsi") 4096_usize => _,
+                    out("r12") _,
+                    out("rax") _, out("rcx") _, out("rdx") _, out("r8") _, out("r9") _,
+                    out("r10") _, out("r11") _, out("xmm0") _, out("xmm15") _,
+                );
+            }
+        });
+        assert_eq!(numbers(&calls), [11]);
+        assert_eq!((x0, x15, callee), (0x1111_2222, 0x3333_4444, 0x5555));
+    });
+}
+
+#[test]
+fn brk_and_process_madvise_tell_their_spans() {
+    patched(|| {
+        let here = SysCall {
+            number: 12,
+            args: [0; 6],
+        }
+        .raw();
+        let here = usize::try_from(here).expect("an address");
+        assert_eq!(brk_shrinks(here + 4096), None);
+        assert_eq!(brk_shrinks(0), None);
+        let low = u64::try_from(here - 4096).expect("64-bit");
+        assert_eq!(brk_shrinks(here - 4096), Some(low..low + 4096));
+        let parts = [[0x5000_u64, 0x1000], [0x2000, 0x1000]];
+        let at = parts.as_ptr().expose_provenance();
+        assert_eq!(iovec_hull(at, 2), Some(0x2000..0x6000));
+        assert_eq!(iovec_hull(8, 2), None, "unreadable");
+    });
+}
+
+#[test]
+fn threads_allocate_exit_and_unmap_while_sites_come_and_go() {
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let mut map = AnonMapping::new(1 << 20, Huge::Never).expect("memory");
+                    map.bytes_mut()[70_000] = 3;
+                    map.discard(0, 1 << 20).expect("content can go");
+                    assert_eq!(map.bytes()[70_000], 0);
+                    let inner = std::thread::Builder::new().spawn(|| vec![1_u8; 1 << 20]);
+                    assert_eq!(
+                        inner.expect("a thread").join().expect("it ends")[999_999],
+                        1
+                    );
+                }
+            });
+        }
+        for _round in 0..50 {
+            patched(|| {
+                // Everything is watched: every call takes the slow path.
+                let _calls = seen_during(4096, 1 << 46, rustix::thread::sched_yield);
+            });
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
