@@ -1,1 +1,50 @@
+//! A software GPU.
+//!
+//! It has memory, an MMU that walks page tables in that memory, a TLB per execution unit, a bounded
+//! fault ring, a copy engine, and units that run kernels. It knows no driver and no framework: the
+//! driver reaches it through [`DevicePort`](gpusvm_abi::bus::DevicePort), and it reaches the world
+//! through [`SystemBus`](gpusvm_abi::bus::SystemBus), [`VramStore`](gpusvm_abi::bus::VramStore) and
+//! [`Park`](gpusvm_abi::bus::Park).
+//!
+//! | module | what |
+//! |---|---|
+//! | [`device`] | [`SoftGpu`]: the device and its port |
+//! | `mmu` | the page-table walk, decoding with code of its own |
+//! | `tlb` | cached translations of one unit |
+//! | `shootdown` | how TLB invalidations reach units, and how they acknowledge |
+//! | `fault_ring` | faults that wait for service |
+//! | `copy` | the copy engine |
+//! | `unit` | one access of one unit: translate, fault, copy |
+//! | [`work`] | [`Kernel`], [`Tile`], [`Dispatch`] |
+//!
+//! Kernels are plain safe Rust over **local tiles**: a work-group loads spans of device addresses
+//! into private buffers, computes, and stores back. So every access is translated and can fault,
+//! and memory-bound kernels still run near native speed.
+//!
+//! ```text
+//!   Kernel ─ Tile ─▶ unit: enter ─ TLB hit? ─ copy ─ leave
+//!                              └ miss: walk ┘└ no entry: leave, fault, again
+//! ```
+//!
+//! Threads come from the embedder: each calls [`SoftGpu::run`] for one unit.
+#![no_std]
+#![forbid(unsafe_code)]
 
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+mod copy;
+pub mod device;
+mod fault_ring;
+mod mmu;
+mod shootdown;
+#[cfg(test)]
+mod tests;
+mod tlb;
+mod unit;
+pub mod work;
+
+pub use copy::COPY_JOB_BYTES;
+pub use device::{ConfigError, FaultService, GpuConfig, SoftGpu};
+pub use work::{DeviceFault, Dispatch, Kernel, Stop, Tile};
