@@ -20,9 +20,7 @@ use gpusvm_abi::bus::{DevicePort, Park, SystemBus, VramStore};
 use gpusvm_live::{
     LiveBus, LiveConfig, LiveEnv, LiveSpace, LiveVram, OpenError, RuntimeScope, VramMode, thread,
 };
-use gpusvm_softgpu::{
-    ConfigError, Dispatch, FaultService, GpuConfig, Kernel, SoftGpu, Stop,
-};
+use gpusvm_softgpu::{ConfigError, Dispatch, FaultService, GpuConfig, Kernel, SoftGpu, Stop};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::stats::DeviceStats;
@@ -143,7 +141,9 @@ pub struct Machine {
 
 impl fmt::Debug for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Machine").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("Machine")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -175,8 +175,9 @@ impl Machine {
         space: Arc<LiveSpace>,
         stats: Arc<DeviceStats>,
     ) -> Result<Self, MachineError> {
-        let vram: Arc<LiveVram> =
-            space.create_vram(config.vram, config.migration).map_err(MachineError::Host)?;
+        let vram: Arc<LiveVram> = space
+            .create_vram(config.vram, config.migration)
+            .map_err(MachineError::Host)?;
         let gpu = SoftGpu::new(
             gpu_config(&config),
             vram as Arc<dyn VramStore>,
@@ -184,14 +185,20 @@ impl Machine {
             Arc::clone(&env) as Arc<dyn Park>,
         )
         .map_err(MachineError::Device)?;
-        let seams =
-            Seams { env: Arc::clone(&env), space: Arc::clone(&space), sink: Arc::clone(&stats) };
+        let seams = Seams {
+            env: Arc::clone(&env),
+            space: Arc::clone(&space),
+            sink: Arc::clone(&stats),
+        };
         let port = Arc::clone(&gpu) as Arc<dyn DevicePort>;
         let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
         let device = Device::new(seams, PagemapId(1), port, copy);
         let vm = Vm::new(&device, ASID).map_err(MachineError::Driver)?;
-        vm.mirror(MirrorArea { span: user_space(), rights: Rights::ReadWrite })
-            .map_err(MachineError::Driver)?;
+        vm.mirror(MirrorArea {
+            span: user_space(),
+            rights: Rights::ReadWrite,
+        })
+        .map_err(MachineError::Driver)?;
         let worker = Arc::clone(&device);
         env.start_worker(move |work| worker.work(work))
             .map_err(|error| MachineError::Host(error.into()))?;
@@ -258,8 +265,13 @@ impl Machine {
     /// # Errors
     /// The driver's, where ranges are live in the span.
     pub fn mirror_read_only(&self, span: HostSpan) -> Result<(), Failed> {
-        let area = MirrorArea { span, rights: Rights::ReadOnly };
-        thread::run_scoped(1, &|_| self.vm.mirror(area)).into_iter().collect()
+        let area = MirrorArea {
+            span,
+            rights: Rights::ReadOnly,
+        };
+        thread::run_scoped(1, &|_| self.vm.mirror(area))
+            .into_iter()
+            .collect()
     }
 
     /// Counters of the device.

@@ -63,6 +63,8 @@ impl SysCall {
 global_asm!(
     ".text",
     ".balign 64",
+    ".globl gpusvm_bracket_entry",
+    ".hidden gpusvm_bracket_entry",
     "gpusvm_bracket_entry:",
     "    lea rsp, [rsp - 128]",
     "    push rcx",
