@@ -1,4 +1,15 @@
 //! The gpusvm command: its parts as a library, for the binary and for tests.
+//!
+//! [`machine`] puts a host, a driver and a device together; [`workload`] is what runs on it; the
+//! other modules are the command line and what it shows.
 #![forbid(unsafe_code)]
 
+pub mod args;
+pub mod info;
 pub mod machine;
+pub mod progress;
+pub mod report;
+pub mod run;
+pub mod size;
+pub mod table;
+pub mod workload;

@@ -9,7 +9,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use gpusvm::addr::HostSpan;
 use gpusvm::error::Failed;
@@ -34,6 +34,9 @@ const FAULT_RING: usize = 64;
 const TLB_ENTRIES: usize = 512;
 /// Time within which a unit must acknowledge an invalidation.
 const TLB_TIMEOUT_NS: u64 = 10_000_000_000;
+
+/// Time between two looks at a running dispatch.
+const WATCH_NS: u64 = 100_000_000;
 
 /// Smallest device memory: one huge range, and its page tables at the other end.
 pub const VRAM_MIN: u64 = 4 << 20;
@@ -245,19 +248,44 @@ impl Machine {
     /// # Errors
     /// The first [`Stop`] of any unit: a refused fault, or a cancelled dispatch.
     pub fn launch(&self, kernel: &dyn Kernel, groups: u32) -> Result<(), Stop> {
-        self.launch_cancellable(&Dispatch::new(kernel, groups, ASID))
+        let dispatch = Dispatch::new(kernel, groups, ASID);
+        let units = usize::from(self.config.units);
+        thread::run_scoped(units, &|unit| self.gpu.run(&dispatch, unit))
+            .into_iter()
+            .collect()
     }
 
-    /// As [`launch`](Self::launch), with a dispatch that the caller can cancel meanwhile.
+    /// As [`launch`](Self::launch); meanwhile one more thread calls `watch` ten times a second, and
+    /// once at the end.
     ///
     /// # Errors
     /// As [`launch`](Self::launch).
-    pub fn launch_cancellable(&self, dispatch: &Dispatch<'_>) -> Result<(), Stop> {
+    pub fn launch_watched(
+        &self,
+        kernel: &dyn Kernel,
+        groups: u32,
+        watch: &(dyn Fn(&Dispatch<'_>) + Sync),
+    ) -> Result<(), Stop> {
+        let dispatch = Dispatch::new(kernel, groups, ASID);
         let units = usize::from(self.config.units);
-        thread::run_scoped(units, &|unit| self.gpu.run(dispatch, unit))
-            .into_iter()
-            .collect::<Result<Vec<()>, Stop>>()
-            .map(|_all| ())
+        let ended = AtomicU32::new(0);
+        let play = |unit: usize| {
+            if unit < units {
+                let result = self.gpu.run(&dispatch, unit);
+                ended.fetch_add(1, Ordering::Release);
+                Park::wake(&*self.env, &ended);
+                return result;
+            }
+            loop {
+                watch(&dispatch);
+                let seen = ended.load(Ordering::Acquire);
+                if usize::try_from(seen).is_ok_and(|ended| ended == units) {
+                    return Ok(());
+                }
+                Park::wait(&*self.env, &ended, seen, Some(WATCH_NS));
+            }
+        };
+        thread::run_scoped(units + 1, &play).into_iter().collect()
     }
 
     /// Lets the device read `span`, whose CPU mappings may be read-only.

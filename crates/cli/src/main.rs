@@ -1,59 +1,51 @@
-//! temp
-use gpusvm_cli::machine::*;
-use gpusvm_softgpu::*;
+//! The `gpusvm` command.
+#![forbid(unsafe_code)]
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use clap::Parser;
+use gpusvm_cli::args::{Cli, Command, RunArgs};
+use gpusvm_cli::{info, run};
+
+/// Keeps the runtime's own memory apart from the memory that migrates.
 #[global_allocator]
-static A: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
-struct Inc(u64, usize);
-impl Kernel for Inc {
-    fn run(&self, g: u32, t: &mut Tile<'_>) -> Result<(), Stop> {
-        let mut b = vec![0u64; 2048];
-        let per = 1 << 17;
-        for c in 0..per / 2048 {
-            let va = self.0 + (g as u64 * per + c * 2048) * 8;
-            t.load(va, &mut b[..])?;
-            b.iter_mut().for_each(|x| *x += 1);
-            t.store(va, &b[..])?;
+static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
+
+fn main() -> ExitCode {
+    let command = Cli::parse().command.unwrap_or_else(demo);
+    let mut out = std::io::stdout();
+    let result = match command {
+        Command::Run(args) => do_run(&args, &mut out),
+        Command::Info(output) => {
+            info::info(output, &mut out).map_err(|_closed| run::RunError::Output)
         }
-        Ok(())
+        Command::Bench(args) => Ok(()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody is left to tell where standard error is closed, too.
+            let _told = writeln!(std::io::stderr(), "gpusvm: {error}");
+            ExitCode::from(error.exit_code())
+        }
     }
 }
-fn main() {
-    let n = 256 << 17;
-    let mut v: Vec<u64> = (0..n as u64).collect();
-    let copy = std::env::args().nth(1).is_some();
-    let m = Machine::start(MachineConfig {
-        migration: if copy {
-            gpusvm_live::VramMode::Copy
-        } else {
-            gpusvm_live::VramMode::Adopt
-        },
-        ..MachineConfig::default()
-    })
-    .unwrap();
-    println!("{:?}", m.space().level());
-    for round in 0..3 {
-        let t = std::time::Instant::now();
-        let k = Inc(v.as_ptr() as u64, n);
-        m.launch(&k, 256).unwrap();
-        println!("{:?}", t.elapsed());
-        let t = std::time::Instant::now();
-        for (i, x) in v.iter_mut().enumerate() {
-            assert_eq!(*x, i as u64 + 1 + 2 * round);
-            *x += 1;
-        }
-        println!("cpu {:?}", t.elapsed());
+
+/// What a bare `gpusvm` does.
+fn demo() -> Command {
+    Cli::parse_from(["gpusvm", "run"])
+        .command
+        .unwrap_or_else(|| unreachable!("run is a command"))
+}
+
+fn do_run(args: &RunArgs, out: &mut dyn Write) -> Result<(), run::RunError> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // Without the handler the signal ends the process at once, as it would any other.
+        let _default = signal_hook::flag::register(signal, Arc::clone(&interrupted));
     }
-    print!(
-        "{}",
-        m.stats()
-            .gt(0)
-            .unwrap()
-            .to_string()
-            .lines()
-            .filter(|l| !l.ends_with(": 0"))
-            .collect::<Vec<_>>()
-            .join("\n")
-    );
-    m.close();
-    println!("\nclosed");
+    run::run(args, &interrupted, out)
 }

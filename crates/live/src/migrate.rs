@@ -19,7 +19,7 @@ use rustix::io::Errno;
 
 use crate::residency::{Busy, DevicePage, Piece};
 use crate::space::LiveSpace;
-use crate::staging::{Left, Slot};
+use crate::staging::{Kind, Left, Slot};
 use crate::sys::advise;
 use crate::sys::uffd::Uffd;
 use crate::watch::CannotArm;
@@ -182,7 +182,7 @@ impl LiveSpace {
                     let parked = home.start().plus(user.start().offset_from(span.start()));
                     Leg::new(user, parked, None)
                 }
-                None => self.slot_leg(user, self.staging.take_empty()),
+                None => self.slot_leg(user, self.staging.take_empty(kind_of(user))),
             })
             .collect()
     }
@@ -258,7 +258,7 @@ impl LiveSpace {
                 legs.push(Leg::new(user, home.start().plus(offset), None));
                 continue;
             }
-            let leg = self.slot_leg(user, self.staging.take_full());
+            let leg = self.slot_leg(user, self.staging.take_full(kind_of(user)));
             let vram = VramSpan::at(
                 piece.page.allocation.vram().start().plus(offset),
                 user.bytes(),
@@ -319,6 +319,15 @@ fn copy_in(uffd: &Uffd, to: HostVa, from: HostVa) -> Result<(), Errno> {
     uffd.copy(to, HostSpan::at(from, PAGE))
         .error
         .map_or(Ok(()), Err)
+}
+
+/// The kind of slot that a piece of user memory passes through.
+fn kind_of(user: HostSpan) -> Kind {
+    if user.bytes() == PAGE_2M {
+        Kind::Huge
+    } else {
+        Kind::Small
+    }
 }
 
 /// `span` cut at 2 MiB borders.

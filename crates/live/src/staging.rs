@@ -22,15 +22,15 @@ use crate::sys::futex;
 use crate::sys::mapping::RuntimeMapping;
 use crate::sys::uffd::{RegisterMode, Uffd};
 
-/// Slots; each migration in flight needs one per 2 MiB.
+/// Slots of each kind; each migration in flight needs one per 2 MiB.
 const SLOTS: u64 = 16;
 
 /// The slots and the descriptor.
 #[derive(Debug)]
 pub(crate) struct Staging {
     pub(crate) uffd: Uffd,
-    arena: RuntimeMapping,
-    pool: Mutex<LiveEnv, Pool>,
+    arenas: [RuntimeMapping; 2],
+    pools: [Mutex<LiveEnv, Pool>; 2],
     /// Bumped when a slot comes back; what those who found none sleep on.
     returned: AtomicU32,
 }
@@ -48,6 +48,17 @@ struct Pool {
 pub(crate) struct Slot {
     /// Start of its 2 MiB.
     pub(crate) at: HostVa,
+    kind: Kind,
+}
+
+/// What passes through a slot. Taking small pages out of a huge one would split it, which costs a
+/// hundred times the move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Whole blocks of 2 MiB: the slot has huge pages.
+    Huge,
+    /// Less: the slot has small pages.
+    Small,
 }
 
 /// What a slot holds when it comes back.
@@ -59,31 +70,43 @@ pub(crate) enum Left {
     Little,
 }
 
+impl Pool {
+    fn of(arena: &RuntimeMapping) -> Self {
+        let start = arena.span().start();
+        let empty = (0..SLOTS).map(|n| start.plus(n * PAGE_2M)).collect();
+        Self {
+            empty,
+            full: Vec::new(),
+        }
+    }
+}
+
 impl Staging {
     /// Maps and registers the slots.
     ///
     /// # Errors
     /// The system's, from mapping or registering.
     pub(crate) fn new(uffd: Uffd) -> Result<Self, rustix::io::Errno> {
-        let arena = RuntimeMapping::new(SLOTS * PAGE_2M)?;
-        uffd.register(arena.span(), RegisterMode::WriteProtect)?;
-        let start = arena.span().start();
-        let empty = (0..SLOTS).map(|n| start.plus(n * PAGE_2M)).collect();
-        let pool = Mutex::<LiveEnv, _>::new(Pool {
-            empty,
-            full: Vec::new(),
-        });
+        let arenas = [
+            RuntimeMapping::new(SLOTS * PAGE_2M)?,
+            RuntimeMapping::new(SLOTS * PAGE_2M)?,
+        ];
+        advise::no_huge_pages(arenas[Kind::Small as usize].span());
+        for arena in &arenas {
+            uffd.register(arena.span(), RegisterMode::WriteProtect)?;
+        }
+        let pools = [Pool::of(&arenas[0]), Pool::of(&arenas[1])].map(Mutex::<LiveEnv, _>::new);
         Ok(Self {
             uffd,
-            arena,
-            pool,
+            arenas,
+            pools,
             returned: AtomicU32::new(0),
         })
     }
 
     /// A slot without pages. Waits for one to come back where all are in use.
-    pub(crate) fn take_empty(&self) -> Slot {
-        self.take(|pool| {
+    pub(crate) fn take_empty(&self, kind: Kind) -> Slot {
+        self.take(kind, |pool| {
             pool.empty.pop().or_else(|| {
                 let at = pool.full.pop()?;
                 advise::drop_pages(HostSpan::at(at, PAGE_2M));
@@ -94,15 +117,15 @@ impl Staging {
 
     /// A slot to write into, with pages if there is one. Waits as
     /// [`take_empty`](Self::take_empty).
-    pub(crate) fn take_full(&self) -> Slot {
-        self.take(|pool| pool.full.pop().or_else(|| pool.empty.pop()))
+    pub(crate) fn take_full(&self, kind: Kind) -> Slot {
+        self.take(kind, |pool| pool.full.pop().or_else(|| pool.empty.pop()))
     }
 
-    fn take(&self, mut pick: impl FnMut(&mut Pool) -> Option<HostVa>) -> Slot {
+    fn take(&self, kind: Kind, mut pick: impl FnMut(&mut Pool) -> Option<HostVa>) -> Slot {
         loop {
             let seen = self.returned.load(Ordering::Acquire);
-            if let Some(at) = pick(&mut self.pool.lock()) {
-                return Slot { at };
+            if let Some(at) = pick(&mut self.pools[kind as usize].lock()) {
+                return Slot { at, kind };
             }
             futex::wait(&self.returned, seen, None);
         }
@@ -110,11 +133,14 @@ impl Staging {
 
     /// Gives a slot back.
     pub(crate) fn put(&self, slot: Slot, left: Left) {
-        debug_assert!(self.arena.span().contains(slot.at), "foreign slot");
+        debug_assert!(
+            self.arenas[slot.kind as usize].span().contains(slot.at),
+            "foreign slot"
+        );
         if left == Left::Little {
             advise::drop_pages(HostSpan::at(slot.at, PAGE_2M));
         }
-        let mut pool = self.pool.lock();
+        let mut pool = self.pools[slot.kind as usize].lock();
         match left {
             Left::Pages => pool.full.push(slot.at),
             Left::Little => pool.empty.push(slot.at),

@@ -22,6 +22,13 @@ pub(crate) fn drop_pages(span: HostSpan) {
     let _kept = unsafe { madvise(pointer(span), length(span), Advice::LinuxDontNeed) };
 }
 
+/// Keeps huge pages out of `span`, which lies in memory of the runtime's own.
+pub(crate) fn no_huge_pages(span: HostSpan) {
+    // A kernel without huge pages refuses this and needs it not.
+    // SAFETY: advice changes no content.
+    let _advised = unsafe { madvise(pointer(span), length(span), Advice::LinuxNoHugepage) };
+}
+
 fn pointer(span: HostSpan) -> *mut core::ffi::c_void {
     ptr::with_exposed_provenance_mut(length_of(span.start().get()))
 }

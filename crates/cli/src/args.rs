@@ -1,0 +1,161 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::machine::{MachineConfig, ServiceMode};
+use crate::size;
+use gpusvm_live::{BracketChoice, LiveConfig, VramMode};
+
+/// GPU shared virtual memory in user space.
+#[derive(Debug, Parser)]
+#[command(name = "gpusvm", version, about, long_about = None)]
+#[command(
+    after_help = "Examples:\n  gpusvm                                   the demo set\n  \
+    gpusvm run stream --size 1G --vram 256M  one workload\n  \
+    gpusvm run wordcount --input FILE        words of a mapped file\n  \
+    gpusvm info                              what this machine allows"
+)]
+pub struct Cli {
+    /// What to do; the demo set if nothing is said.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run workloads on the software GPU and check every answer against the CPU.
+    #[command(after_help = "Examples:\n  gpusvm run\n  \
+        gpusvm run stream --size 1G --vram 256M --json\n  \
+        gpusvm run gups --migration copy --fault-service queue")]
+    Run(RunArgs),
+    /// Show what this machine and kernel allow, and what follows for you.
+    Info(OutputArgs),
+    /// Measure against yardsticks taken in the same run, as ratios.
+    #[command(after_help = "Examples:\n  gpusvm bench\n  gpusvm bench migrate-out --json")]
+    Bench(BenchArgs),
+}
+
+/// How results are shown.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct OutputArgs {
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `run`.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    /// The workload; without one, the demo set.
+    pub workload: Option<String>,
+    /// Bytes of the workload's data in all, with K, M or G.
+    #[arg(long, value_parser = parse_size)]
+    pub size: Option<u64>,
+    /// Bytes of device memory, with K, M or G.
+    #[arg(long, value_parser = parse_size)]
+    pub vram: Option<u64>,
+    /// File to read, for wordcount.
+    #[arg(long)]
+    pub input: Option<PathBuf>,
+    /// Execution units of the device, each one thread.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub threads: u16,
+    /// The host whose memory is shared.
+    #[arg(long, value_enum, default_value_t = Host::Live)]
+    pub host: Host,
+    /// How pages move: handed over, or copied.
+    #[arg(long, value_enum, default_value_t = Migration::Remap)]
+    pub migration: Migration,
+    /// Where faults are served: on the faulting unit, or by a thread.
+    #[arg(long, value_enum, default_value_t = Service::Inline)]
+    pub fault_service: Service,
+    /// How address-space changes are seen.
+    #[arg(long, value_enum, default_value_t = Brackets::Best)]
+    pub brackets: Brackets,
+    /// Seed of everything random.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// How results are shown.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Options of `bench`.
+#[derive(Args, Clone, Debug)]
+pub struct BenchArgs {
+    /// One row only.
+    pub name: Option<String>,
+    /// How results are shown.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// The host whose memory is shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Host {
+    /// This process.
+    Live,
+}
+
+/// How pages move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Migration {
+    /// Pages of the process become device memory; nothing is copied.
+    Remap,
+    /// The device has memory of its own; content is copied.
+    Copy,
+}
+
+/// Where faults are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Service {
+    /// On the unit that faulted.
+    Inline,
+    /// By a thread that reads the fault ring.
+    Queue,
+}
+
+/// How address-space changes are seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Brackets {
+    /// Patched, or events where patching is impossible.
+    Best,
+    /// By patched system-call sites, or not at all.
+    Patched,
+    /// By userfaultfd events, after they happened.
+    Events,
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    size::parse(text).map_err(|error| error.to_string())
+}
+
+impl RunArgs {
+    /// The machine that these options ask for, with `vram` bytes of device memory.
+    #[must_use]
+    pub fn machine(&self, vram: u64) -> MachineConfig {
+        let brackets = match self.brackets {
+            Brackets::Best => BracketChoice::Best,
+            Brackets::Patched => BracketChoice::Patched,
+            Brackets::Events => BracketChoice::Events,
+        };
+        MachineConfig {
+            vram,
+            units: self.threads,
+            migration: match self.migration {
+                Migration::Remap => VramMode::Adopt,
+                Migration::Copy => VramMode::Copy,
+            },
+            service: match self.fault_service {
+                Service::Inline => ServiceMode::Inline,
+                Service::Queue => ServiceMode::Queue,
+            },
+            live: LiveConfig { brackets },
+            seed: self.seed,
+            plant_stale_tlb: false,
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! `gpusvm info`: what this machine and kernel allow, and what follows for the user.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use gpusvm_live::{Facts, LiveConfig, LiveEnv, LiveSpace, RuntimeScope, probe, thread};
+use serde_json::{Value, json};
+
+use crate::args::OutputArgs;
+use crate::size;
+use crate::table::Table;
+
+/// Prints the facts, and the levels that a live space would have here.
+///
+/// # Errors
+/// Standard output is closed.
+pub fn info(output: OutputArgs, out: &mut dyn Write) -> io::Result<()> {
+    let facts = probe();
+    let levels = levels();
+    if output.json {
+        return writeln!(out, "{:#}", as_json(&facts, &levels));
+    }
+    let mut table = Table::new(&["what", "here"]);
+    for (what, here) in rows(&facts) {
+        table.row(vec![what.to_owned(), here]);
+    }
+    writeln!(out, "{table}")?;
+    match levels {
+        Ok(levels) => {
+            writeln!(out, "faults:   {}; not covered: {}", levels[0], levels[1])?;
+            writeln!(out, "brackets: {}; not covered: {}", levels[2], levels[3])?;
+        }
+        Err(why) => writeln!(out, "a live space cannot be opened here: {why}")?,
+    }
+    for advice in advice(&facts) {
+        writeln!(out, "note: {advice}")?;
+    }
+    Ok(())
+}
+
+fn rows(facts: &Facts) -> Vec<(&'static str, String)> {
+    let works = |result: &Result<(), String>| match result {
+        Ok(()) => "yes".to_owned(),
+        Err(why) => format!("no: {why}"),
+    };
+    vec![
+        ("kernel", facts.kernel.clone()),
+        ("processors", facts.cpus.to_string()),
+        (
+            "memory available",
+            facts
+                .memory_available
+                .map_or("unknown".into(), size::format),
+        ),
+        ("userfaultfd, full", works(&facts.uffd_full)),
+        ("userfaultfd, user mode only", works(&facts.uffd_user)),
+        (
+            "UFFDIO_MOVE",
+            if facts.uffd_move { "yes" } else { "no" }.to_owned(),
+        ),
+        ("PROCMAP_QUERY", works(&facts.procmap_query)),
+        ("PAGEMAP_SCAN", works(&facts.pagemap_scan)),
+        ("transparent huge pages", facts.thp.clone()),
+        (
+            "mappings per process",
+            facts
+                .max_map_count
+                .map_or("unknown".into(), |n| n.to_string()),
+        ),
+        (
+            "userfaultfd features",
+            facts.uffd_features.len().to_string(),
+        ),
+    ]
+}
+
+/// Names and limits of the fault level and the bracket level, found by opening a space.
+fn levels() -> Result<[String; 4], String> {
+    let open = |_| {
+        let env = LiveEnv::new(0);
+        let space = LiveSpace::open(&LiveConfig::default(), Arc::clone(&env), Arc::new(()))
+            .map_err(|error| error.to_string())?;
+        let level = space.level();
+        let names = [
+            level.uffd.name(),
+            level.uffd.limits(),
+            level.bracket.name(),
+            level.bracket.limits(),
+        ];
+        let names = names.map(str::to_owned);
+        space.close();
+        Ok(names)
+    };
+    let _in_runtime = RuntimeScope::enter();
+    thread::run_scoped(1, &open)
+        .pop()
+        .unwrap_or_else(|| Err("no thread".into()))
+}
+
+fn advice(facts: &Facts) -> Vec<&'static str> {
+    let mut advice = Vec::new();
+    if facts.uffd_full.is_err() {
+        advice.push(
+            "run as root or set vm.unprivileged_userfaultfd=1 for system calls on device memory",
+        );
+    }
+    if facts.thp == "never" {
+        advice.push("huge pages are off: moving 2 MiB takes 20 times longer");
+    }
+    if !facts.uffd_move {
+        advice.push("a kernel of at least 6.8 is needed to move pages");
+    }
+    if facts.procmap_query.is_err() {
+        advice.push("a kernel of at least 6.11 is needed to look mappings up");
+    }
+    advice
+}
+
+fn as_json(facts: &Facts, levels: &Result<[String; 4], String>) -> Value {
+    let host = match levels {
+        Ok([level, fault_limits, bracket, bracket_limits]) => json!({
+            "kind": "live", "level": level, "bracket": bracket,
+            "not_covered": [fault_limits, bracket_limits],
+        }),
+        Err(why) => json!({ "kind": "live", "level": "none", "why": why }),
+    };
+    json!({
+        "schema": 1,
+        "host": host,
+        "kernel": facts.kernel,
+        "cpus": facts.cpus,
+        "memory_available": facts.memory_available,
+        "thp": facts.thp,
+        "uffd_full": facts.uffd_full.is_ok(),
+        "uffd_user_mode_only": facts.uffd_user.is_ok(),
+        "uffd_move": facts.uffd_move,
+        "uffd_features": facts.uffd_features,
+        "procmap_query": facts.procmap_query.is_ok(),
+        "pagemap_scan": facts.pagemap_scan.is_ok(),
+        "max_map_count": facts.max_map_count,
+        "advice": advice(facts),
+    })
+}

@@ -1,0 +1,177 @@
+//! What a run has to say, as a table row and as JSON.
+
+use std::time::Duration;
+
+use gpusvm_live::Level;
+use gpusvm_xe::stats::{Counter, DeviceStats};
+use serde_json::{Map, Value, json};
+
+use crate::args::RunArgs;
+use crate::size;
+
+/// Version of the JSON object.
+const SCHEMA: u32 = 1;
+
+/// Columns of the table at the end of a run.
+pub const COLUMNS: [&str; 11] = [
+    "workload",
+    "bytes",
+    "VRAM",
+    "verified",
+    "dev faults",
+    "to dev",
+    "from dev",
+    "evicted",
+    "CPU faults",
+    "bandwidth",
+    "time",
+];
+
+/// One finished workload.
+#[derive(Debug)]
+pub struct Report {
+    /// Name.
+    pub workload: &'static str,
+    /// Every answer was right.
+    pub verified: bool,
+    /// Time on the device.
+    pub elapsed: Duration,
+    /// Bytes of data.
+    pub bytes: u64,
+    /// Bytes that the kernels read and wrote.
+    pub traffic: u64,
+    /// Bytes of device memory.
+    pub vram: u64,
+    /// The answer, where it is short.
+    pub answer: Option<String>,
+    /// What the host used.
+    pub host: Value,
+    /// The options.
+    pub config: Value,
+    /// Counters.
+    pub stats: Map<String, Value>,
+}
+
+/// The host's levels as JSON.
+#[must_use]
+pub fn host_json(level: &Level, facts: &gpusvm_live::Facts) -> Value {
+    json!({
+        "kind": "live",
+        "level": level.uffd.name(),
+        "bracket": level.bracket.name(),
+        "thp": facts.thp,
+        "kernel": facts.kernel,
+        "not_covered": [level.uffd.limits(), level.bracket.limits()],
+    })
+}
+
+/// The options as JSON.
+#[must_use]
+pub fn config_json(args: &RunArgs, size: u64, vram: u64) -> Value {
+    json!({
+        "size": size,
+        "vram": vram,
+        "threads": args.threads,
+        "migration": format!("{:?}", args.migration).to_lowercase(),
+        "fault_service": format!("{:?}", args.fault_service).to_lowercase(),
+        "seed": args.seed,
+        "input": args.input.as_ref().map(|path| path.display().to_string()),
+    })
+}
+
+/// All counters, summed over GTs.
+#[must_use]
+pub fn stats_json(stats: &DeviceStats) -> Map<String, Value> {
+    let value = |counter: &Counter| (counter.name().to_owned(), json!(stats.total(*counter)));
+    Counter::ALL.iter().map(value).collect()
+}
+
+impl Report {
+    /// The JSON object.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        json!({
+            "schema": SCHEMA,
+            "workload": self.workload,
+            "verified": self.verified,
+            "elapsed_s": self.elapsed.as_secs_f64(),
+            "bytes": self.bytes,
+            "bandwidth_bytes_per_s": self.bandwidth(),
+            "answer": self.answer,
+            "host": self.host,
+            "config": self.config,
+            "stats": self.stats,
+        })
+    }
+
+    /// The row of the table.
+    #[must_use]
+    pub fn row(&self) -> Vec<String> {
+        let stat = |name: &str| self.stats.get(name).and_then(Value::as_u64).unwrap_or(0);
+        let moved = |copied, adopted| size::format((stat(copied) + stat(adopted)) * 1024);
+        vec![
+            self.workload.to_owned(),
+            size::format(self.bytes),
+            size::format(self.vram),
+            if self.verified { "yes" } else { "NO" }.to_owned(),
+            stat("svm_pagefault_count").to_string(),
+            moved("svm_device_copy_kb", "adopted_to_device_kb"),
+            moved("svm_cpu_copy_kb", "adopted_to_system_kb"),
+            stat("evict_count").to_string(),
+            stat("cpu_fault_count").to_string(),
+            format!("{}/s", size::format(self.bandwidth())),
+            format!("{:.2}s", self.elapsed.as_secs_f64()),
+        ]
+    }
+
+    /// Bytes per second that the kernels read and wrote.
+    fn bandwidth(&self) -> u64 {
+        let nanos = self.elapsed.as_nanos().max(1);
+        u64::try_from(u128::from(self.traffic) * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_has_the_promised_keys_and_the_row_all_columns() {
+        let stats = DeviceStats::new(1);
+        let report = Report {
+            workload: "stream",
+            verified: true,
+            elapsed: Duration::from_millis(500),
+            bytes: 1 << 20,
+            traffic: 1 << 20,
+            vram: 1 << 22,
+            answer: None,
+            host: json!({}),
+            config: json!({}),
+            stats: stats_json(&stats),
+        };
+        let object = report.json();
+        for key in [
+            "schema",
+            "workload",
+            "verified",
+            "elapsed_s",
+            "bytes",
+            "host",
+            "config",
+            "stats",
+        ] {
+            assert!(object.get(key).is_some(), "{key}");
+        }
+        for name in [
+            "svm_pagefault_count",
+            "evict_count",
+            "late_invalidation_count",
+            "adopted_kb",
+        ] {
+            assert_eq!(object["stats"][name], 0, "{name}");
+        }
+        assert_eq!(report.row().len(), COLUMNS.len());
+        assert_eq!(report.row()[9], "2M/s");
+    }
+}

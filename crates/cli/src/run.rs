@@ -1,0 +1,270 @@
+//! `gpusvm run`: one workload, or the demo set.
+
+use std::fmt;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use gpusvm_abi::bus::Park;
+use gpusvm_live::{LiveEnv, RuntimeScope, memory_available, probe};
+
+use crate::args::RunArgs;
+use crate::machine::{Machine, MachineError};
+use crate::progress::{Bar, Wanted};
+use crate::report::{self, COLUMNS, Report};
+use crate::size;
+use crate::table::Table;
+use crate::workload::{ALL, Job, JobError, Order, PrepareError, Workload};
+
+/// Sizes of the demo set: each workload four times larger than device memory, and all of them
+/// together within a minute on two processors.
+const DEMO: [(&str, u64, u64); 10] = [
+    ("stream", 256, 64),
+    ("gups", 128, 32),
+    ("chase", 128, 32),
+    ("stencil", 256, 64),
+    ("spmv", 256, 64),
+    ("bfs", 128, 32),
+    ("hashjoin", 128, 32),
+    ("gemm", 24, 6),
+    ("pingpong", 256, 64),
+    ("sort", 128, 32),
+];
+
+/// A run failed.
+#[derive(Debug)]
+pub enum RunError {
+    /// There is no such workload.
+    Unknown(String),
+    /// The data does not fit into memory.
+    Memory {
+        /// Bytes that the run needs.
+        needed: u64,
+        /// Bytes that there are.
+        available: u64,
+    },
+    /// An option that the workload does not take.
+    Needless(&'static str),
+    /// The data cannot be prepared.
+    Prepare(PrepareError),
+    /// The machine cannot be made.
+    Machine(MachineError),
+    /// The work stopped.
+    Job(JobError),
+    /// An answer is wrong.
+    NotVerified(&'static str),
+    /// Standard output is closed.
+    Output,
+}
+
+impl RunError {
+    /// The process's exit code.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Unknown(_) | Self::Memory { .. } | Self::Needless(_) | Self::Prepare(_) => 2,
+            Self::Machine(MachineError::VramTooSmall(_)) => 2,
+            Self::Job(JobError::Interrupted) => 130,
+            Self::Machine(_) | Self::Job(_) | Self::NotVerified(_) | Self::Output => 1,
+        }
+    }
+}
+
+impl fmt::Display for RunError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown(name) => {
+                write!(f, "there is no workload `{name}`; there are:")?;
+                ALL.iter()
+                    .try_for_each(|workload| write!(f, " {}", workload.name))
+            }
+            Self::Memory { needed, available } => write!(
+                f,
+                "this needs {} of memory and {} are available; use a smaller --size or --vram",
+                size::format(*needed),
+                size::format(*available)
+            ),
+            Self::Needless(option) => write!(f, "{option} does not go with this workload"),
+            Self::Prepare(error) => error.fmt(f),
+            Self::Machine(error) => error.fmt(f),
+            Self::Job(error) => error.fmt(f),
+            Self::NotVerified(name) => write!(f, "{name}: the device's answer is wrong"),
+            Self::Output => f.write_str("standard output is closed"),
+        }
+    }
+}
+
+impl std::error::Error for RunError {}
+
+/// Runs what `args` ask for and prints it to `out`.
+///
+/// # Errors
+/// [`RunError`]; with its exit code.
+pub fn run(args: &RunArgs, interrupted: &AtomicBool, out: &mut dyn Write) -> Result<(), RunError> {
+    let jobs = plan(args)?;
+    let mut table = Table::new(&COLUMNS);
+    let mut objects = Vec::new();
+    let mut wrong = None;
+    for (workload, bytes, vram) in jobs {
+        let report = run_one(args, workload, bytes, vram, interrupted)?;
+        if !report.verified {
+            wrong = Some(report.workload);
+        }
+        table.row(report.row());
+        objects.push(report);
+    }
+    print(args, &table, &objects, out).map_err(|_closed| RunError::Output)?;
+    wrong.map_or(Ok(()), |name| Err(RunError::NotVerified(name)))
+}
+
+/// Workloads with their sizes.
+fn plan(args: &RunArgs) -> Result<Vec<(Workload, u64, u64)>, RunError> {
+    let sized = |name: &str, size: u64, vram: u64| {
+        let workload = Workload::named(name).ok_or_else(|| RunError::Unknown(name.to_owned()))?;
+        Ok((
+            workload,
+            args.size.unwrap_or(size << 20),
+            args.vram.unwrap_or(vram << 20),
+        ))
+    };
+    let Some(name) = &args.workload else {
+        if args.input.is_some() {
+            return Err(RunError::Needless("--input"));
+        }
+        return DEMO
+            .into_iter()
+            .map(|(name, size, vram)| sized(name, size, vram))
+            .collect();
+    };
+    if name != "wordcount" && args.input.is_some() {
+        return Err(RunError::Needless("--input"));
+    }
+    let demo = DEMO.into_iter().find(|(other, ..)| other == name);
+    let (_, size, vram) = demo.unwrap_or(("", 256, 64));
+    Ok(vec![sized(name, size, vram)?])
+}
+
+/// Runs one workload on a machine of its own.
+fn run_one(
+    args: &RunArgs,
+    workload: Workload,
+    bytes: u64,
+    vram: u64,
+    interrupted: &AtomicBool,
+) -> Result<Report, RunError> {
+    check_memory(workload, bytes, vram)?;
+    let wanted = if args.output.json {
+        Wanted::No
+    } else {
+        Wanted::Yes
+    };
+    let bar = Bar::new(workload.name, wanted);
+    bar.phase("preparing");
+    let order = Order {
+        size: bytes,
+        seed: args.seed,
+        input: args.input.clone(),
+    };
+    let mut data = workload.prepare(&order).map_err(RunError::Prepare)?;
+    let machine = Machine::start(args.machine(vram)).map_err(RunError::Machine)?;
+    let clock = Stopwatch::start();
+    let job = Job {
+        machine: &machine,
+        interrupted,
+        progress: &bar,
+    };
+    data.run(&job).map_err(RunError::Job)?;
+    let elapsed = clock.elapsed();
+    bar.phase("verifying");
+    let verified = data.verify();
+    let report = Report {
+        workload: workload.name,
+        verified,
+        elapsed,
+        bytes: data.bytes(),
+        traffic: data.traffic(),
+        vram,
+        answer: data.answer(),
+        host: report::host_json(machine.space().level(), &probe()),
+        config: report::config_json(args, bytes, vram),
+        stats: report::stats_json(machine.stats()),
+    };
+    machine.close();
+    Ok(report)
+}
+
+/// Refuses what would not fit, before the system does so in a worse way.
+fn check_memory(workload: Workload, bytes: u64, vram: u64) -> Result<(), RunError> {
+    // A file is mapped in place; verification of some workloads computes a second copy.
+    let data = if workload.name == "wordcount" {
+        0
+    } else {
+        bytes
+    };
+    let copies = if matches!(workload.name, "stencil" | "bfs") {
+        2
+    } else {
+        1
+    };
+    let needed = data.saturating_mul(copies).saturating_add(vram);
+    let available = memory_available().unwrap_or(u64::MAX);
+    if needed > available {
+        Err(RunError::Memory { needed, available })
+    } else {
+        Ok(())
+    }
+}
+
+fn print(
+    args: &RunArgs,
+    table: &Table,
+    reports: &[Report],
+    out: &mut dyn Write,
+) -> std::io::Result<()> {
+    if !args.output.json {
+        write!(out, "{table}")?;
+        for report in reports {
+            if let Some(answer) = &report.answer {
+                writeln!(out, "{}: {answer}", report.workload)?;
+            }
+        }
+        return Ok(());
+    }
+    match reports {
+        [only] if args.workload.is_some() => writeln!(out, "{:#}", only.json()),
+        all => {
+            let verified = all.iter().all(|report| report.verified);
+            let runs: Vec<_> = all.iter().map(Report::json).collect();
+            let object = serde_json::json!({
+                "schema": 1, "workload": "demo", "verified": verified, "runs": runs,
+            });
+            writeln!(out, "{object:#}")
+        }
+    }
+}
+
+/// Measures real time through the host's clock.
+#[derive(Debug)]
+pub struct Stopwatch {
+    clock: Arc<LiveEnv>,
+    start: u64,
+}
+
+impl Stopwatch {
+    /// Starts now.
+    #[must_use]
+    pub fn start() -> Self {
+        let in_runtime = RuntimeScope::enter();
+        let clock = LiveEnv::new(0);
+        drop(in_runtime);
+        let start = clock.now_ns();
+        Self { clock, start }
+    }
+
+    /// Time since the start.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        Duration::from_nanos(self.clock.now_ns() - self.start)
+    }
+}
