@@ -11,9 +11,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use gpusvm::addr::HostSpan;
+use gpusvm::addr::{HostSpan, HostVa};
 use gpusvm::error::Failed;
 use gpusvm::event::EventSink;
+use gpusvm::pagemap::ToDevice;
+use gpusvm::seam::env::{Environment, Ns};
 use gpusvm::seam::mm::PagemapId;
 use gpusvm::seam::{Platform, Seams};
 use gpusvm_abi::bus::{DevicePort, Park, SystemBus, VramStore};
@@ -23,7 +25,7 @@ use gpusvm_live::{
 use gpusvm_softgpu::{ConfigError, Dispatch, FaultService, GpuConfig, Kernel, SoftGpu, Stop};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
-use gpusvm_xe::stats::DeviceStats;
+use gpusvm_xe::stats::{Counter, DeviceStats};
 use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
 
 /// Address-space id of the machine's one VM.
@@ -302,6 +304,42 @@ impl Machine {
             .collect()
     }
 
+    /// Moves an aligned span to the device and back, without the device touching it; returns the
+    /// nanoseconds of each way. For benches.
+    ///
+    /// # Errors
+    /// [`Stop::Cancelled`] where the pages refuse.
+    pub fn migrate_once(&self, at: u64, bytes: u64) -> Result<(f64, f64), Stop> {
+        let span = HostSpan::at(HostVa::new(at), bytes);
+        let pagemap = self.device.pagemap();
+        let go = |_| {
+            let start = self.env.now();
+            let wish = ToDevice {
+                span,
+                timeslice: Ns::default(),
+            };
+            pagemap
+                .to_device(wish)
+                .map_err(|_refused| Stop::Cancelled)?;
+            let middle = self.env.now();
+            let _evicted = pagemap.vram().evict_all();
+            let end = self.env.now();
+            Ok((nanos(middle.since(start)), nanos(end.since(middle))))
+        };
+        thread::run_scoped(1, &go)
+            .pop()
+            .unwrap_or(Err(Stop::NoUnit))
+    }
+
+    /// Nanoseconds in fault service so far, and the number of faults. For benches.
+    #[must_use]
+    pub fn fault_service_ns(&self) -> (u64, u64) {
+        (
+            self.stats.fault_ns(),
+            self.stats.total(Counter::SvmPagefaultCount),
+        )
+    }
+
     /// Counters of the device.
     #[must_use]
     pub const fn stats(&self) -> &Arc<DeviceStats> {
@@ -353,6 +391,11 @@ impl Drop for Machine {
         // The device refers to the driver, and the driver to the device: part them.
         self.gpu.set_fault_service(FaultService::Queue);
     }
+}
+
+/// A time as a number to calculate with.
+fn nanos(time: Ns) -> f64 {
+    f64::from(u32::try_from(time.0).unwrap_or(u32::MAX))
 }
 
 fn gpu_config(config: &MachineConfig) -> GpuConfig {

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
 use gpusvm_cli::args::{Cli, Command, RunArgs};
-use gpusvm_cli::{info, run};
+use gpusvm_cli::{bench, info, run};
 
 /// Keeps the runtime's own memory apart from the memory that migrates.
 #[global_allocator]
@@ -17,21 +17,27 @@ static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
 fn main() -> ExitCode {
     let command = Cli::parse().command.unwrap_or_else(demo);
     let mut out = std::io::stdout();
-    let result = match command {
-        Command::Run(args) => do_run(&args, &mut out),
-        Command::Info(output) => {
-            info::info(output, &mut out).map_err(|_closed| run::RunError::Output)
-        }
-        Command::Bench(args) => Ok(()),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Nobody is left to tell where standard error is closed, too.
-            let _told = writeln!(std::io::stderr(), "gpusvm: {error}");
-            ExitCode::from(error.exit_code())
-        }
+    match command {
+        Command::Run(args) => match do_run(&args, &mut out) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error, error.exit_code()),
+        },
+        Command::Info(output) => match info::info(output, &mut out) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error, 1),
+        },
+        Command::Bench(args) => match bench::bench(&args, &mut out) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error, error.exit_code()),
+        },
     }
+}
+
+/// Says in one line what went wrong.
+fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
+    // Nobody is left to tell where standard error is closed, too.
+    let _told = writeln!(std::io::stderr(), "gpusvm: {error}");
+    ExitCode::from(code)
 }
 
 /// What a bare `gpusvm` does.

@@ -177,6 +177,13 @@ pub enum Event {
         /// How many pages.
         pages: PageCount,
     },
+    /// Pages came home and found no mapping to come to: their content is gone, as the mapping is.
+    HostGone {
+        /// Where.
+        span: HostSpan,
+        /// How many pages.
+        pages: PageCount,
+    },
 }
 
 /// Receives events. Called with any lock held, also inside invalidations: must not allocate,

@@ -276,7 +276,7 @@ impl LiveSpace {
     fn come_in(&self, leg: &Leg) {
         let mut at = leg.user;
         let mut from = leg.parked_span();
-        let mut conflicts = 0;
+        let (mut conflicts, mut gone) = (0, 0);
         while !at.is_empty() {
             let moved = self.watch.uffd.move_pages(at.start(), from);
             let mut step = moved.bytes;
@@ -292,17 +292,30 @@ impl LiveSpace {
                 Some(_) => match copy_in(&self.watch.uffd, at.start(), from.start()) {
                     Ok(()) => step += PAGE,
                     Err(Errno::AGAIN) => self.let_events_pass(),
-                    Err(_gone) => step += PAGE,
+                    Err(Errno::EXIST) => {
+                        step += PAGE;
+                        conflicts += 1;
+                    }
+                    Err(_no_mapping) => {
+                        step += PAGE;
+                        gone += 1;
+                    }
                 },
             }
             at = HostSpan::new(at.start().plus(step), at.end());
             from = HostSpan::new(from.start().plus(step), from.end());
         }
+        let span = leg.user;
         if conflicts > 0 {
-            let pages = PageCount::new(conflicts);
             self.emit(&Event::HostConflict {
-                span: leg.user,
-                pages,
+                span,
+                pages: PageCount::new(conflicts),
+            });
+        }
+        if gone > 0 {
+            self.emit(&Event::HostGone {
+                span,
+                pages: PageCount::new(gone),
             });
         }
     }

@@ -114,9 +114,7 @@ fn serve_fault(space: &LiveSpace, at: HostVa, deferred: &mut Deferred) {
     let state = space.residency.lock().at(at).cloned();
     match state {
         None | Some(State::Claimed) => {
-            if !space.watch.disarm(at, &space.residency) {
-                fill_with_zeros(space, at);
-            }
+            space.watch.disarm(at, &space.residency);
             wake(space, at);
         }
         // Whoever ends the travel wakes the span.
@@ -128,14 +126,6 @@ fn serve_fault(space: &LiveSpace, at: HostVa, deferred: &mut Deferred) {
                 deferred.add(space, at, space.env.now().after(LOST_RETRY));
             }
         },
-    }
-}
-
-/// Host memory between pages that are away: the piece stays armed, this page gets its zeros.
-fn fill_with_zeros(space: &LiveSpace, at: HostVa) {
-    if !space.residency.lock().has_departed(HostSpan::at(at, PAGE)) {
-        // Refused where the page has come meanwhile: the thread finds it.
-        let _filled = space.watch.uffd.zero_page(at);
     }
 }
 

@@ -83,12 +83,14 @@ impl Watch {
         Ok(())
     }
 
-    /// Disarms the block around `at` unless some of its pages are away. Returns whether the kernel
-    /// fills the page itself now; waiting accesses are then already woken.
+    /// A thread waits at the missing page at `at`, which is host memory: lets it have zeros. The
+    /// block around it is disarmed, so that the kernel fills its pages from now on; where some of
+    /// its pages are away, this one page is filled.
     ///
     /// The residency table is asked under this lock, and a migration arms under this lock only
-    /// after it has marked its span as travelling: so a block is never disarmed under a migration.
-    pub(crate) fn disarm(&self, at: HostVa, residency: &Mutex<LiveEnv, Residency>) -> bool {
+    /// after it has marked its span as travelling: so a block is never disarmed, nor a page filled,
+    /// under a migration.
+    pub(crate) fn disarm(&self, at: HostVa, residency: &Mutex<LiveEnv, Residency>) {
         let mut sets = self.sets.lock();
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
         let Some(piece) = sets
@@ -97,10 +99,14 @@ impl Watch {
             .into_iter()
             .find(|piece| piece.contains(at))
         else {
-            return true;
+            return;
         };
         if residency.lock().has_departed(piece) {
-            return false;
+            if !residency.lock().has_departed(HostSpan::at(at, PAGE)) {
+                // Refused where the page has come meanwhile: the thread finds it.
+                let _filled = self.uffd.zero_page(at);
+            }
+            return;
         }
         sets.armed.remove(piece);
         let whole = self.uffd.unregister(piece).is_ok()
@@ -111,7 +117,6 @@ impl Watch {
         if !whole {
             sets.registered.remove(piece);
         }
-        true
     }
 
     /// Takes `span` out of userfaultfd, so that a bracketed call raises no events and sees whole

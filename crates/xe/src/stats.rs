@@ -141,6 +141,8 @@ counters! {
     LateInvalidationCount = "late_invalidation_count",
     /// Pages that found newer content at home.
     HostConflictCount = "host_conflict_count",
+    /// Pages that found no mapping to come home to.
+    HostGoneCount = "host_gone_count",
     /// KiB handed over to the device without a copy.
     AdoptedToDeviceKb = "adopted_to_device_kb",
     /// KiB handed back without a copy.
@@ -232,14 +234,18 @@ impl fmt::Display for GtStats {
 #[derive(Debug)]
 pub struct DeviceStats {
     gts: Vec<GtStats>,
+    /// Nanoseconds in fault service: the file's microseconds are too coarse for short faults.
+    fault_ns: AtomicU64,
 }
 
 impl DeviceStats {
     /// Zeros for `gts` GTs, at least one.
     #[must_use]
     pub fn new(gts: u16) -> Self {
+        let gts = (0..gts.max(1)).map(|_| GtStats::new()).collect();
         Self {
-            gts: (0..gts.max(1)).map(|_| GtStats::new()).collect(),
+            gts,
+            fault_ns: AtomicU64::new(0),
         }
     }
 
@@ -255,6 +261,12 @@ impl DeviceStats {
         self.gts.iter().map(|gt| gt.get(counter)).sum()
     }
 
+    /// Nanoseconds in fault service so far.
+    #[must_use]
+    pub fn fault_ns(&self) -> u64 {
+        self.fault_ns.load(Ordering::Relaxed)
+    }
+
     /// The GT that an event names; what names none is counted at the first.
     fn of(&self, gt: u16) -> &GtStats {
         self.gt(gt).unwrap_or(&self.gts[0])
@@ -262,6 +274,7 @@ impl DeviceStats {
 
     fn fold_fault(&self, gt: u16, range: Option<HostSpan>, end: FaultEnd, took: Ns) {
         use Counter as C;
+        self.fault_ns.fetch_add(took.0, Ordering::Relaxed);
         let gt = self.of(gt);
         if matches!(end, FaultEnd::Refused(_)) {
             gt.add(C::RefusedPagefaultCount, 1);
@@ -406,6 +419,7 @@ impl EventSink for DeviceStats {
             Event::HostConflict { pages, .. } => {
                 self.gts[0].add(C::HostConflictCount, pages.get());
             }
+            Event::HostGone { pages, .. } => self.gts[0].add(C::HostGoneCount, pages.get()),
             Event::InvalidateStart { .. } | Event::RangeCollected { .. } => {}
         }
     }

@@ -14,6 +14,7 @@ mod sort;
 mod spmv;
 mod stencil;
 mod stream;
+
 mod wordcount;
 
 use std::fmt;

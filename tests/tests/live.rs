@@ -1,0 +1,434 @@
+//! Whole machines on this process's own memory: what the program does to its address space while a
+//! device kernel uses it (`svm-design.md` section 7.3).
+//!
+//! A process has one live space, so the tests take turns.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use gpusvm_cli::machine::{Machine, MachineConfig, ServiceMode};
+use gpusvm_live::{AnonMapping, BracketChoice, Huge, LiveConfig, Protect, VramMode};
+use gpusvm_softgpu::{Kernel, Stop, Tile};
+use gpusvm_xe::stats::Counter;
+
+#[global_allocator]
+static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
+
+static TURN: Mutex<()> = Mutex::new(());
+const MIB: usize = 1 << 20;
+const OLD: u64 = 7;
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A machine, or nothing and the reason.
+fn start(config: MachineConfig) -> Option<Machine> {
+    Machine::start(config)
+        .map_err(|error| println!("skipped: {error}"))
+        .ok()
+}
+
+/// Every way in which pages move and faults are served.
+fn modes() -> Vec<MachineConfig> {
+    let mut modes = Vec::new();
+    for migration in [VramMode::Adopt, VramMode::Copy] {
+        for service in [ServiceMode::Inline, ServiceMode::Queue] {
+            modes.push(MachineConfig {
+                vram: 16 << 20,
+                migration,
+                service,
+                ..Default::default()
+            });
+        }
+    }
+    modes
+}
+
+fn filled(bytes: usize, value: u64) -> AnonMapping {
+    let mut map = AnonMapping::new(bytes, Huge::Advise).expect("memory can be mapped");
+    map.words_mut().fill(value);
+    map
+}
+
+fn words(bytes: usize) -> u64 {
+    u64::try_from(bytes / 8).expect("64-bit")
+}
+
+/// Adds to every word of a span; one group per MiB.
+struct Add {
+    at: u64,
+    by: u64,
+}
+
+impl Kernel for Add {
+    fn run(&self, group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
+        let mut buffer = vec![0_u64; 4096];
+        for block in 0..words(MIB) / 4096 {
+            let at = self.at + (u64::from(group) * words(MIB) + block * 4096) * 8;
+            tile.load(at, &mut buffer[..])?;
+            buffer.iter_mut().for_each(|word| *word += self.by);
+            tile.store(at, &buffer[..])?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads words until told to stop. A read that began after `changed` was set must not find the old
+/// value.
+struct Watch<'a> {
+    at: u64,
+    bytes: u64,
+    changed: &'a AtomicBool,
+    stop: &'a AtomicBool,
+    reads: &'a AtomicU64,
+    stale: &'a AtomicU64,
+}
+
+impl Kernel for Watch<'_> {
+    fn run(&self, group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
+        let mut at = u64::from(group) * 4096;
+        while !self.stop.load(Ordering::SeqCst) {
+            let changed = self.changed.load(Ordering::SeqCst);
+            let word: u64 = tile.load_one(self.at + at % self.bytes)?;
+            self.reads.fetch_add(1, Ordering::Relaxed);
+            if changed && word == OLD {
+                self.stale.fetch_add(1, Ordering::Relaxed);
+            }
+            at += 4096 * 3;
+        }
+        Ok(())
+    }
+}
+
+/// Runs a watching kernel over `map` while `change` happens; returns how it ended and how many
+/// stale reads there were.
+fn watch_while(
+    machine: &Machine,
+    map: &mut AnonMapping,
+    span: (u64, u64),
+    change: impl FnOnce(&mut AnonMapping),
+) -> (Result<(), Stop>, u64) {
+    let (changed, stop) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (reads, stale) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (at, bytes) = span;
+    let kernel = Watch {
+        at,
+        bytes,
+        changed: &changed,
+        stop: &stop,
+        reads: &reads,
+        stale: &stale,
+    };
+    let ended = thread::scope(|scope| {
+        let device = scope.spawn(|| machine.launch(&kernel, 2));
+        let wait_for = |count: u64| {
+            let from = reads.load(Ordering::Relaxed);
+            while reads.load(Ordering::Relaxed) < from + count && !device.is_finished() {
+                thread::yield_now();
+            }
+        };
+        wait_for(10_000);
+        change(map);
+        changed.store(true, Ordering::SeqCst);
+        wait_for(10_000);
+        stop.store(true, Ordering::SeqCst);
+        device.join().expect("the launch returns")
+    });
+    (ended, stale.load(Ordering::Relaxed))
+}
+
+/// The machine still works: a kernel on fresh memory gives the right answer.
+fn assert_goes_on(machine: &Machine) {
+    let mut map = filled(4 * MIB, 1);
+    let at = map.address();
+    machine
+        .launch(&Add { at, by: 5 }, 4)
+        .expect("later kernels go on");
+    assert!(map.words_mut().iter().all(|word| *word == 6));
+}
+
+#[test]
+fn oversubscribed_memory_is_computed_on_in_every_mode() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let map = filled(64 * MIB, 10);
+        for round in 0..3 {
+            machine
+                .launch(
+                    &Add {
+                        at: map.address(),
+                        by: 1,
+                    },
+                    64,
+                )
+                .expect("memory is there");
+            assert!(
+                map.words().iter().all(|word| *word == 11 + round),
+                "{mode:?}"
+            );
+        }
+        let stats = machine.stats();
+        assert!(stats.total(Counter::EvictCount) > 0, "{mode:?}");
+        assert!(stats.total(Counter::CpuFaultCount) > 0, "{mode:?}");
+        assert_eq!(stats.total(Counter::LateInvalidationCount), 0, "{mode:?}");
+        assert_eq!(stats.total(Counter::HostConflictCount), 0, "{mode:?}");
+        let copied = stats.total(Counter::SvmDeviceCopyKb) > 0;
+        assert_eq!(copied, mode.migration == VramMode::Copy, "{mode:?}");
+    }
+}
+
+#[test]
+fn discarded_memory_reads_as_zero_on_the_device() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let mut map = filled(8 * MIB, OLD);
+        let span = (map.address(), 8 << 20);
+        let (ended, stale) = watch_while(&machine, &mut map, span, |map| {
+            map.discard(0, 8 * MIB).expect("content can go");
+        });
+        assert_eq!(ended, Ok(()), "{mode:?}");
+        assert_eq!(stale, 0, "{mode:?}");
+        assert!(map.words().iter().all(|word| *word == 0), "{mode:?}");
+        assert_eq!(
+            machine.stats().total(Counter::LateInvalidationCount),
+            0,
+            "{mode:?}"
+        );
+        assert_goes_on(&machine);
+    }
+}
+
+#[test]
+fn planted_stale_tlb_is_caught() {
+    let _turn = turn();
+    let mode = MachineConfig {
+        vram: 16 << 20,
+        plant_stale_tlb: true,
+        ..Default::default()
+    };
+    let Some(machine) = start(mode) else { return };
+    let mut map = filled(8 * MIB, OLD);
+    let span = (map.address(), 8 << 20);
+    let (_ended, stale) = watch_while(&machine, &mut map, span, |map| {
+        map.discard(0, 8 * MIB).expect("content can go");
+    });
+    assert!(
+        stale > 0,
+        "without TLB flushes the device must be caught reading old content"
+    );
+}
+
+#[test]
+fn unmapped_memory_is_a_clean_device_fault() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let mut map = filled(8 * MIB, OLD);
+        let span = (map.address(), 8 << 20);
+        let (ended, stale) = watch_while(&machine, &mut map, span, |map| {
+            map.unmap_tail(3 * MIB + 4096)
+        });
+        let Err(Stop::Fault(fault)) = ended else {
+            panic!("{mode:?}: {ended:?}")
+        };
+        assert!(
+            fault.address >= span.0 + 3 * (1 << 20),
+            "{mode:?}: {fault:?}"
+        );
+        // The part that stayed is intact, on the CPU and on the device.
+        assert!(map.words().iter().all(|word| *word == OLD), "{mode:?}");
+        machine
+            .launch(&Add { at: span.0, by: 1 }, 3)
+            .expect("what stayed is usable");
+        assert!(
+            map.words()[..3 * MIB / 8]
+                .iter()
+                .all(|word| *word == OLD + 1),
+            "{mode:?}"
+        );
+        let _ = stale;
+        assert_goes_on(&machine);
+    }
+}
+
+#[test]
+fn freed_memory_is_a_clean_device_fault() {
+    let _turn = turn();
+    let Some(machine) = start(MachineConfig::default()) else {
+        return;
+    };
+    let block = vec![OLD; 8 * MIB / 8];
+    let at = u64::try_from(block.as_ptr().expose_provenance()).expect("64-bit");
+    machine
+        .launch(&Add { at, by: 0 }, 7)
+        .expect("memory is there");
+    drop(block);
+    let ended = machine.launch(&Add { at, by: 0 }, 7);
+    assert!(matches!(ended, Err(Stop::Fault(_))), "{ended:?}");
+    assert_eq!(machine.stats().total(Counter::LateInvalidationCount), 0);
+    assert_goes_on(&machine);
+}
+
+#[test]
+fn moved_memory_faults_at_its_old_place_and_works_at_the_new_one() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let mut map = filled(8 * MIB, OLD);
+        let span = (map.address(), 8 << 20);
+        let (ended, _) = watch_while(&machine, &mut map, span, |map| {
+            map.relocate().expect("the system moves it");
+        });
+        assert!(matches!(ended, Err(Stop::Fault(_))), "{mode:?}: {ended:?}");
+        assert!(map.words().iter().all(|word| *word == OLD), "{mode:?}");
+        machine
+            .launch(
+                &Add {
+                    at: map.address(),
+                    by: 1,
+                },
+                8,
+            )
+            .expect("the new place works");
+        assert!(map.words().iter().all(|word| *word == OLD + 1), "{mode:?}");
+        assert_eq!(
+            machine.stats().total(Counter::LateInvalidationCount),
+            0,
+            "{mode:?}"
+        );
+        assert_goes_on(&machine);
+    }
+}
+
+#[test]
+fn protected_memory_refuses_the_device_until_it_is_given_back() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let mut map = filled(8 * MIB, OLD);
+        let at = map.address();
+        machine
+            .launch(&Add { at, by: 0 }, 8)
+            .expect("memory is there");
+        for rights in [Protect::None, Protect::Read] {
+            map.protect(2 * MIB, 2 * MIB, rights)
+                .expect("rights can change");
+            let ended = machine.launch(&Add { at, by: 1 }, 8);
+            let Err(Stop::Fault(fault)) = ended else {
+                panic!("{mode:?}: {ended:?}")
+            };
+            let inside = fault.address - at;
+            assert!((2 << 20..4 << 20).contains(&inside), "{mode:?}: {fault:?}");
+            map.protect(2 * MIB, 2 * MIB, Protect::ReadWrite)
+                .expect("rights can change");
+        }
+        let kept = &map.words()[2 * MIB / 8..4 * MIB / 8];
+        assert!(
+            kept.iter().all(|word| *word == OLD),
+            "{mode:?}: a refused store landed"
+        );
+        machine
+            .launch(
+                &Add {
+                    at: at + (2 << 20),
+                    by: 1,
+                },
+                2,
+            )
+            .expect("given back");
+        assert_eq!(map.words()[2 * MIB / 8], OLD + 1);
+    }
+}
+
+#[test]
+fn changes_are_followed_by_events_where_sites_are_not_patched() {
+    let _turn = turn();
+    let live = LiveConfig {
+        brackets: BracketChoice::Events,
+    };
+    let Some(machine) = start(MachineConfig {
+        live,
+        vram: 16 << 20,
+        ..Default::default()
+    }) else {
+        return;
+    };
+    let mut map = filled(8 * MIB, OLD);
+    machine
+        .launch(
+            &Add {
+                at: map.address(),
+                by: 0,
+            },
+            8,
+        )
+        .expect("memory is there");
+    map.discard(0, 4 * MIB).expect("content can go");
+    assert!(map.words()[..4 * MIB / 8].iter().all(|word| *word == 0));
+    assert!(map.words()[4 * MIB / 8..].iter().all(|word| *word == OLD));
+    assert!(
+        machine.stats().total(Counter::LateInvalidationCount) > 0,
+        "late by nature"
+    );
+    drop(map);
+    assert_goes_on(&machine);
+}
+
+#[test]
+fn threads_write_while_the_device_computes_next_to_them() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let map = filled(32 * MIB, 0);
+        let at = map.address();
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                // The odd MiBs belong to the CPU, through the bus that the device uses as well.
+                let bus = gpusvm_live::LiveBus::new();
+                for round in 1..=20_u64 {
+                    for mib in (1..32).step_by(2) {
+                        let word = at + mib * (1 << 20) + round * 8;
+                        gpusvm_abi::bus::SystemBus::write(&bus, word, &round.to_ne_bytes())
+                            .expect("the memory is mapped");
+                    }
+                }
+            });
+            for _round in 0..5 {
+                machine
+                    .launch(&AddEven { at }, 16)
+                    .expect("memory is there");
+            }
+            writer.join().expect("the writer ends");
+        });
+        for (mib, words) in map.words().chunks(MIB / 8).enumerate() {
+            if mib % 2 == 0 {
+                assert!(words.iter().all(|word| *word == 5), "{mode:?}: MiB {mib}");
+            } else {
+                let written = words[1..=20]
+                    .iter()
+                    .zip(1..)
+                    .all(|(word, round)| *word == round);
+                assert!(written, "{mode:?}: MiB {mib}");
+            }
+        }
+    }
+}
+
+/// Adds one to the even MiBs.
+struct AddEven {
+    at: u64,
+}
+
+impl Kernel for AddEven {
+    fn run(&self, group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
+        Add {
+            at: self.at + u64::from(group) * (1 << 20),
+            by: 1,
+        }
+        .run(group, tile)
+    }
+}
