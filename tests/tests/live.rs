@@ -10,6 +10,7 @@ use std::thread;
 use gpusvm_cli::machine::{Machine, MachineConfig, ServiceMode};
 use gpusvm_live::{AnonMapping, BracketChoice, Huge, LiveConfig, Protect, VramMode};
 use gpusvm_softgpu::{Kernel, Stop, Tile};
+use gpusvm_tests::skipped;
 use gpusvm_xe::stats::Counter;
 
 #[global_allocator]
@@ -25,9 +26,7 @@ fn turn() -> MutexGuard<'static, ()> {
 
 /// A machine, or nothing and the reason.
 fn start(config: MachineConfig) -> Option<Machine> {
-    Machine::start(config)
-        .map_err(|error| println!("skipped: {error}"))
-        .ok()
+    Machine::start(config).map_err(|error| skipped(&error)).ok()
 }
 
 /// Every way in which pages move and faults are served.
@@ -250,7 +249,7 @@ fn unmapped_memory_is_a_clean_device_fault() {
                 .all(|word| *word == OLD + 1),
             "{mode:?}"
         );
-        let _ = stale;
+        assert_eq!(stale, 0, "{mode:?}");
         assert_goes_on(&machine);
     }
 }
@@ -386,17 +385,7 @@ fn threads_write_while_the_device_computes_next_to_them() {
         let map = filled(32 * MIB, 0);
         let at = map.address();
         thread::scope(|scope| {
-            let writer = scope.spawn(|| {
-                // The odd MiBs belong to the CPU, through the bus that the device uses as well.
-                let bus = gpusvm_live::LiveBus::new();
-                for round in 1..=20_u64 {
-                    for mib in (1..32).step_by(2) {
-                        let word = at + mib * (1 << 20) + round * 8;
-                        gpusvm_abi::bus::SystemBus::write(&bus, word, &round.to_ne_bytes())
-                            .expect("the memory is mapped");
-                    }
-                }
-            });
+            let writer = scope.spawn(|| write_odd_mibs(at));
             for _round in 0..5 {
                 machine
                     .launch(&AddEven { at }, 16)
@@ -414,6 +403,18 @@ fn threads_write_while_the_device_computes_next_to_them() {
                     .all(|(word, round)| *word == round);
                 assert!(written, "{mode:?}: MiB {mib}");
             }
+        }
+    }
+}
+
+/// Writes numbers to the odd MiBs, through the bus that the device uses as well.
+fn write_odd_mibs(at: u64) {
+    let bus = gpusvm_live::LiveBus::new();
+    for round in 1..=20_u64 {
+        for mib in (1..32).step_by(2) {
+            let word = at + mib * (1 << 20) + round * 8;
+            gpusvm_abi::bus::SystemBus::write(&bus, word, &round.to_ne_bytes())
+                .expect("the memory is mapped");
         }
     }
 }

@@ -118,3 +118,19 @@ pub enum FaultResponse {
     /// The access is illegal: stop the context that made it.
     Refuse,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefetch_bit_does_not_change_the_access() {
+        let mut record = FaultRecord::new(0x1000, 1, AccessType::Read, FaultKind::NotPresent, 2);
+        record.access |= ACCESS_PREFETCH;
+        assert_eq!(record.access_type(), Some(AccessType::Read));
+        assert!(record.is_prefetch());
+        assert_eq!(record.level(), 2);
+        record.access = 3;
+        assert_eq!(record.access_type(), None);
+    }
+}

@@ -74,7 +74,7 @@ pub fn format(bytes: u64) -> String {
         0x10_0000..0x4000_0000 => ("M", 20),
         _ => ("G", 30),
     };
-    let tenths = u128::from(bytes) * 10 >> shift;
+    let tenths = (u128::from(bytes) * 10) >> shift;
     if tenths.is_multiple_of(10) || tenths >= 1000 {
         format!("{}{unit}", tenths / 10)
     } else {

@@ -49,6 +49,12 @@ mod tests {
 
     const M: u64 = 1 << 20;
 
+    #[derive(PartialEq)]
+    enum Touched {
+        All,
+        Some,
+    }
+
     fn span(start: u64, end: u64) -> HostSpan {
         HostSpan::new(HostVa::new(start), HostVa::new(end))
     }
@@ -63,26 +69,32 @@ mod tests {
         }
     }
 
-    fn pick(at: u64, limits: &Limits, taken: &[HostSpan], populated: bool) -> Option<HostSpan> {
+    fn pick(at: u64, limits: &Limits, taken: &[HostSpan], touched: Touched) -> Option<HostSpan> {
         choose(
             HostVa::new(at),
             limits,
             |c| taken.iter().any(|t| t.overlaps(c)),
-            |_| populated,
+            |_| touched == Touched::All,
         )
     }
 
     #[test]
     fn fresh_four_megabytes_give_a_huge_range_without_a_presence_check() {
-        let got = pick(5 * M, &limits(span(4 * M, 8 * M)), &[], false);
+        let got = pick(5 * M, &limits(span(4 * M, 8 * M)), &[], Touched::Some);
         assert_eq!(got, Some(span(4 * M, 6 * M)));
     }
 
     #[test]
     fn small_allocation_is_64k_only_when_fully_touched() {
         let limits = limits(span(M, M + 128 * 1024));
-        assert_eq!(pick(M + 5, &limits, &[], true), Some(span(M, M + 65536)));
-        assert_eq!(pick(M + 5, &limits, &[], false), Some(span(M, M + 4096)));
+        assert_eq!(
+            pick(M + 5, &limits, &[], Touched::All),
+            Some(span(M, M + 65536))
+        );
+        assert_eq!(
+            pick(M + 5, &limits, &[], Touched::Some),
+            Some(span(M, M + 4096))
+        );
     }
 
     #[test]
@@ -90,18 +102,23 @@ mod tests {
         let taken = [span(4 * M, 4 * M + 4096)];
         let limits = limits(span(0, 64 * M));
         assert_eq!(
-            pick(4 * M + 8192, &limits, &taken, true),
+            pick(4 * M + 8192, &limits, &taken, Touched::All),
             Some(span(4 * M + 8192, 4 * M + 12288))
         );
         assert_eq!(
-            pick(5 * M, &limits, &taken, true),
+            pick(5 * M, &limits, &taken, Touched::All),
             Some(span(5 * M, 5 * M + 65536))
         );
     }
 
     #[test]
     fn last_page_of_a_ragged_mapping_is_a_small_range() {
-        let got = pick(6 * M + 10, &limits(span(4 * M, 6 * M + 4096)), &[], true);
+        let got = pick(
+            6 * M + 10,
+            &limits(span(4 * M, 6 * M + 4096)),
+            &[],
+            Touched::All,
+        );
         assert_eq!(got, Some(span(6 * M, 6 * M + 4096)));
     }
 
@@ -109,13 +126,13 @@ mod tests {
     fn window_and_area_bound_the_chunk() {
         let mut limits = limits(span(0, 64 * M));
         limits.window = span(4 * M, 4 * M + 65536);
-        assert_eq!(pick(4 * M, &limits, &[], true), Some(limits.window));
+        assert_eq!(pick(4 * M, &limits, &[], Touched::All), Some(limits.window));
         limits.area = span(4 * M, 4 * M + 8192);
         assert_eq!(
-            pick(4 * M, &limits, &[], true),
+            pick(4 * M, &limits, &[], Touched::All),
             Some(span(4 * M, 4 * M + 4096))
         );
         limits.area = span(8 * M, 9 * M);
-        assert_eq!(pick(4 * M, &limits, &[], true), None);
+        assert_eq!(pick(4 * M, &limits, &[], Touched::All), None);
     }
 }

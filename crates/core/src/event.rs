@@ -177,6 +177,11 @@ pub enum Event {
         /// How many pages.
         pages: PageCount,
     },
+    /// The system passed pages over that it should have moved; they were moved again.
+    MoveRepeated {
+        /// Where they were.
+        span: HostSpan,
+    },
     /// Pages came home and found no mapping to come to: their content is gone, as the mapping is.
     HostGone {
         /// Where.

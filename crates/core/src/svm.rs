@@ -27,11 +27,11 @@ use crate::chunk::{self, Limits};
 use crate::error::{Failed, Interrupted, Stale};
 use crate::event::Event;
 use crate::mmu::{Interval, Seq};
+use crate::pages::{PageSet, in_one_place};
 use crate::range::{Range, RangeKind, RangeRef, Tree};
 use crate::seam::env::{Environment, Mutex, Ns, Point, Work};
 use crate::seam::mm::{
-    Access, AddressSpace, FaultIn, InvalidateReason, InvalidationSink, Location, PageRun,
-    PagemapId, Vma, VmaKind,
+    Access, AddressSpace, FaultIn, InvalidateReason, InvalidationSink, PagemapId, Vma, VmaKind,
 };
 use crate::seam::{Platform, Seams};
 
@@ -89,37 +89,6 @@ pub struct FindRange {
     pub device_memory: bool,
     /// Chunks up to this many bytes must be populated (`check_pages_threshold`).
     pub populated_up_to: u64,
-}
-
-/// Pages of a range, gathered and not yet committed.
-#[derive(Debug)]
-pub struct PageSet {
-    runs: Vec<PageRun>,
-    access: Access,
-    seq: Seq,
-}
-
-impl PageSet {
-    /// Dense runs that cover the range exactly, all in one place.
-    #[must_use]
-    pub fn runs(&self) -> &[PageRun] {
-        &self.runs
-    }
-
-    /// Device memory that holds the pages; `None` for host memory.
-    #[must_use]
-    pub fn pagemap(&self) -> Option<PagemapId> {
-        match self.runs.first()?.at {
-            Location::Device { pagemap, .. } => Some(pagemap),
-            Location::System(_) => None,
-        }
-    }
-
-    /// Right with which the pages were faulted in.
-    #[must_use]
-    pub const fn access(&self) -> Access {
-        self.access
-    }
 }
 
 /// Notifiers and ranges of one device address space.
@@ -406,16 +375,6 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         };
         Ok(self.tree.lock().insert(span, kind, interval))
     }
-}
-
-/// Whether all runs lie in host memory, or all in one allocation.
-fn in_one_place(runs: &[PageRun]) -> bool {
-    let place = |run: &PageRun| match run.at {
-        Location::System(_) => None,
-        Location::Device { allocation, .. } => Some(allocation),
-    };
-    runs.windows(2)
-        .all(|pair| place(&pair[0]) == place(&pair[1]))
 }
 
 /// The invalidation flow: zap, one flush, unmap pages, mark for the collector.

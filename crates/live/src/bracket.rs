@@ -130,6 +130,23 @@ impl Effect {
     }
 }
 
+/// How a call ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    Refused,
+}
+
+impl Outcome {
+    const fn of(result: isize) -> Self {
+        if result < 0 {
+            Self::Refused
+        } else {
+            Self::Done
+        }
+    }
+}
+
 /// What one system call is about to do: at most two spans.
 pub(crate) fn effects(call: &SysCall) -> [Option<(HostSpan, Effect)>; 2] {
     let [a0, a1, a2, a3, a4, _] = call.args;
@@ -230,9 +247,10 @@ impl LiveSpace {
         let invalidation = self.notifiers.start(span, effect.reason());
         let suspended = self.watch.suspend(span);
         let result = raw();
-        self.settle_call(span, effect, result >= 0, &suspended);
+        let outcome = Outcome::of(result);
+        self.settle_call(span, effect, outcome, &suspended);
         self.notifiers.end(&self.env, invalidation);
-        self.close_pieces(pieces, result >= 0);
+        self.close_pieces(pieces, outcome);
         self.residency.lock().unchange(span);
         self.announce_change();
         result
@@ -254,20 +272,20 @@ impl LiveSpace {
     }
 
     /// Adjusts the watch to what the call did.
-    fn settle_call(&self, span: HostSpan, effect: Effect, done: bool, suspended: &Suspended) {
+    fn settle_call(&self, span: HostSpan, effect: Effect, outcome: Outcome, suspended: &Suspended) {
         match effect {
-            Effect::Unmap if done => self.watch.forget(span),
+            Effect::Unmap if outcome == Outcome::Done => self.watch.forget(span),
             // The new place is watched when a device first uses it.
-            Effect::Move if done => self.watch.forget(span),
-            Effect::Clear if done => self.watch.resume(suspended),
+            Effect::Move if outcome == Outcome::Done => self.watch.forget(span),
+            Effect::Clear if outcome == Outcome::Done => self.watch.resume(suspended),
             Effect::Protect => self.watch.resume(suspended),
             Effect::Unmap | Effect::Clear | Effect::Move => self.watch.rearm(suspended),
         }
     }
 
     /// Lets recalled pages go, or leaves them where they were if the call failed.
-    fn close_pieces(&self, pieces: Vec<Piece>, done: bool) {
-        if done {
+    fn close_pieces(&self, pieces: Vec<Piece>, outcome: Outcome) {
+        if outcome == Outcome::Done {
             self.let_go(pieces);
             return;
         }

@@ -32,6 +32,15 @@ enum Refused {
     Mapping,
 }
 
+/// Pages that found no place to come home to.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Lost {
+    /// Their places have other content.
+    conflicts: u64,
+    /// Their places are gone.
+    gone: u64,
+}
+
 /// Isolated pages of a live migration.
 #[derive(Debug)]
 pub struct LiveMigration<'a> {
@@ -204,15 +213,25 @@ impl LiveSpace {
                     .uffd
                     .move_pages(leg.parked.plus(leg.left), rest);
                 leg.left += moved.bytes;
-                match moved.error {
-                    None => {}
-                    Some(Errno::AGAIN) => rustix::thread::sched_yield(),
-                    Some(Errno::BUSY) => return Err(Refused::NotExclusive),
-                    Some(_) => return Err(Refused::Mapping),
-                }
+                let Some(errno) = moved.error else { continue };
+                departure_error(errno)?;
+            }
+            while let Some(late) = self.straggler(leg.user) {
+                let to = leg.parked.plus(late.start().offset_from(leg.user.start()));
+                let moved = self.staging.uffd.move_pages(to, late);
+                moved.error.map_or(Ok(()), departure_error)?;
             }
         }
         Ok(())
+    }
+
+    /// Pages that a MOVE has passed over although it reported success. It skips holes, and what
+    /// looks like one while the kernel joins or splits a huge page need not be one. Nothing else
+    /// can put pages there, so whatever is found is moved again, and counted.
+    fn straggler(&self, from: HostSpan) -> Option<HostSpan> {
+        let late = self.pagemap.first_populated(from)?;
+        self.emit(&Event::MoveRepeated { span: late });
+        Some(late)
     }
 
     fn begin_home(
@@ -274,9 +293,32 @@ impl LiveSpace {
     /// Moves parked pages of one leg into the mapping. What no longer fits there is dropped, as
     /// the kernel drops a device page whose mapping is gone.
     fn come_in(&self, leg: &Leg) {
-        let mut at = leg.user;
-        let mut from = leg.parked_span();
-        let (mut conflicts, mut gone) = (0, 0);
+        let mut lost = Lost::default();
+        self.come_in_part(leg.user, leg.parked_span(), &mut lost);
+        // Pages that did not fit stay behind for good; others were passed over.
+        while lost == Lost::default()
+            && let Some(late) = self.straggler(leg.parked_span())
+        {
+            let to = leg.user.start().plus(late.start().offset_from(leg.parked));
+            self.come_in_part(HostSpan::at(to, late.bytes()), late, &mut lost);
+        }
+        let span = leg.user;
+        if lost.conflicts > 0 {
+            self.emit(&Event::HostConflict {
+                span,
+                pages: PageCount::new(lost.conflicts),
+            });
+        }
+        if lost.gone > 0 {
+            self.emit(&Event::HostGone {
+                span,
+                pages: PageCount::new(lost.gone),
+            });
+        }
+    }
+
+    fn come_in_part(&self, user: HostSpan, parked: HostSpan, lost: &mut Lost) {
+        let (mut at, mut from) = (user, parked);
         while !at.is_empty() {
             let moved = self.watch.uffd.move_pages(at.start(), from);
             let mut step = moved.bytes;
@@ -286,38 +328,33 @@ impl LiveSpace {
                 // The place has other content or a guard by now: that is newer.
                 Some(Errno::EXIST) => {
                     step += PAGE;
-                    conflicts += 1;
+                    lost.conflicts += 1;
                 }
                 // A read-only mapping takes no moved pages, but it takes copies.
-                Some(_) => match copy_in(&self.watch.uffd, at.start(), from.start()) {
-                    Ok(()) => step += PAGE,
-                    Err(Errno::AGAIN) => self.let_events_pass(),
-                    Err(Errno::EXIST) => {
-                        step += PAGE;
-                        conflicts += 1;
-                    }
-                    Err(_no_mapping) => {
-                        step += PAGE;
-                        gone += 1;
-                    }
-                },
+                Some(_) => {
+                    step += self.copy_one_in(at.start().plus(step), from.start().plus(step), lost)
+                }
             }
             at = HostSpan::new(at.start().plus(step), at.end());
             from = HostSpan::new(from.start().plus(step), from.end());
         }
-        let span = leg.user;
-        if conflicts > 0 {
-            self.emit(&Event::HostConflict {
-                span,
-                pages: PageCount::new(conflicts),
-            });
+    }
+
+    /// Copies one parked page into the mapping; returns the bytes that are dealt with.
+    fn copy_one_in(&self, to: HostVa, from: HostVa, lost: &mut Lost) -> u64 {
+        match copy_in(&self.watch.uffd, to, from) {
+            Ok(()) => {
+                // Copied, so what stays behind is no straggler.
+                advise::drop_pages(HostSpan::at(from, PAGE));
+            }
+            Err(Errno::AGAIN) => {
+                self.let_events_pass();
+                return 0;
+            }
+            Err(Errno::EXIST) => lost.conflicts += 1,
+            Err(_no_mapping) => lost.gone += 1,
         }
-        if gone > 0 {
-            self.emit(&Event::HostGone {
-                span,
-                pages: PageCount::new(gone),
-            });
-        }
+        PAGE
     }
 
     /// Ends the travel of `span`: what waits for it goes on.
@@ -325,6 +362,18 @@ impl LiveSpace {
         self.announce_change();
         // An error means that the mapping is gone, and with it everybody who waited.
         let _nobody_waits = self.watch.uffd.wake(span);
+    }
+}
+
+/// Whether a MOVE out that stopped may go on.
+fn departure_error(errno: Errno) -> Result<(), Refused> {
+    match errno {
+        Errno::AGAIN => {
+            rustix::thread::sched_yield();
+            Ok(())
+        }
+        Errno::BUSY => Err(Refused::NotExclusive),
+        _ => Err(Refused::Mapping),
     }
 }
 

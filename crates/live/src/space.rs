@@ -45,7 +45,7 @@ pub struct LiveSpace {
     pub(crate) watch: Watch,
     pub(crate) staging: Staging,
     procmap: ProcMap,
-    pagemap: PageMap,
+    pub(crate) pagemap: PageMap,
     sink: Arc<dyn EventSink>,
     level: Level,
     /// Bumped when a travel or a change ends; what those in its way sleep on.

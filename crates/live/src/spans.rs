@@ -123,9 +123,8 @@ mod tests {
                 if add { set.insert(s) } else { set.remove(s) }
                 bits[start..end].fill(add);
             }
-            for i in 0..300 {
-                let one = span(i as u64, i as u64 + 1);
-                assert_eq!(set.covers(one), bits[i], "{i}");
+            for (i, bit) in (0..).zip(bits) {
+                assert_eq!(set.covers(span(i, i + 1)), bit, "{i}");
             }
             let parts = set.within(span(0, 300));
             assert!(parts.windows(2).all(|w| w[0].end() < w[1].start()), "{parts:?}");

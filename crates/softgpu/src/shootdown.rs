@@ -19,6 +19,8 @@ use crate::tlb::Tlb;
 
 /// Invalidations that are kept for units that are behind.
 const SLOTS: u64 = 64;
+/// The same, as a length.
+const SLOT_COUNT: usize = 64;
 /// Sequence numbers run from 1 to this, and then from 1 again.
 pub(crate) const SEQNO_MAX: u64 = 0xF_FFFF;
 
@@ -77,7 +79,7 @@ impl Shootdown {
     /// Applies to `tlb` what was published since the unit last looked.
     fn apply(&self, gate: &Gate, tlb: &mut Tlb, latest: u64) {
         let seen = gate.seen.load(Ordering::Relaxed);
-        let mut ends = [(0, 0, 0); SLOTS as usize];
+        let mut ends = [(0, 0, 0); SLOT_COUNT];
         let behind = latest - seen;
         if behind < SLOTS {
             for (n, copy) in (seen + 1..=latest).zip(&mut ends) {

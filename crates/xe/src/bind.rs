@@ -6,11 +6,11 @@
 use alloc::vec::Vec;
 
 use gpusvm::error::{Failed, Stale};
+use gpusvm::pages::PageSet;
 use gpusvm::range::RangeRef;
 use gpusvm::seam::Platform;
 use gpusvm::seam::mm::{Access, Location};
 use gpusvm::seam::table::{LeafFlags, LeafTarget};
-use gpusvm::svm::PageSet;
 use gpusvm::table::{Segment, TablePlan};
 
 use crate::vm::{Vm, VmState, mirrored};

@@ -11,11 +11,12 @@ use gpusvm::addr::{HostVa, PAGE, PAGE_64K};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::{Event, FaultEnd};
 use gpusvm::pagemap::ToDevice;
+use gpusvm::pages::PageSet;
 use gpusvm::range::RangeRef;
 use gpusvm::seam::Platform;
 use gpusvm::seam::env::{Environment, Ns, Point};
 use gpusvm::seam::mm::Access;
-use gpusvm::svm::{FindRange, PageSet};
+use gpusvm::svm::FindRange;
 use gpusvm_abi::fault::{AccessType, FaultRecord, FaultResponse, KIND_NACK};
 
 use crate::device::Device;

@@ -169,8 +169,6 @@ impl Prepared for HashJoin {
             let hits = rows
                 .filter(|j| wanted(self.seed, *j, builds) < builds)
                 .count();
-            if *matches != count(hits) {
-            }
             *matches == count(hits)
         });
         expected && self.table.iter().filter(|slot| **slot != EMPTY).count() == builds

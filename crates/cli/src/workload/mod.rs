@@ -323,9 +323,5 @@ pub(crate) const fn mix(n: u64) -> u64 {
 
 /// A number below `bound`, from a random one.
 pub(crate) fn below(random: u64, bound: usize) -> usize {
-    index(
-        (u128::from(random) * u128::from(count(bound)) >> 64)
-            .try_into()
-            .unwrap_or(0),
-    )
+    index(u64::try_from((u128::from(random) * u128::from(count(bound))) >> 64).unwrap_or(0))
 }

@@ -1,4 +1,4 @@
-use alloc::sync::Arc;
+use alloc::vec::Vec;
 use std::sync::Mutex as StdMutex;
 use std::thread;
 
@@ -8,7 +8,7 @@ use crate::test_env::TestEnv;
 /// Notes what it is called with, under a lock of its own, as a framework instance would.
 #[derive(Default)]
 struct Sink {
-    calls: StdMutex<alloc::vec::Vec<&'static str>>,
+    calls: StdMutex<Vec<&'static str>>,
 }
 
 impl InvalidationSink for Sink {
@@ -47,7 +47,7 @@ fn world() -> World {
 impl World {
     fn watch(&self, start: u64, end: u64) -> Arc<Interval> {
         self.notifiers
-            .insert(span(start, end), Arc::clone(&self.sink) as _)
+            .insert(span(start, end), Arc::<Sink>::clone(&self.sink))
     }
 
     fn start(&self, start: u64, end: u64) -> Invalidation {
@@ -55,7 +55,7 @@ impl World {
             .start(span(start, end), InvalidateReason::Clear)
     }
 
-    fn calls(&self) -> alloc::vec::Vec<&'static str> {
+    fn calls(&self) -> Vec<&'static str> {
         self.sink
             .calls
             .lock()
@@ -93,14 +93,14 @@ fn invalidation_elsewhere_disturbs_nobody() {
 #[test]
 fn one_invalidation_reaches_every_window_it_crosses() {
     let w = world();
-    let intervals: alloc::vec::Vec<_> = (0..16).map(|n| w.watch(n * 10, n * 10 + 10)).collect();
-    let seqs: alloc::vec::Vec<_> = intervals
+    let intervals: Vec<_> = (0..16).map(|n| w.watch(n * 10, n * 10 + 10)).collect();
+    let seqs: Vec<_> = intervals
         .iter()
         .map(|i| w.notifiers.read_begin(&w.env, i))
         .collect();
     let running = w.start(15, 145);
     w.notifiers.end(&w.env, running);
-    let moved: alloc::vec::Vec<_> = intervals
+    let moved: Vec<_> = intervals
         .iter()
         .zip(&seqs)
         .map(|(i, s)| i.read_retry(*s))

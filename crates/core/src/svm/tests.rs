@@ -1,1 +1,370 @@
+use alloc::sync::Arc;
+use alloc::vec;
+use alloc::vec::Vec;
+use std::sync::Mutex as StdMutex;
 
+use super::*;
+use crate::addr::{BusAddr, PAGE_2M, PageCount};
+use crate::mmu::IntervalNotifiers;
+use crate::seam::copy::{CopyEngine, CopyMove};
+use crate::seam::mm::{MigrateTo, MigrationSet, Placement};
+use crate::test_env::TestEnv;
+
+/// One mapping of plain host memory, which never migrates.
+struct Host {
+    env: TestEnv,
+    notifiers: IntervalNotifiers<TestEnv>,
+    vma: StdMutex<Option<Vma>>,
+}
+
+struct NoSet;
+
+impl MigrationSet for NoSet {
+    fn moves(&self) -> &[CopyMove] {
+        &[]
+    }
+    fn adopted(&self) -> PageCount {
+        PageCount::ZERO
+    }
+    fn finalize(self) -> PageCount {
+        PageCount::ZERO
+    }
+}
+
+impl AddressSpace for Host {
+    type Migration<'a> = NoSet;
+
+    fn find_vma(&self, _at: HostVa) -> Option<Vma> {
+        *self.vma.lock().expect("no test panics under the lock")
+    }
+
+    fn subscribe(
+        &self,
+        window: HostSpan,
+        sink: Arc<dyn InvalidationSink>,
+    ) -> Result<Arc<Interval>, Interrupted> {
+        Ok(self.notifiers.insert(window, sink))
+    }
+
+    fn unsubscribe(&self, interval: &Arc<Interval>) {
+        self.notifiers.remove(&self.env, interval);
+    }
+
+    fn read_begin(&self, interval: &Interval) -> Seq {
+        self.notifiers.read_begin(&self.env, interval)
+    }
+
+    fn fault_in(&self, request: &FaultIn, runs: &mut Vec<PageRun>) -> Result<(), Interrupted> {
+        let at = Location::System(BusAddr::new(request.span.start().get()));
+        runs.push(PageRun {
+            pages: request.span.pages(),
+            at,
+        });
+        Ok(())
+    }
+
+    fn is_populated(&self, _span: HostSpan) -> bool {
+        true
+    }
+
+    fn placement(&self, _span: HostSpan) -> Placement {
+        Placement::System
+    }
+
+    fn migrate_begin(&self, _span: HostSpan, _to: MigrateTo) -> Result<NoSet, Interrupted> {
+        Err(Stale::PagesRefused.into())
+    }
+}
+
+struct NoCopy;
+
+impl CopyEngine for NoCopy {
+    fn run(&self, _moves: &[CopyMove]) -> Result<(), Failed> {
+        Ok(())
+    }
+    fn adopt(&self, _vram: crate::addr::VramSpan) -> Option<HostSpan> {
+        None
+    }
+    fn surrender(&self, _vram: crate::addr::VramSpan) -> Option<HostSpan> {
+        None
+    }
+}
+
+/// Notes what is flushed; a binding is whether it is valid.
+#[derive(Default)]
+struct Driver {
+    flushed: StdMutex<Vec<HostSpan>>,
+}
+
+impl Bindings for Driver {
+    type Binding = bool;
+
+    fn zap(&self, binding: &mut bool, _held: &NotifierHeld<'_>) -> Zapped {
+        if core::mem::take(binding) {
+            Zapped::Entries
+        } else {
+            Zapped::Nothing
+        }
+    }
+
+    fn flush(&self, span: HostSpan, _held: &NotifierHeld<'_>) {
+        self.flushed
+            .lock()
+            .expect("no test panics under the lock")
+            .push(span);
+    }
+
+    fn zapped(&self, _span: HostSpan, _started: Ns) {}
+}
+
+struct Toy;
+
+impl Platform for Toy {
+    type Env = TestEnv;
+    type Space = Host;
+    type Copy = NoCopy;
+    type Sink = ();
+}
+
+struct World {
+    host: Arc<Host>,
+    env: Arc<TestEnv>,
+    svm: Arc<Svm<Toy, Driver>>,
+    owner: SvmOwner,
+}
+
+const BASE: u64 = 16 * PAGE_2M;
+
+fn span(start: u64, bytes: u64) -> HostSpan {
+    HostSpan::at(HostVa::new(BASE + start), bytes)
+}
+
+fn world() -> World {
+    let vma = Vma {
+        span: span(0, 8 * PAGE_2M),
+        read: true,
+        write: true,
+        kind: VmaKind::Anonymous,
+    };
+    let host = Arc::new(Host {
+        env: TestEnv::default(),
+        notifiers: IntervalNotifiers::new(),
+        vma: StdMutex::new(Some(vma)),
+    });
+    let env = Arc::new(TestEnv::default());
+    let seams = Seams {
+        env: Arc::clone(&env),
+        space: Arc::clone(&host),
+        sink: Arc::new(()),
+    };
+    let area = HostSpan::at(HostVa::new(0), 1 << 40);
+    let config = SvmConfig {
+        vm: 1,
+        area,
+        window_bytes: 512 << 20,
+    };
+    let (svm, owner) = Svm::new(seams, Driver::default(), config).expect("a good window");
+    World {
+        host,
+        env,
+        svm,
+        owner,
+    }
+}
+
+impl World {
+    fn range(&mut self, at: u64) -> RangeRef {
+        let find = FindRange {
+            at: HostVa::new(BASE + at),
+            area: HostSpan::at(HostVa::new(0), 1 << 40),
+            access: Access::Write,
+            device_memory: true,
+            populated_up_to: 0,
+        };
+        self.svm
+            .find_or_insert_range(&mut self.owner, &find)
+            .expect("the address is mapped")
+    }
+
+    fn bind(&self, range: &RangeRef, access: Access) -> Result<(), Stale> {
+        let pages = self
+            .svm
+            .get_pages(range, access, None)
+            .expect("pages are there");
+        self.svm
+            .commit(range, pages, |binding, _held| *binding = true)
+    }
+
+    fn invalidate(&self, what: HostSpan, reason: InvalidateReason) {
+        let running = self.host.notifiers.start(what, reason);
+        self.host.notifiers.end(&self.host.env, running);
+    }
+
+    fn is_bound(&self, range: &RangeRef, access: Access) -> bool {
+        self.svm
+            .is_bound(range, access, |binding, _pagemap| *binding)
+    }
+
+    /// The race of races: the CPU mapping changes between gathering pages and committing them.
+    /// Returns whether an entry to the old pages survived.
+    fn stale_entry_survives(&mut self) -> bool {
+        let range = self.range(0);
+        let pages = self
+            .svm
+            .get_pages(&range, Access::Write, None)
+            .expect("pages are there");
+        self.invalidate(range.span(), InvalidateReason::Clear);
+        let _committed = self
+            .svm
+            .commit(&range, pages, |binding, _held| *binding = true);
+        self.is_bound(&range, Access::Write)
+    }
+}
+
+#[test]
+fn change_between_gathering_and_committing_forces_a_retry() {
+    assert!(!world().stale_entry_survives());
+}
+
+#[test]
+fn planted_missing_recheck_is_caught() {
+    let mut world = world();
+    world.svm.plant_missing_recheck();
+    assert!(
+        world.stale_entry_survives(),
+        "the test above would fail without the re-check"
+    );
+}
+
+#[test]
+fn commit_with_read_right_does_not_satisfy_a_write() {
+    let mut world = world();
+    let range = world.range(0);
+    world.bind(&range, Access::Read).expect("nothing changed");
+    assert!(world.is_bound(&range, Access::Read));
+    assert!(!world.is_bound(&range, Access::Write));
+}
+
+#[test]
+fn flush_covers_every_zapped_range() {
+    let mut world = world();
+    for at in [0, PAGE_2M, 2 * PAGE_2M] {
+        let range = world.range(at);
+        world.bind(&range, Access::Write).expect("nothing changed");
+    }
+    // From the middle of the first range into the third.
+    world.invalidate(span(PAGE_2M / 2, 2 * PAGE_2M), InvalidateReason::Clear);
+    let flushed = world
+        .svm
+        .driver()
+        .flushed
+        .lock()
+        .expect("no test panics under the lock");
+    assert_eq!(
+        *flushed,
+        vec![span(0, 3 * PAGE_2M)],
+        "one flush, from the first range's start"
+    );
+}
+
+#[test]
+fn neighbour_in_the_same_window_stays_bound() {
+    let mut world = world();
+    let (near, far) = (world.range(0), world.range(4 * PAGE_2M));
+    world.bind(&near, Access::Write).expect("nothing changed");
+    world.bind(&far, Access::Write).expect("nothing changed");
+    world.invalidate(near.span(), InvalidateReason::Clear);
+    assert!(!world.is_bound(&near, Access::Write));
+    assert!(world.is_bound(&far, Access::Write));
+    let flushes = world
+        .svm
+        .driver()
+        .flushed
+        .lock()
+        .expect("no test panics under the lock")
+        .len();
+    assert_eq!(flushes, 1);
+}
+
+#[test]
+fn partly_unmapped_range_is_collected_once_and_never_bound_again() {
+    let mut world = world();
+    let range = world.range(0);
+    world.bind(&range, Access::Write).expect("nothing changed");
+    world.invalidate(span(0, 4096), InvalidateReason::Unmap);
+    world.invalidate(span(4096, 4096), InvalidateReason::Unmap);
+    assert_eq!(world.env.deferred.load(Ordering::Relaxed), 2);
+    assert_eq!(world.bind(&range, Access::Write), Err(Stale::RangeUnmapped));
+    let dead = world
+        .svm
+        .pop_garbage(&mut world.owner)
+        .expect("one dead range");
+    assert_eq!(dead.span(), range.span());
+    assert!(
+        world.svm.pop_garbage(&mut world.owner).is_none(),
+        "queued once"
+    );
+    world
+        .svm
+        .remove_range(&mut world.owner, &dead, |_binding, _held| ());
+    assert_eq!(world.svm.range_count(), 0);
+    let fresh = world.range(0);
+    world
+        .bind(&fresh, Access::Write)
+        .expect("a new range works");
+    assert!(
+        !world.is_bound(&range, Access::Write),
+        "the old name does not lead to the new range"
+    );
+}
+
+#[test]
+fn closed_address_space_queues_no_garbage() {
+    let mut world = world();
+    let range = world.range(0);
+    world.bind(&range, Access::Write).expect("nothing changed");
+    world.svm.close(&mut world.owner);
+    world.invalidate(range.span(), InvalidateReason::Unmap);
+    assert!(
+        !world.is_bound(&range, Access::Write),
+        "entries go all the same"
+    );
+    assert!(world.svm.pop_garbage(&mut world.owner).is_none());
+}
+
+#[test]
+fn mapping_decides_how_a_look_up_fails() {
+    let mut world = world();
+    let find = |at: u64, access| FindRange {
+        at: HostVa::new(at),
+        area: HostSpan::at(HostVa::new(0), 1 << 40),
+        access,
+        device_memory: true,
+        populated_up_to: 0,
+    };
+    let beyond = HostVa::new(BASE + 8 * PAGE_2M);
+    let missing = world
+        .svm
+        .find_or_insert_range(&mut world.owner, &find(beyond.get(), Access::Read));
+    assert_eq!(missing.map(|_range| ()), Err(Failed::NoVma(beyond).into()));
+    if let Some(vma) = world
+        .host
+        .vma
+        .lock()
+        .expect("no test panics under the lock")
+        .as_mut()
+    {
+        vma.write = false;
+    }
+    let at = HostVa::new(BASE);
+    let write = world
+        .svm
+        .find_or_insert_range(&mut world.owner, &find(BASE, Access::Write));
+    assert_eq!(write.map(|_range| ()), Err(Failed::Permission(at).into()));
+    assert!(
+        world
+            .svm
+            .find_or_insert_range(&mut world.owner, &find(BASE, Access::Read))
+            .is_ok()
+    );
+}

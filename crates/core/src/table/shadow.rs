@@ -8,7 +8,7 @@ use core::marker::PhantomData;
 use crate::NotifierHeld;
 use crate::addr::{GpuSpan, GpuVa, VramAddr};
 use crate::error::Failed;
-use crate::seam::table::{PageTableFormat, TableStore};
+use crate::seam::table::{LeafFlags, LeafTarget, PageTableFormat, TableStore};
 use crate::table::plan::{LeafSlot, LeafWrite, Link, Segment, TablePlan, zap};
 
 /// The tables of one address space, as the CPU knows them.
@@ -148,17 +148,35 @@ impl Cursor<'_> {
         }
     }
 
-    /// Takes `bytes` bytes of one segment, or nothing where they do not continue that far or, for
-    /// a larger leaf, the target is not aligned to it.
-    fn take(&mut self, bytes: u64) -> Option<(crate::seam::table::LeafTarget, Segment)> {
+    /// Takes `bytes` bytes with one contiguous target, or nothing where the segments do not
+    /// continue that far or the target is not aligned to the leaf.
+    fn take(&mut self, bytes: u64) -> Option<(LeafTarget, LeafFlags)> {
         self.skip_empty();
         let first = *self.segments.first()?;
         let target = first.target.plus(self.done);
-        let fits = first.pages.bytes() - self.done >= bytes && target.raw() % bytes == 0;
-        fits.then(|| {
-            self.done += bytes;
-            (target, first)
-        })
+        if !target.raw().is_multiple_of(bytes) || self.reach(target, &first, bytes) < bytes {
+            return None;
+        }
+        self.done += bytes;
+        while let [first, rest @ ..] = self.segments
+            && self.done > first.pages.bytes()
+        {
+            self.done -= first.pages.bytes();
+            self.segments = rest;
+        }
+        Some((target, first.flags))
+    }
+
+    /// Bytes from here on, up to `most`, whose targets and flags continue those of `first`.
+    fn reach(&self, target: LeafTarget, first: &Segment, most: u64) -> u64 {
+        let mut bytes = first.pages.bytes() - self.done;
+        for next in &self.segments[1..] {
+            if bytes >= most || next.target != target.plus(bytes) || next.flags != first.flags {
+                break;
+            }
+            bytes += next.pages.bytes();
+        }
+        bytes
     }
 }
 
@@ -377,7 +395,7 @@ fn plan_node<F: PageTableFormat>(
         let leaf = (level <= F::MAX_LEAF_LEVEL && part == entry)
             .then(|| cursor.take(bytes))
             .flatten();
-        if let Some((target, segment)) = leaf {
+        if let Some((target, flags)) = leaf {
             let slot = LeafSlot {
                 table: node.table,
                 at,
@@ -385,7 +403,7 @@ fn plan_node<F: PageTableFormat>(
                 count: 1,
                 level,
             };
-            plan.push::<F>(LeafWrite::new(slot, target, segment.flags));
+            plan.push::<F>(LeafWrite::new(slot, target, flags));
             if node.children.contains_key(&index) {
                 plan.replaced.push((level, at));
             }

@@ -26,10 +26,6 @@ pub struct RawFutexMutex(AtomicU32);
 // which one thread at a time can do until `unlock` stores FREE; acquire and release order what the
 // lock protects.
 unsafe impl lock_api::RawMutex for RawFutexMutex {
-    #[expect(
-        clippy::declare_interior_mutable_const,
-        reason = "lock_api asks for the initial value as a constant"
-    )]
     const INIT: Self = Self(AtomicU32::new(FREE));
     type Guard = GuardSend;
 

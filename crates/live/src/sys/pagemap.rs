@@ -37,6 +37,8 @@ struct Region {
 const OP_SCAN: Opcode = opcode::read_write::<Scan>(b'f', 16);
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
+/// The page has content, in memory or in swap.
+const CONTENT: u64 = PRESENT | SWAPPED;
 
 /// The process's page map.
 #[derive(Debug)]
@@ -66,6 +68,27 @@ impl PageMap {
 
     /// Whether some page of `span` is in neither.
     fn missing(&self, span: HostSpan) -> Result<bool, Errno> {
+        // Pages for which neither bit is set.
+        let wanted = Scan {
+            max_pages: 1,
+            category_inverted: CONTENT,
+            category_mask: CONTENT,
+            ..Scan::default()
+        };
+        Ok(self.first(span, wanted)?.is_some())
+    }
+
+    /// The first stretch of `span` whose pages have content. A scan that fails finds none.
+    pub(crate) fn first_populated(&self, span: HostSpan) -> Option<HostSpan> {
+        let wanted = Scan {
+            category_anyof_mask: CONTENT,
+            ..Scan::default()
+        };
+        self.first(span, wanted).ok().flatten()
+    }
+
+    /// The first stretch of `span` that `wanted` describes.
+    fn first(&self, span: HostSpan, wanted: Scan) -> Result<Option<HostSpan>, Errno> {
         let mut region = [Region::default(); 1];
         let mut arg = Scan {
             size: u64::try_from(size_of::<Scan>()).unwrap_or(0),
@@ -73,19 +96,17 @@ impl PageMap {
             end: span.end().get(),
             vec: region.as_mut_ptr().expose_provenance() as u64,
             vec_len: 1,
-            max_pages: 1,
-            // Pages for which neither bit is set.
-            category_inverted: PRESENT | SWAPPED,
-            category_mask: PRESENT | SWAPPED,
-            return_mask: PRESENT | SWAPPED,
-            ..Scan::default()
+            return_mask: CONTENT,
+            ..wanted
         };
         // SAFETY: PAGEMAP_SCAN reads and writes `struct pm_scan_arg`, whose layout `Scan` has.
         let call = unsafe { Updater::<OP_SCAN, _>::new(&mut arg) };
         // SAFETY: the kernel writes at most one region, into a buffer of one that outlives the
         // call.
         unsafe { ioctl(&self.0, call) }?;
-        Ok(region[0].end > region[0].start)
+        let [found] = region;
+        let found = HostSpan::new(HostVa::new(found.start), HostVa::new(found.end));
+        Ok((!found.is_empty()).then_some(found))
     }
 }
 
@@ -100,11 +121,13 @@ mod tests {
         let mut mine = AnonMapping::new(64 << 10, Huge::Never).expect("64K can be mapped");
         let span = HostSpan::at(HostVa::new(mine.address()), 64 << 10);
         assert!(!map.populated(span));
+        assert_eq!(map.first_populated(span), None);
         for page in (0..16).filter(|page| *page != 7) {
             mine.bytes_mut()[page * 4096] = 1;
         }
         assert!(!map.populated(span));
         mine.bytes_mut()[7 * 4096] = 1;
         assert!(map.populated(span));
+        assert_eq!(map.first_populated(span), Some(span));
     }
 }

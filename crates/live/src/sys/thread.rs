@@ -155,8 +155,10 @@ impl Drop for KnownStack {
 fn own_stack() -> Option<(u64, u64)> {
     // SAFETY: all-zero is a valid, uninitialised attribute object for the next call to fill.
     let mut attributes: libc::pthread_attr_t = unsafe { core::mem::zeroed() };
+    // SAFETY: always valid.
+    let this = unsafe { libc::pthread_self() };
     // SAFETY: asks for the calling thread, which lives.
-    let asked = unsafe { libc::pthread_getattr_np(libc::pthread_self(), &raw mut attributes) };
+    let asked = unsafe { libc::pthread_getattr_np(this, &raw mut attributes) };
     if asked != 0 {
         return None;
     }

@@ -27,15 +27,20 @@ pub struct LiveVram {
 
 impl LiveVram {
     /// Maps `bytes` bytes, rounded up to 2 MiB.
+    ///
+    /// Memory that adopts pages takes huge ones as they come, but must not have any made inside it:
+    /// khugepaged would join small pages while they are about to move home, and a huge page that
+    /// returns to a place of small ones has to be split again (a hundred times the cost).
     pub(crate) fn new(bytes: u64, mode: VramMode) -> Result<Self, Errno> {
         let bytes = bytes
             .checked_next_multiple_of(PAGE_2M)
             .ok_or(Errno::NOMEM)?;
         fault_copy::install();
-        Ok(Self {
-            memory: RuntimeMapping::new(bytes)?,
-            mode,
-        })
+        let memory = RuntimeMapping::new(bytes)?;
+        if mode == VramMode::Adopt {
+            advise::no_huge_pages(memory.span());
+        }
+        Ok(Self { memory, mode })
     }
 
     /// Where the arena is.

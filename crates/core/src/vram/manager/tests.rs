@@ -1,1 +1,140 @@
+use alloc::vec::Vec;
+use std::sync::Mutex as StdMutex;
 
+use super::*;
+use crate::error::Stale;
+use crate::test_env::TestEnv;
+
+const BLOCK: u64 = 2 << 20;
+
+/// Holds one object until it is evicted.
+struct Holder {
+    bo: StdMutex<Option<Arc<Bo<TestEnv>>>>,
+    busy: bool,
+}
+
+impl Evict for Holder {
+    fn evict(self: Arc<Self>) -> Result<(), Interrupted> {
+        if self.busy {
+            return Err(Stale::PagesBusy.into());
+        }
+        drop(
+            self.bo
+                .lock()
+                .expect("no test panics under the lock")
+                .take(),
+        );
+        Ok(())
+    }
+}
+
+fn manager(blocks: u64) -> Arc<Manager<TestEnv>> {
+    Arc::new(Manager::new(Arc::new(TestEnv::default()), blocks * BLOCK))
+}
+
+fn block(manager: &Arc<Manager<TestEnv>>) -> Result<Arc<Bo<TestEnv>>, Failed> {
+    manager.allocate(BoRequest {
+        bytes: BLOCK,
+        from: From::Bottom,
+    })
+}
+
+fn evictable(manager: &Arc<Manager<TestEnv>>, busy: bool) -> Arc<Holder> {
+    let bo = block(manager).expect("there is room");
+    let holder = Arc::new(Holder {
+        bo: StdMutex::new(Some(Arc::clone(&bo))),
+        busy,
+    });
+    let weak = Arc::<Holder>::downgrade(&holder);
+    manager.make_evictable(&bo, weak);
+    holder
+}
+
+fn holds(holder: &Holder) -> bool {
+    holder
+        .bo
+        .lock()
+        .expect("no test panics under the lock")
+        .is_some()
+}
+
+#[test]
+fn object_is_pinned_until_it_is_made_evictable() {
+    let manager = manager(1);
+    let pinned = block(&manager).expect("there is room");
+    assert_eq!(block(&manager).map(|_bo| ()), Err(Failed::OutOfVram));
+    drop(pinned);
+    let holder = evictable(&manager, false);
+    let _bo = block(&manager).expect("the evictable one goes");
+    assert!(!holds(&holder));
+}
+
+#[test]
+fn oldest_goes_first_and_a_touch_makes_young() {
+    let manager = manager(3);
+    let holders: Vec<_> = (0..3).map(|_| evictable(&manager, false)).collect();
+    if let Some(bo) = holders[0]
+        .bo
+        .lock()
+        .expect("no test panics under the lock")
+        .as_ref()
+    {
+        manager.touch(bo);
+    }
+    let _bo = block(&manager).expect("one goes");
+    assert_eq!(
+        holders.iter().map(|h| holds(h)).collect::<Vec<_>>(),
+        [true, false, true]
+    );
+}
+
+#[test]
+fn busy_victim_is_passed_over_and_stays_on_the_list() {
+    let manager = manager(2);
+    let (busy, free) = (evictable(&manager, true), evictable(&manager, false));
+    let bo = block(&manager).expect("the free one goes");
+    assert!(holds(&busy) && !holds(&free));
+    assert_eq!(
+        block(&manager).map(|_bo| ()),
+        Err(Failed::OutOfVram),
+        "bounded, and reported"
+    );
+    drop(bo);
+    assert_eq!(manager.used(), BLOCK);
+}
+
+#[test]
+fn what_can_never_fit_is_told_apart() {
+    let request = BoRequest {
+        bytes: 2 * BLOCK,
+        from: From::Bottom,
+    };
+    assert_eq!(
+        manager(1).allocate(request).map(|_bo| ()),
+        Err(Failed::TooLarge)
+    );
+}
+
+#[test]
+fn threads_evict_each_other_and_nothing_leaks() {
+    let manager = manager(4);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let mut mine = Vec::new();
+                for _ in 0..200 {
+                    if let Ok(bo) = block(&manager) {
+                        let holder = Arc::new(Holder {
+                            bo: StdMutex::new(Some(Arc::clone(&bo))),
+                            busy: false,
+                        });
+                        let weak = Arc::<Holder>::downgrade(&holder);
+                        manager.make_evictable(&bo, weak);
+                        mine.push(holder);
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(manager.used(), 0);
+}

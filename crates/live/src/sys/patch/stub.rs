@@ -90,7 +90,11 @@ fn place(site: &Site) -> Result<usize, PatchError> {
             let behind = at + STUB;
             // A full page is forgotten; the next stub opens another.
             slot.store(
-                if behind % PAGE == 0 { 0 } else { behind },
+                if behind.is_multiple_of(PAGE) {
+                    0
+                } else {
+                    behind
+                },
                 Ordering::Relaxed,
             );
             return Ok(at);

@@ -123,10 +123,8 @@ fn failing_calls_keep_their_errno() {
                 Some(libc::EINVAL)
             );
             // SAFETY: as above; this wrapper returns the error.
-            assert_eq!(
-                unsafe { libc::posix_madvise(at, 4096, 12345) },
-                libc::EINVAL
-            );
+            let result = unsafe { libc::posix_madvise(at, 4096, 12345) };
+            assert_eq!(result, libc::EINVAL);
         });
         assert_eq!(numbers(&calls), [28, 28]);
     });
