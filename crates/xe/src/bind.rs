@@ -1,6 +1,6 @@
 //! Binding: page-table entries for the pages of one range (`svm-design.md` section 5.8).
 //!
-//! [`plan`] may allocate tables and fail; [`commit`] writes, under the notifier lock, after the
+//! `plan` may allocate tables and fail; `commit` writes, under the notifier lock, after the
 //! sequence was checked, and cannot fail.
 
 use alloc::vec::Vec;

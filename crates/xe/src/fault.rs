@@ -1,6 +1,6 @@
 //! A device fault, from the record to the answer (`svm-design.md` section 5.4).
 //!
-//! [`service`] owns the only loop; [`attempt`] is the list of steps. A step that finds the world
+//! `service` owns the only loop; `attempt` is the list of steps. A step that finds the world
 //! changed answers [`Stale`], and the loop starts over while the budget lasts. Order matters:
 //! garbage goes first, so that a dead range never satisfies a look-up; pages are gathered after
 //! the migration; entries are written last, under the notifier lock.

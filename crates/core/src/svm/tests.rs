@@ -7,7 +7,7 @@ use super::*;
 use crate::addr::{BusAddr, PAGE_2M, PageCount};
 use crate::mmu::IntervalNotifiers;
 use crate::seam::copy::{CopyEngine, CopyMove};
-use crate::seam::mm::{MigrateTo, MigrationSet, Placement};
+use crate::seam::mm::{Location, MigrateTo, MigrationSet, PageRun, Placement};
 use crate::test_env::TestEnv;
 
 /// One mapping of plain host memory, which never migrates.

@@ -7,15 +7,22 @@ use crate::test_env::TestEnv;
 
 const BLOCK: u64 = 2 << 20;
 
+/// What a holder says to an eviction.
+#[derive(Clone, Copy, PartialEq)]
+enum Mood {
+    Willing,
+    Busy,
+}
+
 /// Holds one object until it is evicted.
 struct Holder {
     bo: StdMutex<Option<Arc<Bo<TestEnv>>>>,
-    busy: bool,
+    mood: Mood,
 }
 
 impl Evict for Holder {
     fn evict(self: Arc<Self>) -> Result<(), Interrupted> {
-        if self.busy {
+        if self.mood == Mood::Busy {
             return Err(Stale::PagesBusy.into());
         }
         drop(
@@ -39,11 +46,11 @@ fn block(manager: &Arc<Manager<TestEnv>>) -> Result<Arc<Bo<TestEnv>>, Failed> {
     })
 }
 
-fn evictable(manager: &Arc<Manager<TestEnv>>, busy: bool) -> Arc<Holder> {
+fn evictable(manager: &Arc<Manager<TestEnv>>, mood: Mood) -> Arc<Holder> {
     let bo = block(manager).expect("there is room");
     let holder = Arc::new(Holder {
         bo: StdMutex::new(Some(Arc::clone(&bo))),
-        busy,
+        mood,
     });
     let weak = Arc::<Holder>::downgrade(&holder);
     manager.make_evictable(&bo, weak);
@@ -64,7 +71,7 @@ fn object_is_pinned_until_it_is_made_evictable() {
     let pinned = block(&manager).expect("there is room");
     assert_eq!(block(&manager).map(|_bo| ()), Err(Failed::OutOfVram));
     drop(pinned);
-    let holder = evictable(&manager, false);
+    let holder = evictable(&manager, Mood::Willing);
     let _bo = block(&manager).expect("the evictable one goes");
     assert!(!holds(&holder));
 }
@@ -72,7 +79,7 @@ fn object_is_pinned_until_it_is_made_evictable() {
 #[test]
 fn oldest_goes_first_and_a_touch_makes_young() {
     let manager = manager(3);
-    let holders: Vec<_> = (0..3).map(|_| evictable(&manager, false)).collect();
+    let holders: Vec<_> = (0..3).map(|_| evictable(&manager, Mood::Willing)).collect();
     if let Some(bo) = holders[0]
         .bo
         .lock()
@@ -91,7 +98,10 @@ fn oldest_goes_first_and_a_touch_makes_young() {
 #[test]
 fn busy_victim_is_passed_over_and_stays_on_the_list() {
     let manager = manager(2);
-    let (busy, free) = (evictable(&manager, true), evictable(&manager, false));
+    let (busy, free) = (
+        evictable(&manager, Mood::Busy),
+        evictable(&manager, Mood::Willing),
+    );
     let bo = block(&manager).expect("the free one goes");
     assert!(holds(&busy) && !holds(&free));
     assert_eq!(
@@ -121,20 +131,25 @@ fn threads_evict_each_other_and_nothing_leaks() {
     std::thread::scope(|scope| {
         for _ in 0..3 {
             scope.spawn(|| {
-                let mut mine = Vec::new();
-                for _ in 0..200 {
-                    if let Ok(bo) = block(&manager) {
-                        let holder = Arc::new(Holder {
-                            bo: StdMutex::new(Some(Arc::clone(&bo))),
-                            busy: false,
-                        });
-                        let weak = Arc::<Holder>::downgrade(&holder);
-                        manager.make_evictable(&bo, weak);
-                        mine.push(holder);
-                    }
-                }
+                drop(
+                    (0..200)
+                        .map(|_| try_evictable(&manager))
+                        .collect::<Vec<_>>(),
+                )
             });
         }
     });
     assert_eq!(manager.used(), 0);
+}
+
+/// As [`evictable`], where there is room.
+fn try_evictable(manager: &Arc<Manager<TestEnv>>) -> Option<Arc<Holder>> {
+    let bo = block(manager).ok()?;
+    let holder = Arc::new(Holder {
+        bo: StdMutex::new(Some(Arc::clone(&bo))),
+        mood: Mood::Willing,
+    });
+    let weak = Arc::<Holder>::downgrade(&holder);
+    manager.make_evictable(&bo, weak);
+    Some(holder)
 }
