@@ -5,6 +5,7 @@
 //! be read, not compared: they belong to this machine and this minute.
 
 use std::fmt;
+use std::hint::black_box;
 use std::io::{self, Write};
 
 use gpusvm_live::{AnonMapping, Huge, VramMode};
@@ -77,7 +78,7 @@ const ROWS: [Row; 9] = [
         measure: |s| migrate(s, VramMode::Adopt, Way::Pair),
     },
     Row {
-        name: "fault-back-4k",
+        name: "fault-back-64k",
         about: "CPU fault on a 64K block / memcpy of it",
         bound: Bound::AtMost(1.25),
         measure: |s| fault_back(s, 64 << 10),
@@ -444,7 +445,8 @@ fn triad(samples: &mut Samples) -> Result<(), BenchError> {
         let device = time(|| {
             let _resident = machine.launch(&kernel, 1);
         });
-        let cpu = time(|| (0..ROUNDS).for_each(|_| cpu_triad(&mut x, &y, &z, 3.0)));
+        let cpu =
+            time(|| (0..ROUNDS).for_each(|_| cpu_triad(black_box(&mut x), black_box(&y), &z, 3.0)));
         // Bandwidths: the same bytes, so the ratio of the times upside down.
         samples.add(cpu, device);
     }
