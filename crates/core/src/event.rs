@@ -177,9 +177,10 @@ pub enum Event {
         /// How many pages.
         pages: PageCount,
     },
-    /// The system passed pages over that it should have moved; they were moved again.
-    MoveRepeated {
-        /// Where they were.
+    /// The system's answer to a move did not agree with where the pages were afterwards. The pages
+    /// decided: nothing is lost.
+    MoveMisreported {
+        /// Where it was to move them from.
         span: HostSpan,
     },
     /// Pages came home and found no mapping to come to: their content is gone, as the mapping is.

@@ -70,27 +70,21 @@ struct Leg {
     user: HostSpan,
     parked: HostVa,
     slot: Option<Slot>,
-    /// Bytes that have left the mapping so far.
-    left: u64,
 }
 
 impl Leg {
-    const fn new(user: HostSpan, parked: HostVa, slot: Option<Slot>) -> Self {
-        Self {
-            user,
-            parked,
-            slot,
-            left: 0,
-        }
-    }
-
-    /// Forgets the part that never left.
-    fn keep_parked_part(&mut self) {
-        self.user = HostSpan::at(self.user.start(), self.left);
-    }
-
     fn parked_span(&self) -> HostSpan {
         HostSpan::at(self.parked, self.user.bytes())
+    }
+
+    /// Where the page at `user` stays while it is out.
+    fn parked_at(&self, user: HostVa) -> HostVa {
+        self.parked.plus(user.offset_from(self.user.start()))
+    }
+
+    /// Where the page that stays at `parked` belongs.
+    fn user_at(&self, parked: HostVa) -> HostVa {
+        self.user.start().plus(parked.offset_from(self.parked))
     }
 }
 
@@ -152,14 +146,11 @@ impl LiveSpace {
             .map_err(|Busy| Stale::PagesBusy)?;
         let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
         self.residency.lock().depart(span);
-        let mut legs = self.legs_out(span, aperture);
+        let legs = self.legs_out(span, aperture);
         let left = match self.watch.arm(span) {
-            Ok(()) => self.leave(&mut legs),
+            Ok(()) => legs.iter().try_for_each(|leg| self.leave(leg)),
             Err(CannotArm) => Err(Refused::Mapping),
         };
-        if left.is_err() {
-            legs.iter_mut().for_each(Leg::keep_parked_part);
-        }
         self.notifiers.end(&self.env, invalidation);
         let set = LiveMigration {
             space: self,
@@ -189,7 +180,11 @@ impl LiveSpace {
             .map(|user| match aperture {
                 Some(home) => {
                     let parked = home.start().plus(user.start().offset_from(span.start()));
-                    Leg::new(user, parked, None)
+                    Leg {
+                        user,
+                        parked,
+                        slot: None,
+                    }
                 }
                 None => self.slot_leg(user, self.staging.take_empty(kind_of(user))),
             })
@@ -200,38 +195,49 @@ impl LiveSpace {
     /// so that huge pages stay huge.
     fn slot_leg(&self, user: HostSpan, slot: Slot) -> Leg {
         let inside = user.start().get() & (PAGE_2M - 1);
-        Leg::new(user, slot.at.plus(inside), Some(slot))
-    }
-
-    /// Moves the pages out of the mapping. Each leg knows how far it came.
-    fn leave(&self, legs: &mut [Leg]) -> Result<(), Refused> {
-        for leg in legs {
-            while leg.left < leg.user.bytes() {
-                let rest = HostSpan::new(leg.user.start().plus(leg.left), leg.user.end());
-                let moved = self
-                    .staging
-                    .uffd
-                    .move_pages(leg.parked.plus(leg.left), rest);
-                leg.left += moved.bytes;
-                let Some(errno) = moved.error else { continue };
-                departure_error(errno)?;
-            }
-            while let Some(late) = self.straggler(leg.user) {
-                let to = leg.parked.plus(late.start().offset_from(leg.user.start()));
-                let moved = self.staging.uffd.move_pages(to, late);
-                moved.error.map_or(Ok(()), departure_error)?;
-            }
+        Leg {
+            user,
+            parked: slot.at.plus(inside),
+            slot: Some(slot),
         }
-        Ok(())
     }
 
-    /// Pages that a MOVE has passed over although it reported success. It skips holes, and what
-    /// looks like one while the kernel joins or splits a huge page need not be one. Nothing else
-    /// can put pages there, so whatever is found is moved again, and counted.
-    fn straggler(&self, from: HostSpan) -> Option<HostSpan> {
-        let late = self.pagemap.first_populated(from)?;
-        self.emit(&Event::MoveRepeated { span: late });
-        Some(late)
+    /// Moves the pages of a leg out of the mapping. Its place outside is empty at first, so on
+    /// refusal whatever is there has to come back.
+    fn leave(&self, leg: &Leg) -> Result<(), Refused> {
+        let mut rest = leg.user;
+        loop {
+            let to = leg.parked_at(rest.start());
+            let moved = self.staging.uffd.move_pages(to, rest);
+            let Some(stayed) = self.stayed(rest, moved.error) else {
+                return Ok(());
+            };
+            match moved.error {
+                None => {}
+                Some(Errno::AGAIN) => rustix::thread::sched_yield(),
+                Some(Errno::BUSY) => return Err(Refused::NotExclusive),
+                Some(_) if stayed > rest.start() => {}
+                Some(_) => return Err(Refused::Mapping),
+            }
+            rest = HostSpan::new(stayed, rest.end());
+        }
+    }
+
+    /// The first page that a MOVE from `from` has left behind. The page tables decide, not the
+    /// call's answer, which is wrong both ways at times: MOVE skips holes, and what looks like one
+    /// while the kernel joins or splits a huge page need not be one; and a MOVE that has moved a
+    /// huge page may go over it once more and then report `EEXIST` and nothing moved. Nothing else
+    /// can put pages there or take them away. Wrong answers are counted.
+    fn stayed(&self, from: HostSpan, error: Option<Errno>) -> Option<HostVa> {
+        let stayed = self.pagemap.first_populated(from);
+        match (stayed, error) {
+            (Some(span), None) => self.emit(&Event::MoveMisreported { span }),
+            (None, Some(errno)) if errno != Errno::AGAIN => {
+                self.emit(&Event::MoveMisreported { span: from });
+            }
+            _ => {}
+        }
+        stayed.map(HostSpan::start)
     }
 
     fn begin_home(
@@ -274,7 +280,11 @@ impl LiveSpace {
         for user in blocks(piece.span) {
             let offset = piece.page.offset + user.start().offset_from(piece.span.start());
             if let Some(home) = aperture {
-                legs.push(Leg::new(user, home.start().plus(offset), None));
+                legs.push(Leg {
+                    user,
+                    parked: home.start().plus(offset),
+                    slot: None,
+                });
                 continue;
             }
             let leg = self.slot_leg(user, self.staging.take_full(kind_of(user)));
@@ -294,13 +304,24 @@ impl LiveSpace {
     /// the kernel drops a device page whose mapping is gone.
     fn come_in(&self, leg: &Leg) {
         let mut lost = Lost::default();
-        self.come_in_part(leg.user, leg.parked_span(), &mut lost);
-        // Pages that did not fit stay behind for good; others were passed over.
-        while lost == Lost::default()
-            && let Some(late) = self.straggler(leg.parked_span())
-        {
-            let to = leg.user.start().plus(late.start().offset_from(leg.parked));
-            self.come_in_part(HostSpan::at(to, late.bytes()), late, &mut lost);
+        let mut rest = leg.parked_span();
+        while !rest.is_empty() {
+            let to = leg.user_at(rest.start());
+            let moved = self.watch.uffd.move_pages(to, rest);
+            let Some(stayed) = self.stayed(rest, moved.error) else {
+                break;
+            };
+            let next = match moved.error {
+                None => stayed,
+                Some(Errno::AGAIN) => {
+                    self.let_events_pass();
+                    stayed
+                }
+                // What is wrong with the rest shows when it is the first.
+                Some(_) if stayed > rest.start() => stayed,
+                Some(errno) => self.settle_page(leg.user_at(stayed), stayed, errno, &mut lost),
+            };
+            rest = HostSpan::new(next, rest.end());
         }
         let span = leg.user;
         if lost.conflicts > 0 {
@@ -317,44 +338,24 @@ impl LiveSpace {
         }
     }
 
-    fn come_in_part(&self, user: HostSpan, parked: HostSpan, lost: &mut Lost) {
-        let (mut at, mut from) = (user, parked);
-        while !at.is_empty() {
-            let moved = self.watch.uffd.move_pages(at.start(), from);
-            let mut step = moved.bytes;
-            match moved.error {
-                None => {}
-                Some(Errno::AGAIN) => self.let_events_pass(),
-                // The place has other content or a guard by now: that is newer.
-                Some(Errno::EXIST) => {
-                    step += PAGE;
-                    lost.conflicts += 1;
-                }
-                // A read-only mapping takes no moved pages, but it takes copies.
-                Some(_) => {
-                    step += self.copy_one_in(at.start().plus(step), from.start().plus(step), lost)
-                }
-            }
-            at = HostSpan::new(at.start().plus(step), at.end());
-            from = HostSpan::new(from.start().plus(step), from.end());
-        }
-    }
-
-    /// Copies one parked page into the mapping; returns the bytes that are dealt with.
-    fn copy_one_in(&self, to: HostVa, from: HostVa, lost: &mut Lost) -> u64 {
-        match copy_in(&self.watch.uffd, to, from) {
-            Ok(()) => {
-                // Copied, so what stays behind is no straggler.
-                advise::drop_pages(HostSpan::at(from, PAGE));
-            }
+    /// Deals with one parked page that MOVE refuses; returns where to go on. A read-only mapping
+    /// takes no moved pages, but it takes copies. Other content or a guard at the page's place is
+    /// newer, and stays.
+    fn settle_page(&self, to: HostVa, from: HostVa, errno: Errno, lost: &mut Lost) -> HostVa {
+        let copied = match errno {
+            Errno::EXIST => Err(errno),
+            _ => copy_in(&self.watch.uffd, to, from),
+        };
+        match copied {
+            Ok(()) => {}
             Err(Errno::AGAIN) => {
                 self.let_events_pass();
-                return 0;
+                return from;
             }
             Err(Errno::EXIST) => lost.conflicts += 1,
             Err(_no_mapping) => lost.gone += 1,
         }
-        PAGE
+        from.plus(PAGE)
     }
 
     /// Ends the travel of `span`: what waits for it goes on.
@@ -362,18 +363,6 @@ impl LiveSpace {
         self.announce_change();
         // An error means that the mapping is gone, and with it everybody who waited.
         let _nobody_waits = self.watch.uffd.wake(span);
-    }
-}
-
-/// Whether a MOVE out that stopped may go on.
-fn departure_error(errno: Errno) -> Result<(), Refused> {
-    match errno {
-        Errno::AGAIN => {
-            rustix::thread::sched_yield();
-            Ok(())
-        }
-        Errno::BUSY => Err(Refused::NotExclusive),
-        _ => Err(Refused::Mapping),
     }
 }
 

@@ -141,8 +141,8 @@ counters! {
     LateInvalidationCount = "late_invalidation_count",
     /// Pages that found newer content at home.
     HostConflictCount = "host_conflict_count",
-    /// Moves that were repeated because the system passed pages over.
-    MoveRepeatedCount = "move_repeated_count",
+    /// Moves that the system reported wrongly; the pages decided.
+    MoveMisreportedCount = "move_misreported_count",
     /// Pages that found no mapping to come home to.
     HostGoneCount = "host_gone_count",
     /// KiB handed over to the device without a copy.
@@ -421,7 +421,7 @@ impl EventSink for DeviceStats {
             Event::HostConflict { pages, .. } => {
                 self.gts[0].add(C::HostConflictCount, pages.get());
             }
-            Event::MoveRepeated { .. } => self.gts[0].add(C::MoveRepeatedCount, 1),
+            Event::MoveMisreported { .. } => self.gts[0].add(C::MoveMisreportedCount, 1),
             Event::HostGone { pages, .. } => self.gts[0].add(C::HostGoneCount, pages.get()),
             Event::InvalidateStart { .. } | Event::RangeCollected { .. } => {}
         }
