@@ -10,16 +10,27 @@
 //! goes by address, from any thread.
 //!
 //! Blocks have four size classes per doubling; a freed block goes to its class's list and is
-//! never split or merged. Lock rank: leaf.
+//! never split or merged. Lock rank: leaf. Why the variables lie in `.data`: see
+//! [`owned`](super::owned).
+//!
+//! ```text
+//!  reserved  │ no access │ blocks ─────────────────── │ no access │
+//!            └ >= 1 page ┘ aligned to 2 MiB           └ >= 1 page ┘
+//! ```
+//!
+//! The margins keep the system from joining the arena with a neighbour's mapping, which would then
+//! pass for the runtime's own.
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::cell::Cell;
+use core::ffi::c_void;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicUsize, Ordering};
 use std::alloc::System;
 
 use gpusvm::addr::{HostSpan, HostVa};
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
 
 use crate::sys::futex::RawFutexMutex;
 
@@ -30,19 +41,18 @@ const MIN: usize = 16;
 /// Classes: four per doubling, from 16 bytes up.
 const CLASSES: usize = 4 * 30;
 
-/// The allocator: declare it as the global allocator of a program that opens a live space.
-///
-/// ```ignore
-/// #[global_allocator]
-/// static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
-/// ```
+/// The allocator: declare it as the global allocator of a program that opens a live space (see the
+/// crate's front page).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RuntimeAlloc;
 
 /// First address of the arena, 0 before the first use.
+#[unsafe(link_section = ".data")]
 static BASE: AtomicUsize = AtomicUsize::new(0);
 /// Bracket stacks: a thread on one of them is in the runtime.
+#[unsafe(link_section = ".data")]
 static STACKS: (AtomicUsize, AtomicUsize) = (AtomicUsize::new(0), AtomicUsize::new(0));
+#[unsafe(link_section = ".data")]
 static HEAP: lock_api::Mutex<RawFutexMutex, Heap> = lock_api::Mutex::from_raw(
     lock_api::RawMutex::INIT,
     Heap {
@@ -98,6 +108,13 @@ fn in_runtime() -> bool {
 pub(crate) fn set_bracket_stacks(low: usize, high: usize) {
     STACKS.1.store(high, Ordering::Relaxed);
     STACKS.0.store(low, Ordering::Relaxed);
+}
+
+/// The bracket stacks; empty before they are set.
+pub(crate) fn bracket_stacks() -> HostSpan {
+    let at =
+        |word: &AtomicUsize| HostVa::new(u64::try_from(word.load(Ordering::Relaxed)).unwrap_or(0));
+    HostSpan::new(at(&STACKS.0), at(&STACKS.1))
 }
 
 /// The arena; empty before its first use.
@@ -169,7 +186,11 @@ unsafe impl GlobalAlloc for RuntimeAlloc {
 }
 
 /// The class for a request: the smallest whose blocks are large enough, and aligned enough.
+/// `None` where no block is, which is an allocation that fails.
 fn class_of(layout: Layout) -> Option<usize> {
+    if layout.align() > HUGE {
+        return None;
+    }
     let size = layout.size().max(MIN);
     if layout.align() <= MIN || layout.align() <= size / 8 {
         let class = class_for(size);
@@ -254,21 +275,33 @@ fn arena_base() -> usize {
     if base != 0 {
         return base;
     }
-    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-    let access = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: a fresh mapping, which overlaps nothing.
-    let mapped = unsafe { mmap_anonymous(ptr::null_mut(), BYTES + HUGE, access, flags) };
-    // Aligned, so that blocks can be aligned to anything up to a huge page.
-    let base = mapped.map_or(0, |at| at.expose_provenance().next_multiple_of(HUGE));
+    let base = map_arena().map_or(0, |at| at.expose_provenance());
     BASE.store(base, Ordering::Relaxed);
     base
 }
 
+fn map_arena() -> Result<*mut c_void, Errno> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    let room = BYTES + 2 * HUGE;
+    // SAFETY: a fresh mapping, which overlaps nothing.
+    let mapped = unsafe { mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), flags) }?;
+    // Aligned, so that blocks can be aligned to anything up to a huge page; never at the very
+    // start, so that a margin stays.
+    let start = (mapped.addr() + PAGE).next_multiple_of(HUGE);
+    let base = mapped.wrapping_byte_add(start - mapped.addr());
+    let access = MprotectFlags::READ | MprotectFlags::WRITE;
+    // SAFETY: inside the mapping, which nobody uses yet.
+    unsafe { mprotect(base, BYTES, access) }?;
+    Ok(base)
+}
+
 const HUGE: usize = 2 << 20;
+const PAGE: usize = 4 << 10;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::procmap::ProcMap;
     use proptest::prelude::*;
 
     #[test]
@@ -301,6 +334,31 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn alignment_is_kept_up_to_a_huge_page_and_refused_beyond() {
+        let _scope = RuntimeScope::enter();
+        for (align, given) in [(HUGE / 2, true), (HUGE, true), (HUGE * 2, false)] {
+            let layout = Layout::from_size_align(PAGE, align).expect("a valid layout");
+            // SAFETY: the size is not zero.
+            let block = unsafe { RuntimeAlloc.alloc(layout) };
+            assert_eq!(!block.is_null(), given, "{align:#x}");
+            assert!(block.addr().is_multiple_of(align));
+            if given {
+                // SAFETY: allocated with this layout.
+                unsafe { RuntimeAlloc.dealloc(block, layout) };
+            }
+        }
+    }
+
+    #[test]
+    fn no_neighbour_is_joined_with_the_arena() {
+        assert!(is_installed(), "the crate's tests run with the allocator");
+        let map = ProcMap::open().expect("the kernel answers queries");
+        let arena = arena_span();
+        let found = map.query(arena.start()).expect("queries do not fail");
+        assert_eq!(found.expect("mapped").span, arena);
     }
 
     proptest! {

@@ -12,7 +12,7 @@
 use core::arch::global_asm;
 use core::ffi::c_void;
 use core::ptr;
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 
 use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus};
 
@@ -133,19 +133,20 @@ struct Former {
     bus: libc::sigaction,
 }
 
+#[unsafe(link_section = ".data")] // See `owned`: the handler must find it in its place.
 static FORMER: OnceLock<Former> = OnceLock::new();
+static TAKEN_OVER: Once = Once::new();
 
 /// Installs the handler, once per process. Call it before the first copy.
 pub(crate) fn install() {
-    FORMER.get_or_init(|| {
-        // Two steps, so that the former actions are known before the handler can run.
-        let former = Former {
-            segv: current(libc::SIGSEGV),
-            bus: current(libc::SIGBUS),
-        };
+    // Two steps, so that the former actions can be found before the handler can run.
+    FORMER.get_or_init(|| Former {
+        segv: current(libc::SIGSEGV),
+        bus: current(libc::SIGBUS),
+    });
+    TAKEN_OVER.call_once(|| {
         take_over(libc::SIGSEGV);
         take_over(libc::SIGBUS);
-        former
     });
 }
 
@@ -189,12 +190,39 @@ fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
             &f.bus
         }
     });
-    let Some(former) = former else {
-        return default_action(signal);
-    };
+    // SAFETY: the kernel passes a valid description of the signal.
+    let origin = Origin::of(unsafe { (*info).si_code });
+    match (former.map_or(libc::SIG_DFL, |f| f.sa_sigaction), former) {
+        (libc::SIG_IGN, _) if origin == Origin::Sent => {}
+        // An ignored fault is fatal all the same.
+        (libc::SIG_DFL | libc::SIG_IGN, _) | (_, None) => die_of(signal, origin),
+        (_, Some(former)) => call(former, signal, info, context),
+    }
+}
+
+/// Where a signal comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// An instruction, which raises it again when it is repeated.
+    Fault,
+    /// A process: nobody raises it again.
+    Sent,
+}
+
+impl Origin {
+    /// Codes above zero are the kernel's (sigaction(2), "The `si_code` field").
+    const fn of(code: i32) -> Self {
+        if code > 0 { Self::Fault } else { Self::Sent }
+    }
+}
+
+/// Calls a handler as the kernel would have called it.
+fn call(former: &libc::sigaction, signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
+    if former.sa_flags & libc::SA_RESETHAND != 0 {
+        default_action(signal);
+    }
+    block_for(former, signal);
     match former.sa_sigaction {
-        // An ignored fault is fatal all the same: the kernel resets the action and kills.
-        libc::SIG_DFL | libc::SIG_IGN => default_action(signal),
         handler if former.sa_flags & libc::SA_SIGINFO != 0 => {
             // SAFETY: installed with SA_SIGINFO, so this is a handler of three arguments.
             let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) =
@@ -209,7 +237,29 @@ fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
     }
 }
 
-/// Puts the default action back: the instruction faults again, and the process dies of it.
+/// Blocks what `former` wants blocked while it runs. Returning from the signal unblocks it: the
+/// kernel restores the interrupted mask.
+fn block_for(former: &libc::sigaction, signal: i32) {
+    let mut mask = former.sa_mask;
+    if former.sa_flags & libc::SA_NODEFER == 0 {
+        // SAFETY: `mask` is a valid set, the signal is valid.
+        let _added = unsafe { libc::sigaddset(&raw mut mask, signal) };
+    }
+    // SAFETY: `mask` is a valid set; the former one is not asked for.
+    let _blocked =
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const mask, ptr::null_mut()) };
+}
+
+/// The default action, which ends the process: the instruction faults again when this returns, but
+/// a signal that was sent has to be sent again.
+fn die_of(signal: i32, origin: Origin) {
+    default_action(signal);
+    if origin == Origin::Sent {
+        // SAFETY: raising a signal is always allowed, and safe in a handler.
+        let _raised = unsafe { libc::raise(signal) };
+    }
+}
+
 fn default_action(signal: i32) {
     // SAFETY: as in `current`: all-zero is the default action.
     let action: libc::sigaction = unsafe { core::mem::zeroed() };
@@ -293,16 +343,17 @@ fn stopped(address: u64, len: usize, left: usize) -> BusError {
 impl SystemBus for LiveBus {
     fn read(&self, address: u64, dst: &mut [u8]) -> Result<(), BusError> {
         let from = user_pointer(address, dst.len())?;
-        if let Ok(word) = <&mut [u8; 8]>::try_from(&mut *dst) {
+        // An aligned word does not tear, and faults as a whole.
+        if let Ok(word) = <&mut [u8; 8]>::try_from(&mut *dst)
+            && address.is_multiple_of(8)
+        {
             let mut value = 0;
             // SAFETY: a fault at `from` is fixed up; `value` is ours.
-            let fault = unsafe { gpusvm_load8(from.cast(), &raw mut value) };
+            if unsafe { gpusvm_load8(from.cast(), &raw mut value) } != 0 {
+                return Err(BusError { address });
+            }
             *word = value.to_ne_bytes();
-            return if fault == 0 {
-                Ok(())
-            } else {
-                Err(BusError { address })
-            };
+            return Ok(());
         }
         // SAFETY: `dst` is ours for its whole length.
         unsafe { copy(dst.as_mut_ptr(), from, dst.len()) }
@@ -311,7 +362,9 @@ impl SystemBus for LiveBus {
 
     fn write(&self, address: u64, src: &[u8]) -> Result<(), BusError> {
         let to = user_pointer(address, src.len())?;
-        if let Ok(word) = <[u8; 8]>::try_from(src) {
+        if let Ok(word) = <[u8; 8]>::try_from(src)
+            && address.is_multiple_of(8)
+        {
             // SAFETY: a fault at `to` is fixed up.
             let fault = unsafe { gpusvm_store8(to.cast(), u64::from_ne_bytes(word)) };
             return if fault == 0 {
@@ -334,6 +387,9 @@ impl SystemBus for LiveBus {
         unsafe { atomic(at.cast(), op) }.ok_or(BusError { address })
     }
 }
+
+#[cfg(test)]
+mod signals;
 
 #[cfg(test)]
 mod tests {
@@ -361,6 +417,15 @@ mod tests {
                 address: address + 4096
             })
         );
+        // A word across the border stops at the border, and what lies before it was copied.
+        let mut word = [0; 8];
+        let end = Err(BusError {
+            address: address + 4096,
+        });
+        assert_eq!(bus.read(address + 4092, &mut word), end);
+        assert_eq!(word, [7, 7, 7, 7, 0, 0, 0, 0]);
+        assert_eq!(bus.write(address + 4092, &[9; 8]), end);
+        assert_eq!(&map.bytes()[4092..], &[9; 4]);
         assert_eq!(
             bus.atomic(address + 4096, AtomicOp::Add(1)),
             Err(BusError {

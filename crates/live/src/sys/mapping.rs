@@ -1,5 +1,7 @@
 //! Mappings as owned values, for code that forbids `unsafe`.
 
+use core::ffi::c_void;
+use core::mem::ManuallyDrop;
 use core::ptr;
 use std::fs::File;
 use std::io;
@@ -11,8 +13,10 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::sys::fault_copy;
+use crate::sys::owned::OwnedSpan;
 
 const HUGE: usize = 2 << 20;
+const PAGE: usize = 4 << 10;
 
 /// Whether huge pages are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,17 +48,18 @@ impl AnonMapping {
     /// Maps `bytes` bytes of zeros.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's; `OutOfMemory` for more than there are addresses.
     pub fn new(bytes: usize, huge: Huge) -> io::Result<Self> {
         let room = if huge == Huge::Advise { HUGE } else { 0 };
+        let most = bytes.checked_add(room).ok_or(io::ErrorKind::OutOfMemory)?;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a fresh mapping, which overlaps nothing.
-        let mapped = unsafe { libc::mmap(ptr::null_mut(), bytes + room, access, flags, -1, 0) };
+        let mapped = unsafe { libc::mmap(ptr::null_mut(), most, access, flags, -1, 0) };
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let whole = (mapped.cast::<u8>(), bytes + room);
+        let whole = (mapped.cast::<u8>(), most);
         let align = if huge == Huge::Advise { HUGE } else { 1 };
         let skip = mapped.addr().next_multiple_of(align) - mapped.addr();
         // SAFETY: `skip` is below `room`, so the start stays inside.
@@ -176,10 +181,26 @@ impl AnonMapping {
         if moved == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let mut old = core::mem::replace(self, fresh);
-        // What is left of the old mapping is the room that alignment left around it.
-        old.bytes = 0;
+        let old = ManuallyDrop::new(core::mem::replace(self, fresh));
+        old.unmap_margins();
         Ok(())
+    }
+
+    /// Unmaps the room that alignment left around memory that has moved away. Not what lay in
+    /// between: another thread may have mapped something there by now.
+    fn unmap_margins(&self) {
+        let behind = self.start.addr() + self.bytes.next_multiple_of(PAGE);
+        let margins = [
+            (self.whole.0, self.start.addr() - self.whole.0.addr()),
+            (
+                self.start.with_addr(behind),
+                (self.whole.0.addr() + self.whole.1).saturating_sub(behind),
+            ),
+        ];
+        for (at, len) in margins.into_iter().filter(|(_, len)| *len > 0) {
+            // SAFETY: this part of the mapping did not move and is ours; nothing borrows it.
+            let _unmapped = unsafe { libc::munmap(at.cast(), len) };
+        }
     }
 
     fn part(&self, from: usize, len: usize) -> *mut u8 {
@@ -317,11 +338,13 @@ impl Drop for FileMapping {
 }
 
 /// Memory that the runtime maps for itself, huge where possible, by raw system calls. Children do
-/// not inherit it.
+/// not inherit it, and no device can map it.
 #[derive(Debug)]
 pub(crate) struct RuntimeMapping {
     span: HostSpan,
     whole: (*mut u8, usize),
+    /// Given up after the memory is unmapped.
+    _owned: OwnedSpan,
 }
 
 // SAFETY: the mapping belongs to the value alone; it is only handed out as addresses.
@@ -331,6 +354,10 @@ unsafe impl Sync for RuntimeMapping {}
 
 impl RuntimeMapping {
     /// Maps `bytes` bytes, aligned to 2 MiB.
+    ///
+    /// # Errors
+    /// The system's; `ENOMEM` also where no more memory can be declared the runtime's own, and for
+    /// 0 bytes.
     pub(crate) fn new(bytes: u64) -> Result<Self, Errno> {
         let len = usize::try_from(bytes).map_err(|_wide| Errno::NOMEM)?;
         let room = len.checked_add(HUGE).ok_or(Errno::NOMEM)?;
@@ -339,17 +366,25 @@ impl RuntimeMapping {
         // SAFETY: a fresh mapping, which overlaps nothing.
         let mapped = unsafe { mmap_anonymous(ptr::null_mut(), room, access, flags) }?;
         let start = mapped.expose_provenance().next_multiple_of(HUGE);
-        let at: *mut core::ffi::c_void = ptr::with_exposed_provenance_mut(start);
+        let at: *mut c_void = ptr::with_exposed_provenance_mut(start);
+        let span = HostSpan::at(HostVa::new(u64::try_from(start).unwrap_or(0)), bytes);
+        let Some(owned) = OwnedSpan::declare(span) else {
+            // SAFETY: the mapping is ours, and nobody knows it yet.
+            let _unmapped = unsafe { munmap(mapped, room) };
+            return Err(Errno::NOMEM);
+        };
+        // From here on dropping it unmaps it.
+        let mapping = Self {
+            span,
+            whole: (mapped.cast(), room),
+            _owned: owned,
+        };
         // A kernel without huge pages refuses this and works all the same.
         // SAFETY: advice changes no content.
         let _advised = unsafe { madvise(at, len, Advice::LinuxHugepage) };
         // SAFETY: as above.
         unsafe { madvise(at, len, Advice::LinuxDontFork) }?;
-        let start = HostVa::new(u64::try_from(start).unwrap_or(0));
-        Ok(Self {
-            span: HostSpan::at(start, bytes),
-            whole: (mapped.cast(), room),
-        })
+        Ok(mapping)
     }
 
     /// Where it is.
@@ -374,6 +409,8 @@ impl Drop for RuntimeMapping {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::owned;
+    use core::sync::atomic::{AtomicBool, Ordering};
 
     #[test]
     fn relocation_keeps_the_content_and_changes_the_address() {
@@ -383,6 +420,60 @@ mod tests {
         map.relocate().expect("the system moves it");
         assert_ne!(map.address(), before);
         assert_eq!(map.words()[5], 99);
+    }
+
+    #[test]
+    fn threads_that_map_are_not_disturbed_by_relocations() {
+        fault_copy::install();
+        let stop = AtomicBool::new(false);
+        let lost = std::thread::scope(|scope| {
+            let mapper = scope.spawn(|| {
+                let mut lost = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let mine = AnonMapping::new(2 << 20, Huge::Never).expect("memory");
+                    let at = mine.start;
+                    let five = 5_u64.to_ne_bytes();
+                    // SAFETY: `five` is ours, and so is the mapping, or else the copy is refused.
+                    let stored = unsafe { fault_copy::copy(at, five.as_ptr(), 8) };
+                    std::thread::yield_now();
+                    let mut back = [0; 8];
+                    // SAFETY: as above.
+                    let loaded = unsafe { fault_copy::copy(back.as_mut_ptr(), at, 8) };
+                    lost += u32::from(stored.is_err() || loaded.is_err() || back != five);
+                }
+                lost
+            });
+            let mut moving = AnonMapping::new(4 << 20, Huge::Advise).expect("4M can be mapped");
+            for _ in 0..10_000 {
+                moving.relocate().expect("the system moves it");
+            }
+            stop.store(true, Ordering::Relaxed);
+            mapper.join().expect("it ends")
+        });
+        assert_eq!(lost, 0);
+    }
+
+    #[test]
+    fn sizes_beyond_the_address_space_are_refused() {
+        for bytes in [
+            usize::MAX,
+            usize::MAX - HUGE + 1,
+            usize::MAX - HUGE,
+            1 << 60,
+        ] {
+            assert!(AnonMapping::new(bytes, Huge::Advise).is_err(), "{bytes:#x}");
+        }
+        assert!(RuntimeMapping::new(u64::MAX).is_err());
+        assert!(RuntimeMapping::new(0).is_err());
+    }
+
+    #[test]
+    fn runtime_mapping_is_the_runtimes_own_while_it_lives() {
+        let mapping = RuntimeMapping::new(2 << 20).expect("2M can be mapped");
+        let span = mapping.span();
+        assert!(owned::owns(span));
+        drop(mapping);
+        assert!(!owned::owns(span));
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub(crate) mod arena;
 pub(crate) mod fault_copy;
 pub(crate) mod futex;
 pub(crate) mod mapping;
+pub(crate) mod owned;
 pub(crate) mod pagemap;
 pub(crate) mod patch;
 pub(crate) mod probe;

@@ -1,47 +1,58 @@
 //! Threads of the runtime: always in the runtime's memory, never disturbed by signals.
 
 use core::fmt;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, Ordering};
 use std::io;
+use std::sync::Arc;
 use std::thread::{Builder, JoinHandle, ScopedJoinHandle};
 
 use gpusvm::addr::{HostSpan, HostVa};
 use rustix::io::Errno;
 
-use crate::sys::arena::{self, RuntimeScope};
+use crate::sys::arena::RuntimeScope;
+use crate::sys::futex;
+use crate::sys::owned::{self, OwnedSpan};
 
 /// Stack of a runtime thread.
 const STACK_BYTES: usize = 1 << 20;
-/// Runtime threads at one time whose stacks are known; more are refused.
-const THREADS: usize = 256;
-
-/// Stacks of living runtime threads; an empty place has end 0. Each pair changes hands by its end.
-static STACKS: [(AtomicU64, AtomicU64); THREADS] =
-    [const { (AtomicU64::new(0), AtomicU64::new(0)) }; THREADS];
 
 /// A thread cannot be started.
 #[derive(Debug)]
-pub struct SpawnError(io::Error);
+pub struct SpawnError(Cause);
+
+#[derive(Debug)]
+enum Cause {
+    /// The system's answer.
+    System(io::Error),
+    /// The thread's stack cannot be kept from migrating.
+    StackUnknown,
+}
 
 impl SpawnError {
-    /// The system's error.
+    /// The system's error; `EAGAIN` where there are too many threads already.
     #[must_use]
     pub fn errno(&self) -> Errno {
-        self.0
-            .raw_os_error()
-            .map_or(Errno::AGAIN, Errno::from_raw_os_error)
+        match &self.0 {
+            Cause::System(error) => error
+                .raw_os_error()
+                .map_or(Errno::AGAIN, Errno::from_raw_os_error),
+            Cause::StackUnknown => Errno::AGAIN,
+        }
     }
 }
 
 impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "cannot start a runtime thread: {}; raise the limit of threads",
-            self.0
-        )
+        f.write_str("cannot start a runtime thread: ")?;
+        match &self.0 {
+            Cause::System(error) => write!(f, "{error}; raise the limit of threads"),
+            Cause::StackUnknown => f.write_str(TOO_MANY),
+        }
     }
 }
+
+const TOO_MANY: &str =
+    "its stack cannot be kept from migrating, there are too many; use fewer device units";
 
 impl core::error::Error for SpawnError {}
 
@@ -58,27 +69,73 @@ impl RuntimeThread {
     }
 }
 
-/// Starts a thread of the runtime.
+/// Starts a thread of the runtime, and returns when it is ready to work.
+///
+/// Until then a thread runs code of the C library that allocates. The thread that serves faults
+/// must be past that before any page can be away, or it waits for itself. The caller holds no lock
+/// that fault service wants.
 ///
 /// # Errors
-/// The system refuses another thread.
+/// The system refuses another thread, or there are too many.
 pub fn spawn(
     name: &str,
     work: impl FnOnce() + Send + 'static,
 ) -> Result<RuntimeThread, SpawnError> {
     let _in_runtime = RuntimeScope::enter();
     let builder = Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
+    let start = Arc::new(Start(AtomicU32::new(Start::PENDING)));
+    let told = Arc::clone(&start);
     let masked = SignalMask::block_all();
-    let handle = builder.spawn(|| run(work));
+    let handle = builder.spawn(move || {
+        let _in_runtime = RuntimeScope::enter();
+        let stack = own_stack().and_then(OwnedSpan::declare);
+        match &stack {
+            Some(_known) => {
+                told.tell(Start::READY);
+                work();
+            }
+            None => told.tell(Start::FAILED),
+        }
+    });
     drop(masked);
-    handle.map(RuntimeThread).map_err(SpawnError)
+    let thread = handle
+        .map(RuntimeThread)
+        .map_err(|error| SpawnError(Cause::System(error)))?;
+    if start.wait() {
+        return Ok(thread);
+    }
+    thread.join();
+    Err(SpawnError(Cause::StackUnknown))
+}
+
+/// How a thread tells its creator that it is ready.
+struct Start(AtomicU32);
+
+impl Start {
+    const PENDING: u32 = 0;
+    const READY: u32 = 1;
+    const FAILED: u32 = 2;
+
+    fn tell(&self, state: u32) {
+        // Pairs with the load in `wait`.
+        self.0.store(state, Ordering::Release);
+        futex::wake(&self.0);
+    }
+
+    /// Waits; true when the thread is ready, false when it gave up.
+    fn wait(&self) -> bool {
+        while self.0.load(Ordering::Acquire) == Self::PENDING {
+            futex::wait(&self.0, Self::PENDING, None);
+        }
+        self.0.load(Ordering::Acquire) == Self::READY
+    }
 }
 
 /// Runs `work(0)` to `work(count - 1)`, each on a runtime thread of its own, and returns their
 /// results in order. The caller only waits.
 ///
 /// # Panics
-/// Where the system refuses the threads, or `work` panics.
+/// Where the system refuses the threads, there are too many, or `work` panics.
 pub fn run_scoped<R: Send>(count: usize, work: &(impl Fn(usize) -> R + Sync)) -> Vec<R> {
     let in_runtime = RuntimeScope::enter();
     let results = std::thread::scope(|scope| {
@@ -88,7 +145,7 @@ pub fn run_scoped<R: Send>(count: usize, work: &(impl Fn(usize) -> R + Sync)) ->
                 let builder = Builder::new()
                     .name(format!("gpusvm-{n}"))
                     .stack_size(STACK_BYTES);
-                let handle = builder.spawn_scoped(scope, move || run(|| work(n)));
+                let handle = builder.spawn_scoped(scope, move || on_known_stack(|| work(n)));
                 handle.expect("the system refuses a thread; raise the limit of threads")
             })
             .collect();
@@ -103,9 +160,11 @@ pub fn run_scoped<R: Send>(count: usize, work: &(impl Fn(usize) -> R + Sync)) ->
     results
 }
 
-fn run<R>(work: impl FnOnce() -> R) -> R {
+fn on_known_stack<R>(work: impl FnOnce() -> R) -> R {
     let _in_runtime = RuntimeScope::enter();
-    let _known = KnownStack::register();
+    let stack = own_stack().and_then(OwnedSpan::declare);
+    // Going on would work until the stack migrates under the feet of a lock's holder.
+    assert!(stack.is_some(), "{TOO_MANY}");
     work()
 }
 
@@ -117,48 +176,27 @@ pub(crate) fn current_id() -> u32 {
 /// Whether part of `span` is memory of the runtime's own, which never migrates and which no
 /// device may map.
 pub(crate) fn runtime_owns(span: HostSpan) -> bool {
-    arena::arena_span().overlaps(span)
-        || STACKS.iter().any(|(start, end)| {
-            let end = end.load(Ordering::Acquire);
-            let start = start.load(Ordering::Relaxed);
-            HostSpan::new(HostVa::new(start), HostVa::new(end)).overlaps(span)
-        })
+    owned::owns(span)
 }
 
-/// The entry of this thread's stack among [`STACKS`].
-struct KnownStack(usize);
-
-impl KnownStack {
-    fn register() -> Option<Self> {
-        let (start, end) = own_stack()?;
-        let free = |place: &(AtomicU64, AtomicU64)| {
-            // 1 marks the place as taken while its start is written.
-            place
-                .1
-                .compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed)
-                .is_ok()
-        };
-        let index = STACKS.iter().position(free)?;
-        STACKS[index].0.store(start, Ordering::Relaxed);
-        STACKS[index].1.store(end, Ordering::Release);
-        Some(Self(index))
-    }
-}
-
-impl Drop for KnownStack {
-    fn drop(&mut self) {
-        STACKS[self.0].1.store(0, Ordering::Release);
-    }
-}
-
-/// First and last address of this thread's stack mapping, which holds its thread-locals as well.
-fn own_stack() -> Option<(u64, u64)> {
-    // SAFETY: all-zero is a valid, uninitialised attribute object for the next call to fill.
-    let mut attributes: libc::pthread_attr_t = unsafe { core::mem::zeroed() };
+/// This thread's stack, as [`stack_of`].
+fn own_stack() -> Option<HostSpan> {
     // SAFETY: always valid.
     let this = unsafe { libc::pthread_self() };
-    // SAFETY: asks for the calling thread, which lives.
-    let asked = unsafe { libc::pthread_getattr_np(this, &raw mut attributes) };
+    // SAFETY: the calling thread lives.
+    unsafe { stack_of(this) }
+}
+
+/// A thread's stack mapping, which holds its thread-locals as well. Allocates from the C library's
+/// heap, so it is for a thread's start only.
+///
+/// # Safety
+/// The thread has not been joined.
+unsafe fn stack_of(thread: libc::pthread_t) -> Option<HostSpan> {
+    // SAFETY: all-zero is a valid, uninitialised attribute object for the next call to fill.
+    let mut attributes: libc::pthread_attr_t = unsafe { core::mem::zeroed() };
+    // SAFETY: the thread can be asked, as the caller promises; `attributes` is ours.
+    let asked = unsafe { libc::pthread_getattr_np(thread, &raw mut attributes) };
     if asked != 0 {
         return None;
     }
@@ -169,9 +207,9 @@ fn own_stack() -> Option<(u64, u64)> {
     };
     // SAFETY: they are not used again.
     let _destroyed = unsafe { libc::pthread_attr_destroy(&raw mut attributes) };
-    let start = u64::try_from(start.addr()).ok()?;
-    let end = start.checked_add(u64::try_from(bytes).ok()?)?;
-    (got == 0).then_some((start, end))
+    let start = HostVa::new(u64::try_from(start.addr()).ok()?);
+    let bytes = u64::try_from(bytes).ok()?;
+    (got == 0).then(|| HostSpan::at(start, bytes))
 }
 
 /// All signals blocked in this thread, and so in those it starts, until dropped.
@@ -209,6 +247,8 @@ impl Drop for SignalMask {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use core::sync::atomic::AtomicBool;
+    use std::os::unix::thread::JoinHandleExt;
 
     #[test]
     fn scoped_threads_return_in_order_and_their_stacks_are_the_runtimes() {
@@ -226,6 +266,26 @@ mod tests {
             !runtime_owns(HostSpan::at(HostVa::new(owned[0].2), 1)),
             "given up at its end"
         );
+    }
+
+    #[test]
+    fn spawned_thread_has_left_its_start_behind_when_spawn_returns() {
+        for _ in 0..50 {
+            let stop = Arc::new(AtomicBool::new(false));
+            let told = Arc::clone(&stop);
+            let thread = spawn("test", move || {
+                while !told.load(Ordering::Relaxed) {
+                    std::thread::yield_now();
+                }
+            })
+            .expect("one more thread");
+            // SAFETY: it is joined below.
+            let stack = unsafe { stack_of(thread.0.as_pthread_t()) }.expect("a stack");
+            let known = runtime_owns(stack);
+            stop.store(true, Ordering::Relaxed);
+            thread.join();
+            assert!(known);
+        }
     }
 
     #[test]

@@ -18,12 +18,16 @@ const STACKS: usize = 64;
 /// log2 of a stack's bytes.
 const STACK_SHIFT: u32 = 16;
 const STACK: usize = 1 << STACK_SHIFT;
+const GUARD: usize = 4096;
 
 /// Stacks that are free, one bit each.
+#[unsafe(link_section = ".data")]
 static FREE: AtomicU64 = AtomicU64::new(0);
 /// End of the first stack.
+#[unsafe(link_section = ".data")]
 static FIRST_TOP: AtomicUsize = AtomicUsize::new(0);
 /// Bytes that XSAVE needs.
+#[unsafe(link_section = ".data")]
 static XSAVE_BYTES: AtomicUsize = AtomicUsize::new(0);
 
 /// A system call as its site made it. The entry builds it on the bracket's stack.
@@ -211,7 +215,8 @@ pub(super) fn prepare() -> Result<(), PatchError> {
     Ok(())
 }
 
-/// Maps all stacks, the lowest page of each as a guard.
+/// Maps all stacks, the lowest page of each as a guard, and one more guard behind the last, which
+/// keeps the system from joining that stack with a neighbour's mapping.
 fn map_stacks() -> Result<usize, PatchError> {
     let os = |step| move |errno| PatchError::Os { step, errno };
     let access = ProtFlags::READ | ProtFlags::WRITE;
@@ -219,16 +224,16 @@ fn map_stacks() -> Result<usize, PatchError> {
     let base = unsafe {
         mmap_anonymous(
             core::ptr::null_mut(),
-            STACKS * STACK,
+            STACKS * STACK + GUARD,
             access,
             MapFlags::PRIVATE,
         )
     }
     .map_err(os("map bracket stacks"))?;
-    for n in 0..STACKS {
+    for n in 0..=STACKS {
         let guard = base.wrapping_byte_add(n * STACK);
         // SAFETY: the page belongs to the new mapping, which nobody uses yet.
-        unsafe { mprotect(guard, 4096, rustix::mm::MprotectFlags::empty()) }
+        unsafe { mprotect(guard, GUARD, rustix::mm::MprotectFlags::empty()) }
             .map_err(os("guard bracket stacks"))?;
     }
     Ok(base.expose_provenance())

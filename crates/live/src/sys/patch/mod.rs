@@ -153,6 +153,7 @@ impl fmt::Display for PatchError {
 
 impl core::error::Error for PatchError {}
 
+#[unsafe(link_section = ".data")]
 static HOOK: OnceLock<&'static dyn BracketHook> = OnceLock::new();
 
 /// Patched sites. They stay patched until [`restore`](Self::restore).
@@ -205,12 +206,17 @@ pub(crate) fn install(
     Ok(patches)
 }
 
+// In `.data`, as all that fault service and brackets read: see `owned`.
 /// The hull of watched memory; empty while `LOW > HIGH`.
+#[unsafe(link_section = ".data")]
 static LOW: AtomicU64 = AtomicU64::new(u64::MAX);
+#[unsafe(link_section = ".data")]
 static HIGH: AtomicU64 = AtomicU64::new(0);
 /// Calls on the fast path, per parity.
+#[unsafe(link_section = ".data")]
 static IN_FLIGHT: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
 /// Byte offset into [`IN_FLIGHT`] for calls that begin now: 0 or 8.
+#[unsafe(link_section = ".data")]
 static PARITY: AtomicU64 = AtomicU64::new(0);
 
 /// Calls that touch `[low, high)` go to the hook from now on.

@@ -75,6 +75,7 @@ fn code(site: &Site) -> [u8; STUB] {
 
 /// Pages of stubs so far: where the next stub goes, per neighbourhood. Two libraries, at most two
 /// neighbourhoods; a site out of reach of all opens another.
+#[unsafe(link_section = ".data")]
 static NEXT: [AtomicUsize; 4] = [const { AtomicUsize::new(0) }; 4];
 
 /// A free place within reach of the site.
