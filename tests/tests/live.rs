@@ -3,6 +3,8 @@
 //!
 //! A process has one live space, so the tests take turns.
 
+use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -51,6 +53,11 @@ fn filled(bytes: usize, value: u64) -> AnonMapping {
     map
 }
 
+fn span_of(map: &AnonMapping) -> Range<u64> {
+    let bytes = u64::try_from(map.bytes().len()).expect("64-bit");
+    map.address()..map.address() + bytes
+}
+
 fn words(bytes: usize) -> u64 {
     u64::try_from(bytes / 8).expect("64-bit")
 }
@@ -74,11 +81,11 @@ impl Kernel for Add {
     }
 }
 
-/// Reads words until told to stop. A read that began after `changed` was set must not find the old
-/// value.
+/// Reads words of `span` until told to stop. A read that began after `changed` was set must not find
+/// the old value in `gone`.
 struct Watch<'a> {
-    at: u64,
-    bytes: u64,
+    span: Range<u64>,
+    gone: Range<u64>,
     changed: &'a AtomicBool,
     stop: &'a AtomicBool,
     reads: &'a AtomicU64,
@@ -87,34 +94,47 @@ struct Watch<'a> {
 
 impl Kernel for Watch<'_> {
     fn run(&self, group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
-        let mut at = u64::from(group) * 4096;
+        let bytes = self.span.end - self.span.start;
+        let mut offset = u64::from(group) * 4096;
         while !self.stop.load(Ordering::SeqCst) {
             let changed = self.changed.load(Ordering::SeqCst);
-            let word: u64 = tile.load_one(self.at + at % self.bytes)?;
+            let at = self.span.start + offset % bytes;
+            let word: u64 = tile.load_one(at)?;
             self.reads.fetch_add(1, Ordering::Relaxed);
-            if changed && word == OLD {
+            if changed && word == OLD && self.gone.contains(&at) {
                 self.stale.fetch_add(1, Ordering::Relaxed);
             }
-            at += 4096 * 3;
+            offset += 4096 * 3;
         }
         Ok(())
     }
 }
 
-/// Runs a watching kernel over `map` while `change` happens; returns how it ended and how many
-/// stale reads there were.
+/// Runs a watching kernel over `span` while `change` takes the content of `gone` away. Returns how
+/// the kernel ended, and asserts that it never read what was gone.
 fn watch_while(
     machine: &Machine,
-    map: &mut AnonMapping,
-    span: (u64, u64),
-    change: impl FnOnce(&mut AnonMapping),
+    span: Range<u64>,
+    gone: Range<u64>,
+    change: impl FnOnce(),
+) -> Result<(), Stop> {
+    let (ended, stale) = count_stale(machine, span, gone, change);
+    assert_eq!(stale, 0, "the device read what was gone");
+    ended
+}
+
+/// As [`watch_while`]; returns the number of stale reads instead.
+fn count_stale(
+    machine: &Machine,
+    span: Range<u64>,
+    gone: Range<u64>,
+    change: impl FnOnce(),
 ) -> (Result<(), Stop>, u64) {
     let (changed, stop) = (AtomicBool::new(false), AtomicBool::new(false));
     let (reads, stale) = (AtomicU64::new(0), AtomicU64::new(0));
-    let (at, bytes) = span;
     let kernel = Watch {
-        at,
-        bytes,
+        span,
+        gone,
         changed: &changed,
         stop: &stop,
         reads: &reads,
@@ -129,13 +149,45 @@ fn watch_while(
             }
         };
         wait_for(10_000);
-        change(map);
+        assert!(
+            !device.is_finished(),
+            "the kernel runs when the change comes"
+        );
+        change();
         changed.store(true, Ordering::SeqCst);
         wait_for(10_000);
         stop.store(true, Ordering::SeqCst);
         device.join().expect("the launch returns")
     });
     (ended, stale.load(Ordering::Relaxed))
+}
+
+/// Asserts that a kernel ended with a refused access in `gone`.
+fn assert_refused(ended: Result<(), Stop>, gone: &Range<u64>, what: &dyn Debug) {
+    let Err(Stop::Fault(fault)) = ended else {
+        panic!("{what:?}: {ended:?}")
+    };
+    assert!(gone.contains(&fault.address), "{what:?}: {fault:?}");
+}
+
+/// Adds one to a word of every page, again and again, until told to stop.
+struct Count<'a> {
+    span: Range<u64>,
+    stop: &'a AtomicBool,
+    rounds: &'a AtomicU64,
+}
+
+impl Kernel for Count<'_> {
+    fn run(&self, _group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
+        while !self.stop.load(Ordering::SeqCst) {
+            for at in self.span.clone().step_by(4096) {
+                let word: u64 = tile.load_one(at)?;
+                tile.store_one(at, word + 1)?;
+            }
+            self.rounds.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
 }
 
 /// The machine still works: a kernel on fresh memory gives the right answer.
@@ -185,12 +237,11 @@ fn discarded_memory_reads_as_zero_on_the_device() {
     for mode in modes() {
         let Some(machine) = start(mode) else { return };
         let mut map = filled(8 * MIB, OLD);
-        let span = (map.address(), 8 << 20);
-        let (ended, stale) = watch_while(&machine, &mut map, span, |map| {
+        let span = span_of(&map);
+        let ended = watch_while(&machine, span.clone(), span, || {
             map.discard(0, 8 * MIB).expect("content can go");
         });
         assert_eq!(ended, Ok(()), "{mode:?}");
-        assert_eq!(stale, 0, "{mode:?}");
         assert!(map.words().iter().all(|word| *word == 0), "{mode:?}");
         assert_eq!(
             machine.stats().total(Counter::LateInvalidationCount),
@@ -211,8 +262,8 @@ fn planted_stale_tlb_is_caught() {
     };
     let Some(machine) = start(mode) else { return };
     let mut map = filled(8 * MIB, OLD);
-    let span = (map.address(), 8 << 20);
-    let (_ended, stale) = watch_while(&machine, &mut map, span, |map| {
+    let span = span_of(&map);
+    let (_ended, stale) = count_stale(&machine, span.clone(), span, || {
         map.discard(0, 8 * MIB).expect("content can go");
     });
     assert!(
@@ -227,21 +278,22 @@ fn unmapped_memory_is_a_clean_device_fault() {
     for mode in modes() {
         let Some(machine) = start(mode) else { return };
         let mut map = filled(8 * MIB, OLD);
-        let span = (map.address(), 8 << 20);
-        let (ended, _) = watch_while(&machine, &mut map, span, |map| {
-            map.unmap_tail(3 * MIB + 4096)
+        let span = span_of(&map);
+        let gone = span.start + (3 << 20) + 4096..span.end;
+        let ended = watch_while(&machine, span.clone(), gone.clone(), || {
+            map.unmap_tail(3 * MIB + 4096);
         });
-        let Err(Stop::Fault(fault)) = ended else {
-            panic!("{mode:?}: {ended:?}")
-        };
-        assert!(
-            fault.address >= span.0 + 3 * (1 << 20),
-            "{mode:?}: {fault:?}"
-        );
+        assert_refused(ended, &gone, &mode);
         // The part that stayed is intact, on the CPU and on the device.
         assert!(map.words().iter().all(|word| *word == OLD), "{mode:?}");
         machine
-            .launch(&Add { at: span.0, by: 1 }, 3)
+            .launch(
+                &Add {
+                    at: span.start,
+                    by: 1,
+                },
+                3,
+            )
             .expect("what stayed is usable");
         assert!(
             map.words()[..3 * MIB / 8]
@@ -256,19 +308,20 @@ fn unmapped_memory_is_a_clean_device_fault() {
 #[test]
 fn freed_memory_is_a_clean_device_fault() {
     let _turn = turn();
-    let Some(machine) = start(MachineConfig::default()) else {
-        return;
-    };
-    let block = vec![OLD; 8 * MIB / 8];
-    let at = u64::try_from(block.as_ptr().expose_provenance()).expect("64-bit");
-    machine
-        .launch(&Add { at, by: 0 }, 7)
-        .expect("memory is there");
-    drop(block);
-    let ended = machine.launch(&Add { at, by: 0 }, 7);
-    assert!(matches!(ended, Err(Stop::Fault(_))), "{ended:?}");
-    assert_eq!(machine.stats().total(Counter::LateInvalidationCount), 0);
-    assert_goes_on(&machine);
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        // So large that the allocator unmaps it, always: the call comes from inside `free()`.
+        let block = vec![OLD; 40 * MIB / 8];
+        let at = u64::try_from(block.as_ptr().expose_provenance()).expect("64-bit");
+        let span = at..at + (40 << 20);
+        let ended = watch_while(&machine, span.clone(), span.clone(), || drop(block));
+        assert_refused(ended, &span, &mode);
+        let later = machine.launch(&Add { at, by: 0 }, 39);
+        assert_refused(later, &span, &mode);
+        let stats = machine.stats();
+        assert_eq!(stats.total(Counter::LateInvalidationCount), 0, "{mode:?}");
+        assert_goes_on(&machine);
+    }
 }
 
 #[test]
@@ -277,11 +330,11 @@ fn moved_memory_faults_at_its_old_place_and_works_at_the_new_one() {
     for mode in modes() {
         let Some(machine) = start(mode) else { return };
         let mut map = filled(8 * MIB, OLD);
-        let span = (map.address(), 8 << 20);
-        let (ended, _) = watch_while(&machine, &mut map, span, |map| {
+        let span = span_of(&map);
+        let ended = watch_while(&machine, span.clone(), span.clone(), || {
             map.relocate().expect("the system moves it");
         });
-        assert!(matches!(ended, Err(Stop::Fault(_))), "{mode:?}: {ended:?}");
+        assert_refused(ended, &span, &mode);
         assert!(map.words().iter().all(|word| *word == OLD), "{mode:?}");
         machine
             .launch(
@@ -308,37 +361,66 @@ fn protected_memory_refuses_the_device_until_it_is_given_back() {
     for mode in modes() {
         let Some(machine) = start(mode) else { return };
         let mut map = filled(8 * MIB, OLD);
-        let at = map.address();
-        machine
-            .launch(&Add { at, by: 0 }, 8)
-            .expect("memory is there");
-        for rights in [Protect::None, Protect::Read] {
-            map.protect(2 * MIB, 2 * MIB, rights)
+        let span = span_of(&map);
+        let part = span.start + (2 << 20)..span.start + (4 << 20);
+        let ended = watch_while(&machine, span.clone(), part.clone(), || {
+            map.protect(2 * MIB, 2 * MIB, Protect::None)
                 .expect("rights can change");
-            let ended = machine.launch(&Add { at, by: 1 }, 8);
-            let Err(Stop::Fault(fault)) = ended else {
-                panic!("{mode:?}: {ended:?}")
-            };
-            let inside = fault.address - at;
-            assert!((2 << 20..4 << 20).contains(&inside), "{mode:?}: {fault:?}");
-            map.protect(2 * MIB, 2 * MIB, Protect::ReadWrite)
-                .expect("rights can change");
-        }
-        let kept = &map.words()[2 * MIB / 8..4 * MIB / 8];
-        assert!(
-            kept.iter().all(|word| *word == OLD),
-            "{mode:?}: a refused store landed"
-        );
+        });
+        assert_refused(ended, &part, &mode);
+        map.protect(2 * MIB, 2 * MIB, Protect::ReadWrite)
+            .expect("rights can change");
+        assert!(map.words().iter().all(|word| *word == OLD), "{mode:?}");
         machine
             .launch(
                 &Add {
-                    at: at + (2 << 20),
+                    at: span.start,
                     by: 1,
                 },
-                2,
+                8,
             )
             .expect("given back");
-        assert_eq!(map.words()[2 * MIB / 8], OLD + 1);
+        assert!(map.words().iter().all(|word| *word == OLD + 1), "{mode:?}");
+    }
+}
+
+#[test]
+fn no_store_lands_after_memory_became_read_only() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let mut map = filled(8 * MIB, 0);
+        let span = span_of(&map);
+        let part = span.start + (2 << 20)..span.start + (4 << 20);
+        let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+        let kernel = Count {
+            span: span.clone(),
+            stop: &stop,
+            rounds: &rounds,
+        };
+        let (ended, kept) = thread::scope(|scope| {
+            let device = scope.spawn(|| machine.launch(&kernel, 1));
+            while rounds.load(Ordering::Relaxed) < 3 && !device.is_finished() {
+                thread::yield_now();
+            }
+            map.protect(2 * MIB, 2 * MIB, Protect::Read)
+                .expect("rights can change");
+            let kept = map.words()[2 * MIB / 8..4 * MIB / 8].to_vec();
+            let ended = device.join().expect("the launch returns");
+            (ended, kept)
+        });
+        assert_refused(ended, &part, &mode);
+        assert!(kept[0] >= 3, "{mode:?}: the kernel wrote before");
+        assert!(
+            map.words()[2 * MIB / 8..4 * MIB / 8] == kept,
+            "{mode:?}: a refused store landed"
+        );
+        map.protect(2 * MIB, 2 * MIB, Protect::ReadWrite)
+            .expect("rights can change");
+        assert_goes_on(&machine);
+        let at = part.start;
+        machine.launch(&Add { at, by: 1 }, 2).expect("given back");
+        assert_eq!(map.words()[2 * MIB / 8], kept[0] + 1, "{mode:?}");
     }
 }
 

@@ -18,6 +18,12 @@
 //! The rule that everything rests on is in [`svm`]: entries are written under the notifier lock
 //! after the sequence was checked, and an invalidation takes that lock after it has moved the
 //! sequence. The crate knows no driver, no device, no operating system, no clock and no thread.
+//!
+//! # All of it on a toy platform
+//!
+//! ```
+#![doc = include_str!("../examples/toy.rs")]
+//! ```
 #![no_std]
 #![forbid(unsafe_code)]
 

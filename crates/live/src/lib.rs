@@ -34,6 +34,8 @@ mod space;
 mod spans;
 mod staging;
 mod sys;
+#[cfg(test)]
+mod toy;
 mod watch;
 
 pub use env::LiveEnv;

@@ -483,3 +483,6 @@ impl LiveMigration<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

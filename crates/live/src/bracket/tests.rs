@@ -1,1 +1,94 @@
+use super::*;
+use Effect::{Clear, Move, Protect, Unmap};
 
+/// An address that is page-aligned, and one that is not.
+const AT: usize = 0x7000_0000;
+const ODD: usize = AT + 8;
+/// Two pages, and a size that ends inside the second.
+const TWO: usize = 0x2000;
+const ABOUT_TWO: usize = 0x1001;
+
+fn two_pages(at: usize) -> HostSpan {
+    HostSpan::at(HostVa::new(u64::try_from(at).expect("64-bit")), 2 * PAGE)
+}
+
+#[test]
+fn each_call_brackets_the_pages_that_it_changes_and_no_others() {
+    let advice = |n| SysCall::new(Call::Madvise, &[AT, TWO, n]);
+    let onto = AT + 0x10_0000;
+    let cases: &[(SysCall, &[(usize, Effect)])] = &[
+        (SysCall::new(Call::Munmap, &[AT, TWO]), &[(AT, Unmap)]),
+        (SysCall::new(Call::Munmap, &[AT, ABOUT_TWO]), &[(AT, Unmap)]),
+        (
+            SysCall::new(Call::Mprotect, &[AT, TWO, 1]),
+            &[(AT, Protect)],
+        ),
+        (
+            SysCall::new(Call::Mmap, &[AT, TWO, 3, 0x32]),
+            &[(AT, Unmap)],
+        ),
+        (SysCall::new(Call::Mmap, &[AT, TWO, 3, 0x22]), &[]),
+        (SysCall::new(Call::Mmap, &[AT, TWO, 3, 0x10_0022]), &[]),
+        (
+            SysCall::new(Call::Mremap, &[AT, TWO, TWO, 1]),
+            &[(AT, Move)],
+        ),
+        (
+            SysCall::new(Call::Mremap, &[AT, TWO, TWO, 3, onto]),
+            &[(AT, Move), (onto, Unmap)],
+        ),
+        (advice(4), &[(AT, Clear)]),
+        (advice(8), &[(AT, Clear)]),
+        (advice(9), &[(AT, Clear)]),
+        (advice(24), &[(AT, Clear)]),
+        (advice(102), &[(AT, Clear)]),
+        // Huge pages, cold, populate: content, place and rights stay.
+        (advice(14), &[]),
+        (advice(20), &[]),
+        (advice(23), &[]),
+    ];
+    for (call, expected) in cases {
+        let found: Vec<_> = effects(call).into_iter().flatten().collect();
+        let expected: Vec<_> = (expected.iter())
+            .map(|(at, effect)| (two_pages(*at), *effect))
+            .collect();
+        assert_eq!(found, expected, "{call:?}");
+    }
+}
+
+#[test]
+fn calls_that_the_system_will_refuse_have_no_effect() {
+    for args in [[ODD, TWO], [AT, 0], [usize::MAX & !0xfff, TWO]] {
+        assert_eq!(
+            effects(&SysCall::new(Call::Munmap, &args)),
+            [None, None],
+            "{args:x?}"
+        );
+    }
+}
+
+#[test]
+fn process_madvise_brackets_the_hull_of_its_parts() {
+    let parts = [[AT + 0x5000, 0x1000], [AT, 0x1000]];
+    let args = [0, parts.as_ptr().expose_provenance(), 2, 4];
+    let hull = HostSpan::new(two_pages(AT).start(), two_pages(AT + 0x4000).end());
+    assert_eq!(
+        effects(&SysCall::new(Call::ProcessMadvise, &args)),
+        [Some((hull, Move)), None]
+    );
+}
+
+#[test]
+fn heap_end_that_goes_down_unmaps_and_up_does_not() {
+    let now = SysCall::new(Call::Brk, &[0]).raw();
+    let now = usize::try_from(now)
+        .expect("an address")
+        .next_multiple_of(0x1000);
+    // Asked about, not called.
+    let down = effects(&SysCall::new(Call::Brk, &[now - TWO]));
+    assert!(matches!(down, [Some((_, Unmap)), None]));
+    assert_eq!(
+        effects(&SysCall::new(Call::Brk, &[now + (1 << 30)])),
+        [None, None]
+    );
+}

@@ -203,6 +203,30 @@ impl AnonMapping {
         }
     }
 
+    /// Pins the page at offset `from` until the descriptor is dropped, as a network card or a disk
+    /// would. `None` where the system has no io_uring.
+    #[cfg(test)]
+    pub(crate) fn pin_page(&self, from: usize) -> Option<std::os::fd::OwnedFd> {
+        use std::os::fd::{FromRawFd, OwnedFd};
+        const REGISTER_BUFFERS: i32 = 0;
+        /// Larger than `struct io_uring_params`.
+        const PARAMETERS: usize = 256;
+        let mut parameters = [0_u64; PARAMETERS / 8];
+        // SAFETY: the system fills the parameters and makes a descriptor.
+        let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, &raw mut parameters) };
+        let ring = i32::try_from(ring).ok().filter(|ring| *ring >= 0)?;
+        let page = libc::iovec {
+            iov_base: self.part(from, PAGE).cast(),
+            iov_len: PAGE,
+        };
+        let register = libc::SYS_io_uring_register;
+        // SAFETY: the page is mapped, and nothing is ever asked of the ring.
+        let done = unsafe { libc::syscall(register, ring, REGISTER_BUFFERS, &raw const page, 1) };
+        assert_eq!(done, 0, "{}", io::Error::last_os_error());
+        // SAFETY: the call made it, and nobody else knows it.
+        Some(unsafe { OwnedFd::from_raw_fd(ring) })
+    }
+
     fn part(&self, from: usize, len: usize) -> *mut u8 {
         assert!(
             from.checked_add(len).is_some_and(|end| end <= self.bytes),

@@ -188,6 +188,9 @@ pub(crate) enum Message {
 pub(crate) struct Uffd {
     fd: OwnedFd,
     available: Features,
+    /// See [`misreport_moves`](Self::misreport_moves).
+    #[cfg(test)]
+    misreports: core::sync::atomic::AtomicBool,
 }
 
 impl Uffd {
@@ -200,7 +203,12 @@ impl Uffd {
         let available = Features(handshake(&open_raw(mode)?, 0)?);
         let fd = open_raw(mode)?;
         handshake(&fd, available.0 & wanted.0)?;
-        Ok(Self { fd, available })
+        Ok(Self {
+            fd,
+            available,
+            #[cfg(test)]
+            misreports: false.into(),
+        })
     }
 
     /// Everything that the kernel offers.
@@ -252,7 +260,19 @@ impl Uffd {
         // SAFETY: the pages keep their content; accesses to `from` are the callers' to order, who
         // has marked the span as travelling.
         let result = unsafe { ioctl(&self.fd, call) };
+        #[cfg(test)]
+        if result.is_ok() && self.misreports.load(core::sync::atomic::Ordering::Relaxed) {
+            return outcome(0, Err(Errno::EXIST));
+        }
         outcome(arg.done, result)
+    }
+
+    /// From now on every MOVE that moves all reports that it moved nothing, as Linux 6.18 does at
+    /// times.
+    #[cfg(test)]
+    pub(crate) fn misreport_moves(&self) {
+        self.misreports
+            .store(true, core::sync::atomic::Ordering::Relaxed);
     }
 
     /// Copies one span of this process into missing pages at `to`. Nobody is woken.

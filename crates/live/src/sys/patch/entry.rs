@@ -45,6 +45,17 @@ impl SysCall {
         Call::from_number(self.number)
     }
 
+    /// A call with these arguments, for tests of what calls mean.
+    #[cfg(test)]
+    pub(crate) fn new(call: Call, arguments: &[usize]) -> Self {
+        let mut args = [0; 6];
+        args[..arguments.len()].copy_from_slice(arguments);
+        Self {
+            number: usize::try_from(call.number()).expect("a small number"),
+            args,
+        }
+    }
+
     /// Makes the call. Negative results are errors.
     pub(crate) fn raw(&self) -> isize {
         let [a0, a1, a2, a3, a4, a5] = self.args;

@@ -1,0 +1,140 @@
+use super::*;
+use core::sync::atomic::Ordering;
+
+use crate::sys::mapping::{AnonMapping, Huge};
+use crate::sys::vram::VramMode;
+use crate::toy::Bench;
+
+const BYTES: u64 = 2 * PAGE_2M;
+
+/// Memory in which word `n` holds `n + 1`, and its addresses.
+fn filled(huge: Huge) -> (AnonMapping, HostSpan) {
+    let bytes = usize::try_from(BYTES).expect("64-bit");
+    let mut map = AnonMapping::new(bytes, huge).expect("4M can be mapped");
+    (map.words_mut().iter_mut().zip(1..)).for_each(|(word, n)| *word = n);
+    let span = HostSpan::at(HostVa::new(map.address()), BYTES);
+    (map, span)
+}
+
+fn intact(map: &AnonMapping) -> bool {
+    map.words().iter().zip(1..).all(|(word, n)| *word == n)
+}
+
+/// What MOVE answers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Answers {
+    True,
+    /// That nothing moved, although all did.
+    False,
+}
+
+/// Out, looked at there, and home by a touch; from huge pages and from small ones.
+fn round_trip(mode: VramMode, answers: Answers) {
+    let Some(bench) = Bench::open(mode) else {
+        return;
+    };
+    if answers == Answers::False {
+        bench.space.staging.uffd.misreport_moves();
+        bench.space.watch.uffd.misreport_moves();
+    }
+    for huge in [Huge::Advise, Huge::Never] {
+        let (map, span) = filled(huge);
+        bench.send(span).expect("plain memory migrates");
+        assert_eq!(bench.device_word(0), 1);
+        assert_eq!(bench.device_word(BYTES / 8 - 1), BYTES / 8);
+        assert!(intact(&map), "home again after the first touch");
+    }
+    assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 0);
+    let misreported = bench.counts.misreported.load(Ordering::Relaxed);
+    // Two ways, two kinds of pages, two blocks; the kernel may add its own.
+    assert!(answers == Answers::True || misreported >= 8);
+}
+
+#[test]
+fn adopted_pages_go_and_come_back() {
+    round_trip(VramMode::Adopt, Answers::True);
+}
+
+#[test]
+fn copied_pages_go_and_come_back() {
+    round_trip(VramMode::Copy, Answers::True);
+}
+
+#[test]
+fn adopted_pages_survive_moves_that_report_failure_and_did_all() {
+    round_trip(VramMode::Adopt, Answers::False);
+}
+
+#[test]
+fn copied_pages_survive_moves_that_report_failure_and_did_all() {
+    round_trip(VramMode::Copy, Answers::False);
+}
+
+#[test]
+fn pinned_page_in_the_middle_sends_all_others_back() {
+    for mode in [VramMode::Adopt, VramMode::Copy] {
+        let Some(bench) = Bench::open(mode) else {
+            return;
+        };
+        let (map, span) = filled(Huge::Never);
+        let Some(pinned) = map.pin_page(3 << 20) else {
+            println!("skipped: io_uring is refused, so nothing can be pinned");
+            return;
+        };
+        assert_eq!(
+            bench.send(span).err(),
+            Some(Interrupted::Stale(Stale::PagesRefused))
+        );
+        assert!(intact(&map));
+        assert!(!bench.space.residency.lock().is_travelling(span));
+        drop(pinned);
+    }
+}
+
+#[test]
+fn set_that_is_dropped_puts_everything_back() {
+    for mode in [VramMode::Adopt, VramMode::Copy] {
+        let Some(bench) = Bench::open(mode) else {
+            return;
+        };
+        let (map, span) = filled(Huge::Advise);
+        let allocation: AllocationRef = bench.allocation(span);
+        let to = MigrateTo::Device {
+            allocation,
+            aperture: None,
+        };
+        drop(bench.space.begin(span, to).expect("plain memory migrates"));
+        assert!(intact(&map));
+        assert!(
+            bench
+                .space
+                .residency
+                .lock()
+                .overlapping(span)
+                .next()
+                .is_none()
+        );
+    }
+}
+
+#[test]
+fn content_that_came_meanwhile_wins_and_is_counted() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let (map, span) = filled(Huge::Never);
+    bench.send(span).expect("plain memory migrates");
+    let newer = [7_u8; 4096];
+    let at = span.start().plus(PAGE_2M + 5 * PAGE);
+    let from = HostVa::new(u64::try_from(newer.as_ptr().addr()).expect("64-bit"));
+    let copied = bench.space.watch.uffd.copy(at, HostSpan::at(from, PAGE));
+    assert_eq!(copied.error, None);
+    assert_eq!(map.words()[0], 1, "the touch brings all home");
+    let word = usize::try_from((PAGE_2M + 5 * PAGE) / 8).expect("64-bit");
+    assert_eq!(map.words()[word], 0x0707_0707_0707_0707);
+    assert_eq!(
+        map.words()[word + 512],
+        u64::try_from(word + 513).expect("64-bit")
+    );
+    assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 1);
+}
