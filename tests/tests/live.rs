@@ -110,26 +110,35 @@ impl Kernel for Watch<'_> {
     }
 }
 
-/// Runs a watching kernel over `span` while `change` takes the content of `gone` away. Returns how
-/// the kernel ended, and asserts that it never read what was gone.
+/// What a watching kernel saw.
+struct Watched {
+    /// How the kernel ended.
+    ended: Result<(), Stop>,
+    /// Reads of what was gone by then.
+    stale: u64,
+}
+
+impl Watched {
+    /// Asserts that nothing stale was read and the kernel was refused an access in `gone`.
+    fn assert_refused(self, gone: &Range<u64>, what: &dyn Debug) {
+        assert_eq!(self.stale, 0, "{what:?}: the device read what was gone");
+        assert_refused(self.ended, gone, what);
+    }
+
+    /// Asserts that nothing stale was read and the kernel ran to its end.
+    fn assert_done(self, what: &dyn Debug) {
+        assert_eq!(self.stale, 0, "{what:?}: the device read what was gone");
+        assert_eq!(self.ended, Ok(()), "{what:?}");
+    }
+}
+
+/// Runs a watching kernel over `span` while `change` takes the content of `gone` away.
 fn watch_while(
     machine: &Machine,
     span: Range<u64>,
     gone: Range<u64>,
     change: impl FnOnce(),
-) -> Result<(), Stop> {
-    let (ended, stale) = count_stale(machine, span, gone, change);
-    assert_eq!(stale, 0, "the device read what was gone");
-    ended
-}
-
-/// As [`watch_while`]; returns the number of stale reads instead.
-fn count_stale(
-    machine: &Machine,
-    span: Range<u64>,
-    gone: Range<u64>,
-    change: impl FnOnce(),
-) -> (Result<(), Stop>, u64) {
+) -> Watched {
     let (changed, stop) = (AtomicBool::new(false), AtomicBool::new(false));
     let (reads, stale) = (AtomicU64::new(0), AtomicU64::new(0));
     let kernel = Watch {
@@ -159,7 +168,8 @@ fn count_stale(
         stop.store(true, Ordering::SeqCst);
         device.join().expect("the launch returns")
     });
-    (ended, stale.load(Ordering::Relaxed))
+    let stale = stale.load(Ordering::Relaxed);
+    Watched { ended, stale }
 }
 
 /// Asserts that a kernel ended with a refused access in `gone`.
@@ -238,10 +248,10 @@ fn discarded_memory_reads_as_zero_on_the_device() {
         let Some(machine) = start(mode) else { return };
         let mut map = filled(8 * MIB, OLD);
         let span = span_of(&map);
-        let ended = watch_while(&machine, span.clone(), span, || {
+        let watched = watch_while(&machine, span.clone(), span, || {
             map.discard(0, 8 * MIB).expect("content can go");
         });
-        assert_eq!(ended, Ok(()), "{mode:?}");
+        watched.assert_done(&mode);
         assert!(map.words().iter().all(|word| *word == 0), "{mode:?}");
         assert_eq!(
             machine.stats().total(Counter::LateInvalidationCount),
@@ -263,11 +273,11 @@ fn planted_stale_tlb_is_caught() {
     let Some(machine) = start(mode) else { return };
     let mut map = filled(8 * MIB, OLD);
     let span = span_of(&map);
-    let (_ended, stale) = count_stale(&machine, span.clone(), span, || {
+    let watched = watch_while(&machine, span.clone(), span, || {
         map.discard(0, 8 * MIB).expect("content can go");
     });
     assert!(
-        stale > 0,
+        watched.stale > 0,
         "without TLB flushes the device must be caught reading old content"
     );
 }
@@ -280,10 +290,10 @@ fn unmapped_memory_is_a_clean_device_fault() {
         let mut map = filled(8 * MIB, OLD);
         let span = span_of(&map);
         let gone = span.start + (3 << 20) + 4096..span.end;
-        let ended = watch_while(&machine, span.clone(), gone.clone(), || {
+        let watched = watch_while(&machine, span.clone(), gone.clone(), || {
             map.unmap_tail(3 * MIB + 4096);
         });
-        assert_refused(ended, &gone, &mode);
+        watched.assert_refused(&gone, &mode);
         // The part that stayed is intact, on the CPU and on the device.
         assert!(map.words().iter().all(|word| *word == OLD), "{mode:?}");
         machine
@@ -314,8 +324,8 @@ fn freed_memory_is_a_clean_device_fault() {
         let block = vec![OLD; 40 * MIB / 8];
         let at = u64::try_from(block.as_ptr().expose_provenance()).expect("64-bit");
         let span = at..at + (40 << 20);
-        let ended = watch_while(&machine, span.clone(), span.clone(), || drop(block));
-        assert_refused(ended, &span, &mode);
+        let watched = watch_while(&machine, span.clone(), span.clone(), || drop(block));
+        watched.assert_refused(&span, &mode);
         let later = machine.launch(&Add { at, by: 0 }, 39);
         assert_refused(later, &span, &mode);
         let stats = machine.stats();
@@ -331,10 +341,10 @@ fn moved_memory_faults_at_its_old_place_and_works_at_the_new_one() {
         let Some(machine) = start(mode) else { return };
         let mut map = filled(8 * MIB, OLD);
         let span = span_of(&map);
-        let ended = watch_while(&machine, span.clone(), span.clone(), || {
+        let watched = watch_while(&machine, span.clone(), span.clone(), || {
             map.relocate().expect("the system moves it");
         });
-        assert_refused(ended, &span, &mode);
+        watched.assert_refused(&span, &mode);
         assert!(map.words().iter().all(|word| *word == OLD), "{mode:?}");
         machine
             .launch(
@@ -363,11 +373,11 @@ fn protected_memory_refuses_the_device_until_it_is_given_back() {
         let mut map = filled(8 * MIB, OLD);
         let span = span_of(&map);
         let part = span.start + (2 << 20)..span.start + (4 << 20);
-        let ended = watch_while(&machine, span.clone(), part.clone(), || {
+        let watched = watch_while(&machine, span.clone(), part.clone(), || {
             map.protect(2 * MIB, 2 * MIB, Protect::None)
                 .expect("rights can change");
         });
-        assert_refused(ended, &part, &mode);
+        watched.assert_refused(&part, &mode);
         map.protect(2 * MIB, 2 * MIB, Protect::ReadWrite)
             .expect("rights can change");
         assert!(map.words().iter().all(|word| *word == OLD), "{mode:?}");
