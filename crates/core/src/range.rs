@@ -74,16 +74,28 @@ impl Pages {
     }
 }
 
+/// Whether the CPU mapping of a range still stands. A range only goes down this list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    /// It does, as far as anybody has said.
+    Mapped,
+    /// It went away, wholly or in part: the range is dead, and in the garbage list. The collector
+    /// alone may remove it, or what comes after it in the list would be lost.
+    Garbage {
+        /// Next in the list.
+        next: Option<HostVa>,
+    },
+    /// Dead, and off the list: the collector is about to remove it.
+    Collected,
+}
+
 /// One range; `B` is what the driver keeps for it.
 #[derive(Debug)]
 pub(crate) struct Range<B> {
     pub(crate) span: HostSpan,
     pub(crate) serial: u64,
     pub(crate) kind: RangeKind,
-    /// The CPU mapping went away, wholly or in part: dead, waits for the collector. Never reset.
-    pub(crate) unmapped: bool,
-    /// Next in the garbage list; meaningful while `unmapped`.
-    next_garbage: Option<HostVa>,
+    life: Life,
     pub(crate) pages: Pages,
     pub(crate) binding: B,
 }
@@ -92,6 +104,16 @@ impl<B> Range<B> {
     /// Whether its pages are mapped with at least the right `access`.
     pub(crate) fn allows(&self, access: Access) -> bool {
         self.pages.mapped && (access == Access::Read || self.pages.writable)
+    }
+
+    /// Whether its CPU mapping went away, wholly or in part (`unmapped`).
+    pub(crate) fn is_dead(&self) -> bool {
+        self.life != Life::Mapped
+    }
+
+    /// Whether it waits for the collector.
+    pub(crate) const fn is_garbage(&self) -> bool {
+        matches!(self.life, Life::Garbage { .. })
     }
 }
 
@@ -157,8 +179,7 @@ impl<B: Default> Tree<B> {
             span,
             serial,
             kind,
-            unmapped: false,
-            next_garbage: None,
+            life: Life::Mapped,
             pages: Pages::default(),
             binding: B::default(),
         };
@@ -188,9 +209,8 @@ impl<B: Default> Tree<B> {
         else {
             return;
         };
-        if !range.unmapped {
-            range.unmapped = true;
-            range.next_garbage = head;
+        if range.life == Life::Mapped {
+            range.life = Life::Garbage { next: head };
             self.garbage = Some(start);
         }
     }
@@ -198,22 +218,26 @@ impl<B: Default> Tree<B> {
     /// Takes the first dead range off the garbage list.
     pub(crate) fn pop_garbage(&mut self) -> Option<RangeRef> {
         let start = self.garbage?;
-        let window = self.window(start)?;
-        let range = window.ranges.get(&start)?;
+        let window = self.window_mut(start)?;
         let interval = Arc::clone(&window.interval);
-        let next = range.next_garbage;
+        let range = window.ranges.get_mut(&start)?;
+        let former = core::mem::replace(&mut range.life, Life::Collected);
         let found = RangeRef {
             span: range.span,
             serial: range.serial,
             kind: range.kind,
             interval,
         };
-        self.garbage = next;
+        self.garbage = match former {
+            Life::Garbage { next } => next,
+            Life::Mapped | Life::Collected => None,
+        };
         Some(found)
     }
 
-    /// Removes a range whose pages are unmapped. Returns the window's interval where it was the
-    /// last range there: the caller ends the subscription, without the lock.
+    /// Removes a range whose pages are unmapped and which is not in the garbage list. Returns the
+    /// window's interval where it was the last range there: the caller ends the subscription,
+    /// without the lock.
     pub(crate) fn remove(&mut self, range: &RangeRef) -> (Option<B>, Option<Arc<Interval>>) {
         let key = self.key(range.span.start());
         let Some(window) = self.windows.get_mut(&key) else {
@@ -221,8 +245,10 @@ impl<B: Default> Tree<B> {
         };
         let removed = window.ranges.remove(&range.span.start());
         debug_assert!(
-            removed.as_ref().is_none_or(|r| !r.pages.mapped),
-            "removed while mapped"
+            removed
+                .as_ref()
+                .is_none_or(|r| !r.pages.mapped && !r.is_garbage()),
+            "removed while mapped or listed"
         );
         let emptied = window
             .ranges

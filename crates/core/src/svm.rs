@@ -204,7 +204,7 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         let mut tree = self.tree.lock();
         let found = tree
             .get_mut(range)
-            .filter(|r| !r.unmapped)
+            .filter(|r| !r.is_dead())
             .ok_or(Stale::RangeUnmapped)?;
         let recheck = !self.skip_recheck.load(Ordering::Relaxed);
         if recheck && range.interval.read_retry(pages.seq) {
@@ -228,7 +228,7 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
     ) -> bool {
         let mut tree = self.tree.lock();
         tree.get_mut(range).is_some_and(|r| {
-            !r.unmapped && r.allows(access) && bound(&r.binding, r.pages.pagemap())
+            !r.is_dead() && r.allows(access) && bound(&r.binding, r.pages.pagemap())
         })
     }
 
@@ -252,7 +252,9 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
     }
 
     /// Removes a range: unbinds it by `unbind` under the notifier lock, unmaps its pages, and only
-    /// then takes it out of the tree, so that a racing unmap always finds it.
+    /// then takes it out of the tree, so that a racing unmap always finds it. `None`, and nothing
+    /// done, where it is gone, or died meanwhile and waits for
+    /// [`pop_garbage`](Self::pop_garbage).
     pub fn remove_range<R>(
         &self,
         _owner: &mut SvmOwner,
@@ -260,7 +262,7 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         unbind: impl FnOnce(&mut D::Binding, &NotifierHeld<'_>) -> R,
     ) -> Option<R> {
         let mut tree = self.tree.lock();
-        let found = tree.get_mut(range)?;
+        let found = tree.get_mut(range).filter(|r| !r.is_garbage())?;
         let result = unbind(&mut found.binding, &NotifierHeld::new());
         found.pages.mapped = false;
         let (_binding, emptied) = tree.remove(range);

@@ -319,6 +319,27 @@ fn partly_unmapped_range_is_collected_once_and_never_bound_again() {
 }
 
 #[test]
+fn range_that_died_meanwhile_is_left_to_the_collector() {
+    let mut world = world();
+    let ranges = [0, PAGE_2M, 2 * PAGE_2M].map(|at| world.range(at));
+    for range in &ranges {
+        world.invalidate(range.span(), InvalidateReason::Unmap);
+    }
+    // A fault that finds its mapping gone wants to remove its range; it is in the middle of the
+    // garbage list by then.
+    let removed = world
+        .svm
+        .remove_range(&mut world.owner, &ranges[1], |_binding, _held| ());
+    assert!(removed.is_none());
+    while let Some(dead) = world.svm.pop_garbage(&mut world.owner) {
+        world
+            .svm
+            .remove_range(&mut world.owner, &dead, |_binding, _held| ());
+    }
+    assert_eq!(world.svm.range_count(), 0, "none is lost from the list");
+}
+
+#[test]
 fn closed_address_space_queues_no_garbage() {
     let mut world = world();
     let range = world.range(0);
