@@ -10,8 +10,8 @@
 //!
 //! *Announce*: no migration begins in the span any more. A call that destroys content (munmap,
 //! MADV_DONTNEED) recalls the device pages and lets them go when the call has succeeded; a call
-//! that keeps it (mremap, mprotect) has them brought home first, so the system's own tables tell
-//! the whole truth. *Suspend* takes the span out of userfaultfd, so that the call raises no event
+//! that keeps it (mremap, mprotect, mlock) has them brought home first, so the system's own tables
+//! tell the whole truth. *Suspend* takes the span out of userfaultfd, so that the call raises no event
 //! and sees whole mappings: an event that does arrive is by definition late.
 //!
 //! This code runs on threads of the process, with signals blocked, on a stack of the runtime's
@@ -26,21 +26,10 @@ use gpusvm::seam::mm::InvalidateReason;
 
 use crate::env::LiveEnv;
 use crate::level::{BracketChoice, BracketLevel, OpenError};
-use crate::residency::Piece;
+use crate::residency::{Piece, everything};
 use crate::space::LiveSpace;
 use crate::sys::patch::{self, BracketHook, Call, Patches, SysCall};
 use crate::watch::Suspended;
-
-/// Calls that change the address space.
-const CALLS: [Call; 7] = [
-    Call::Munmap,
-    Call::Mremap,
-    Call::Mmap,
-    Call::Madvise,
-    Call::ProcessMadvise,
-    Call::Mprotect,
-    Call::Brk,
-];
 
 /// The space that brackets work for. The one piece of process-wide state: patched code has no
 /// other way to find it.
@@ -69,7 +58,7 @@ pub(crate) fn attach(choice: BracketChoice) -> Result<BracketLevel, OpenError> {
     if patches.is_some() {
         return Ok(BracketLevel::Patched);
     }
-    match patch::install(&SERVICE, &CALLS) {
+    match patch::install(&SERVICE) {
         Ok(installed) => {
             *patches = Some(installed);
             Ok(BracketLevel::Patched)
@@ -114,13 +103,15 @@ pub(crate) enum Effect {
     Move,
     /// Keeps it; rights change.
     Protect,
+    /// Keeps it and wants all of it present, where it is.
+    Populate,
 }
 
 impl Effect {
     const fn reason(self) -> InvalidateReason {
         match self {
             Self::Unmap | Self::Move => InvalidateReason::Unmap,
-            Self::Clear => InvalidateReason::Clear,
+            Self::Clear | Self::Populate => InvalidateReason::Clear,
             Self::Protect => InvalidateReason::ProtectVma,
         }
     }
@@ -138,8 +129,11 @@ enum Outcome {
 }
 
 impl Outcome {
-    const fn of(result: isize) -> Self {
-        if result < 0 {
+    /// Advice goes over holes in its span, drops the content around them, and only then complains
+    /// of them by `ENOMEM` (madvise(2)).
+    const fn of(effect: Effect, result: isize) -> Self {
+        let past_holes = matches!(effect, Effect::Clear) && result == -ENOMEM;
+        if result < 0 && !past_holes {
             Self::Refused
         } else {
             Self::Done
@@ -156,7 +150,9 @@ pub(crate) fn effects(call: &SysCall) -> [Option<(HostSpan, Effect)>; 2] {
     };
     match nr {
         Call::Munmap => one(Effect::Unmap),
-        Call::Mprotect => one(Effect::Protect),
+        Call::Mprotect | Call::PkeyMprotect => one(Effect::Protect),
+        Call::Mlock | Call::Mlock2 => one(Effect::Populate),
+        Call::Mlockall => [Some((everything(), Effect::Populate)), None],
         Call::Madvise => madvise_effect(a2).map_or([None, None], one),
         Call::Mmap => {
             let replaces = a3 & MAP_FIXED != 0 && a3 & MAP_FIXED_NOREPLACE != MAP_FIXED_NOREPLACE;
@@ -186,19 +182,24 @@ pub(crate) fn effects(call: &SysCall) -> [Option<(HostSpan, Effect)>; 2] {
     }
 }
 
+const ENOMEM: isize = 12;
 const MAP_FIXED: usize = 0x10;
 const MAP_FIXED_NOREPLACE: usize = 0x10_0000;
 const MREMAP_FIXED: usize = 2;
 
-/// What an advice does to content; `None` where it keeps content, place and rights.
+/// What an advice does to content; `None` where it neither changes it nor needs it present.
 fn madvise_effect(advice: usize) -> Option<Effect> {
     const DONTNEED: usize = 4;
     const FREE: usize = 8;
     const REMOVE: usize = 9;
+    const POPULATE_READ: usize = 22;
+    const POPULATE_WRITE: usize = 23;
     const DONTNEED_LOCKED: usize = 24;
+    const COLLAPSE: usize = 25;
     const GUARD_INSTALL: usize = 102;
     match advice {
         DONTNEED | FREE | REMOVE | DONTNEED_LOCKED | GUARD_INSTALL => Some(Effect::Clear),
+        POPULATE_READ | POPULATE_WRITE | COLLAPSE => Some(Effect::Populate),
         _ => None,
     }
 }
@@ -247,7 +248,7 @@ impl LiveSpace {
         let invalidation = self.notifiers.start(span, effect.reason());
         let suspended = self.watch.suspend(span);
         let result = raw();
-        let outcome = Outcome::of(result);
+        let outcome = Outcome::of(effect, result);
         self.settle_call(span, effect, outcome, &suspended);
         self.notifiers.end(&self.env, invalidation);
         self.close_pieces(pieces, outcome);
@@ -278,7 +279,7 @@ impl LiveSpace {
             // The new place is watched when a device first uses it.
             Effect::Move if outcome == Outcome::Done => self.watch.forget(span),
             Effect::Clear if outcome == Outcome::Done => self.watch.resume(suspended),
-            Effect::Protect => self.watch.resume(suspended),
+            Effect::Protect | Effect::Populate => self.watch.resume(suspended),
             Effect::Unmap | Effect::Clear | Effect::Move => self.watch.rearm(suspended),
         }
     }

@@ -1,5 +1,5 @@
 use super::*;
-use Effect::{Clear, Move, Protect, Unmap};
+use Effect::{Clear, Move, Populate, Protect, Unmap};
 
 /// An address that is page-aligned, and one that is not.
 const AT: usize = 0x7000_0000;
@@ -42,10 +42,14 @@ fn each_call_brackets_the_pages_that_it_changes_and_no_others() {
         (advice(9), &[(AT, Clear)]),
         (advice(24), &[(AT, Clear)]),
         (advice(102), &[(AT, Clear)]),
-        // Huge pages, cold, populate: content, place and rights stay.
+        (advice(22), &[(AT, Populate)]),
+        (advice(23), &[(AT, Populate)]),
+        (advice(25), &[(AT, Populate)]),
+        (SysCall::new(Call::Mlock, &[AT, TWO]), &[(AT, Populate)]),
+        // Huge pages, cold, taking guards away: nothing changes that anybody could read.
         (advice(14), &[]),
         (advice(20), &[]),
-        (advice(23), &[]),
+        (advice(103), &[]),
     ];
     for (call, expected) in cases {
         let found: Vec<_> = effects(call).into_iter().flatten().collect();
@@ -54,6 +58,14 @@ fn each_call_brackets_the_pages_that_it_changes_and_no_others() {
             .collect();
         assert_eq!(found, expected, "{call:?}");
     }
+}
+
+#[test]
+fn advice_past_a_hole_was_taken_all_the_same() {
+    assert_eq!(Outcome::of(Clear, -ENOMEM), Outcome::Done);
+    assert_eq!(Outcome::of(Unmap, -ENOMEM), Outcome::Refused);
+    assert_eq!(Outcome::of(Clear, -22), Outcome::Refused);
+    assert_eq!(Outcome::of(Clear, 0), Outcome::Done);
 }
 
 #[test]

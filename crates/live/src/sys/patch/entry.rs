@@ -96,7 +96,7 @@ global_asm!(
     "    je 3f",
     "    cmp eax, 28",
     "    je 3f",
-    // mremap, process_madvise, brk: whenever anything is watched.
+    // All others: whenever anything is watched.
     "    cmp qword ptr [rip + {high}], 0",
     "    jne 5f",
     "    jmp 4f",
@@ -250,9 +250,13 @@ fn map_stacks() -> Result<usize, PatchError> {
     Ok(base.expose_provenance())
 }
 
+/// All signals but SIGBUS (7) and SIGSEGV (11): a copy of the hook's may fault, and a blocked fault
+/// kills.
+const ALL_BUT_FAULTS: u64 = !(1 << 6 | 1 << 10);
+
 /// Called by the entry, on a bracket's stack, with all registers saved.
 extern "C" fn dispatch(call: &SysCall) -> isize {
-    let former = set_signal_mask(u64::MAX);
+    let former = set_signal_mask(ALL_BUT_FAULTS);
     let result = HOOK
         .get()
         .map_or_else(|| call.raw(), |hook| hook.call(call));

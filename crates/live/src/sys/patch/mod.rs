@@ -35,62 +35,70 @@ use crate::sys::fault_copy;
 pub(crate) use entry::SysCall;
 pub(crate) use sites::Site;
 
-/// Address-space calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Call {
-    Munmap,
-    Mremap,
-    Mmap,
-    Madvise,
-    ProcessMadvise,
-    Mprotect,
-    Brk,
+macro_rules! calls {
+    ($($id:ident = $number:literal, $name:literal;)*) => {
+        /// Address-space calls.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Call {
+            $($id,)*
+        }
+
+        impl Call {
+            /// All of them.
+            pub(super) const ALL: &[Self] = &[$(Self::$id,)*];
+
+            /// Number on x86-64.
+            pub(crate) const fn number(self) -> u32 {
+                match self {
+                    $(Self::$id => $number,)*
+                }
+            }
+
+            const fn from_number(number: usize) -> Option<Self> {
+                match number {
+                    $($number => Some(Self::$id),)*
+                    _ => None,
+                }
+            }
+
+            /// Name.
+            pub(crate) const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$id => $name,)*
+                }
+            }
+        }
+    };
+}
+
+calls! {
+    Mmap = 9, "mmap";
+    Mprotect = 10, "mprotect";
+    Munmap = 11, "munmap";
+    Brk = 12, "brk";
+    Mremap = 25, "mremap";
+    Madvise = 28, "madvise";
+    Mlock = 149, "mlock";
+    Mlockall = 151, "mlockall";
+    Mlock2 = 325, "mlock2";
+    PkeyMprotect = 329, "pkey_mprotect";
+    ProcessMadvise = 440, "process_madvise";
 }
 
 impl Call {
-    /// Number on x86-64.
-    pub(crate) const fn number(self) -> u32 {
-        match self {
-            Self::Mmap => 9,
-            Self::Mprotect => 10,
-            Self::Munmap => 11,
-            Self::Brk => 12,
-            Self::Mremap => 25,
-            Self::Madvise => 28,
-            Self::ProcessMadvise => 440,
-        }
-    }
-
-    const fn from_number(number: usize) -> Option<Self> {
-        match number {
-            9 => Some(Self::Mmap),
-            10 => Some(Self::Mprotect),
-            11 => Some(Self::Munmap),
-            12 => Some(Self::Brk),
-            25 => Some(Self::Mremap),
-            28 => Some(Self::Madvise),
-            440 => Some(Self::ProcessMadvise),
-            _ => None,
-        }
-    }
-
-    /// Name.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Munmap => "munmap",
-            Self::Mremap => "mremap",
-            Self::Mmap => "mmap",
-            Self::Madvise => "madvise",
-            Self::ProcessMadvise => "process_madvise",
-            Self::Mprotect => "mprotect",
-            Self::Brk => "brk",
-        }
+    /// Whether a C library may be without it: older ones have no wrapper, so nobody makes the
+    /// call through them.
+    const fn is_optional(self) -> bool {
+        matches!(
+            self,
+            Self::Mlock2 | Self::PkeyMprotect | Self::ProcessMadvise
+        )
     }
 }
 
 /// Runs instead of a system call that may concern watched memory.
 ///
-/// On any thread, with all signals blocked, on a stack of the runtime. It must touch no
+/// On any thread, with all signals but faults blocked, on a stack of the runtime. It must touch no
 /// thread-local and no memory that can migrate while it holds a lock, and must not panic.
 pub(crate) trait BracketHook: Sync {
     /// Makes the call by [`SysCall::raw`], at most once, and returns what the caller gets.
@@ -179,18 +187,15 @@ impl Patches {
     }
 }
 
-/// Patches the sites of `calls` in the C library and the dynamic linker. The first hook that is
+/// Patches the sites of all calls in the C library and the dynamic linker. The first hook that is
 /// given stays for the life of the process.
 ///
 /// # Errors
 /// [`PatchError`]; nothing is patched then.
-pub(crate) fn install(
-    hook: &'static dyn BracketHook,
-    calls: &[Call],
-) -> Result<Patches, PatchError> {
+pub(crate) fn install(hook: &'static dyn BracketHook) -> Result<Patches, PatchError> {
     let _first = HOOK.set(hook);
     entry::prepare()?;
-    let sites = sites::find(calls)?;
+    let sites = sites::find(Call::ALL)?;
     let mut patches = Patches { sites: Vec::new() };
     for site in sites {
         let patched = stub::make(&site).and_then(|jump| sites::write(&site, &jump));

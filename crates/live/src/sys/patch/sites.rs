@@ -62,8 +62,7 @@ pub(super) fn find(calls: &[Call]) -> Result<Vec<Site>, PatchError> {
             let before = found.len();
             scan(text, *call, &mut found);
             let count = found.len() - before;
-            // Older libraries have no wrapper for it, so nobody calls it through them.
-            let optional = !text.is_libc || *call == Call::ProcessMadvise;
+            let optional = !text.is_libc || call.is_optional();
             if count > MOST || (count == 0 && !optional) {
                 return Err(PatchError::Sites {
                     call: call.name(),
