@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -127,6 +128,24 @@ pub enum Brackets {
     Patched,
     /// By userfaultfd events, after they happened.
     Events,
+}
+
+/// What the parser says of a command line, on one line and without its usage.
+#[derive(Debug)]
+pub struct OneLine<'a>(pub &'a clap::Error);
+
+impl fmt::Display for OneLine<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = self.0.to_string();
+        let lines = text.lines().map(str::trim);
+        let said = lines.filter(|line| {
+            !line.is_empty() && !line.starts_with("Usage:") && !line.starts_with("For more")
+        });
+        for line in said {
+            write!(f, "{}; ", line.trim_start_matches("error: "))?;
+        }
+        f.write_str("see --help")
+    }
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {

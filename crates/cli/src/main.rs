@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
-use gpusvm_cli::args::{Cli, Command, RunArgs};
+use gpusvm_cli::args::{self, Cli, Command, RunArgs};
 use gpusvm_cli::{bench, info, run};
 
 /// Keeps the runtime's own memory apart from the memory that migrates.
@@ -15,7 +15,10 @@ use gpusvm_cli::{bench, info, run};
 static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
 
 fn main() -> ExitCode {
-    let command = Cli::parse().command.unwrap_or_else(demo);
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command.unwrap_or_else(demo),
+        Err(error) => return refuse(&error),
+    };
     let mut out = std::io::stdout();
     match command {
         Command::Run(args) => match do_run(&args, &mut out) {
@@ -33,8 +36,19 @@ fn main() -> ExitCode {
     }
 }
 
+/// Shows help or version where they were asked for; else says in one line what is wrong with the
+/// command line.
+fn refuse(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // Nobody is left to tell where standard output is closed.
+        let _told = error.print();
+        return ExitCode::SUCCESS;
+    }
+    fail(&args::OneLine(error), 2)
+}
+
 /// Says in one line what went wrong.
-fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
+fn fail(error: &dyn std::fmt::Display, code: u8) -> ExitCode {
     // Nobody is left to tell where standard error is closed, too.
     let _told = writeln!(std::io::stderr(), "gpusvm: {error}");
     ExitCode::from(code)

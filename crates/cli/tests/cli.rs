@@ -1,0 +1,225 @@
+//! The command as its users meet it: exit codes, what goes to which output, and that bad input and
+//! interrupts lose nothing.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
+/// The user `nobody`, who has no privilege.
+const NOBODY: u32 = 65534;
+
+fn gpusvm(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gpusvm"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn output(args: &[&str]) -> Output {
+    gpusvm(args).output().expect("the command can be run")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Whether no machine can be started here; then the command has said why.
+#[expect(clippy::print_stdout, reason = "a test's own output")]
+fn refused(output: &Output) -> bool {
+    let said = text(&output.stderr);
+    let refused = said.contains("userfaultfd") || said.contains("/proc/self");
+    if refused {
+        println!("skipped: {}", said.trim());
+    }
+    refused
+}
+
+/// A file of the test's own.
+fn file(name: &str, content: &[u8]) -> PathBuf {
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    fs::write(&path, content).expect("the target folder can be written");
+    path
+}
+
+/// Asserts that the command refuses `args` in one line that contains `why`, and with exit code 2.
+fn assert_usage(args: &[&str], why: &str) {
+    let output = output(args);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
+    assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
+    assert!(said.starts_with("gpusvm: "), "{args:?}: {said}");
+    assert!(said.contains(why), "{args:?}: {said}");
+    assert!(output.stdout.is_empty(), "{args:?}: nothing was done");
+}
+
+#[test]
+fn bad_command_lines_are_told_in_one_line() {
+    for (args, why) in [
+        (&["frob"][..], "unrecognized subcommand 'frob'"),
+        (&["run", "nope"], "there is no workload `nope`"),
+        (&["run", "--size"], "a value is required"),
+        (&["run", "stream", "--size", "0"], "a size of zero"),
+        (&["run", "stream", "--size", "12X"], "`12X` is no size"),
+        (&["run", "stream", "--size", "-1"], "'-1'"),
+        (
+            &["run", "stream", "--size", "17179869184G"],
+            "more than this machine can address",
+        ),
+        (&["run", "stream", "--size", "1"], "use 24 or more"),
+        (&["run", "stream", "--size", "900T"], "are available"),
+        (&["run", "stream", "--vram", "1M"], "use --vram 4M or more"),
+        (&["run", "stream", "--threads", "0"], "1..=256"),
+        (&["run", "stream", "--host", "mars"], "possible values"),
+        (
+            &["run", "stream", "--input", "x"],
+            "--input does not go with",
+        ),
+        (&["bench", "nope"], "there is no bench `nope`"),
+    ] {
+        assert_usage(args, why);
+    }
+}
+
+#[test]
+fn input_that_cannot_be_read_is_told_in_one_line() {
+    assert_usage(&["run", "wordcount"], "name one with --input FILE");
+    let count = |path: &str, why| assert_usage(&["run", "wordcount", "--input", path], why);
+    count("/nowhere/at/all", "No such file");
+    count("/", "not a regular file");
+    count("/dev/null", "not a regular file");
+    let empty = file("empty.txt", b"");
+    count(&empty.display().to_string(), "the file is empty");
+}
+
+#[test]
+fn help_and_version_are_answers() {
+    for args in [&["--help"][..], &["run", "--help"], &["--version"]] {
+        let output = output(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}");
+        assert!(text(&output.stdout).contains("gpusvm"), "{args:?}");
+        assert!(output.stderr.is_empty(), "{args:?}");
+    }
+}
+
+#[test]
+fn json_is_one_object_with_the_kernels_names() {
+    let output = output(&[
+        "run", "stream", "--size", "24M", "--vram", "6M", "--seed", "7", "--json",
+    ]);
+    if refused(&output) {
+        return;
+    }
+    let object: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(object["schema"], 1);
+    assert_eq!(object["workload"], "stream");
+    assert_eq!(object["verified"], true);
+    assert_eq!(object["config"]["seed"], 7);
+    assert_eq!(object["host"]["kind"], "live");
+    assert!(object["stats"]["evict_count"].as_u64() > Some(0));
+    assert_eq!(object["stats"]["late_invalidation_count"], 0);
+}
+
+#[test]
+fn words_of_a_file_are_counted_as_the_shell_would() {
+    let path = file("words.txt", "one two\nthree\u{b}four  \n".as_bytes());
+    let output = output(&["run", "wordcount", "--input", &path.display().to_string()]);
+    if refused(&output) {
+        return;
+    }
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let said = text(&output.stdout);
+    assert!(said.contains("2 lines, 4 words, 21 bytes"), "{said}");
+}
+
+#[test]
+fn user_without_privilege_gets_the_lower_level_or_a_reason() {
+    let mut command = gpusvm(&["run", "stream", "--size", "24M", "--vram", "6M", "--json"]);
+    command.uid(NOBODY).gid(NOBODY);
+    let output = match command.output() {
+        Ok(output) => output,
+        Err(error) => {
+            println!("skipped: another user cannot run the command: {error}");
+            return;
+        }
+    };
+    if refused(&output) {
+        return;
+    }
+    let object: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(object["verified"], true);
+    let level = object["host"]["level"].as_str();
+    assert!(
+        matches!(level, Some("full" | "user-mode-only")),
+        "{level:?}"
+    );
+    let limits = object["host"]["not_covered"].as_array().map(Vec::len);
+    assert_eq!(limits, Some(2), "a level says what it does not cover");
+}
+
+#[test]
+fn unreadable_input_is_told_to_a_user_without_privilege() {
+    use std::os::unix::fs::PermissionsExt;
+    let path = file("secret.txt", b"words");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).expect("the file is ours");
+    let mut command = gpusvm(&["run", "wordcount", "--input", &path.display().to_string()]);
+    command.uid(NOBODY).gid(NOBODY);
+    match command.output() {
+        Ok(output) => {
+            let said = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{said}");
+            assert_eq!(said.lines().count(), 1, "{said}");
+            assert!(said.contains("Permission denied"), "{said}");
+        }
+        Err(error) => println!("skipped: another user cannot run the command: {error}"),
+    }
+}
+
+#[test]
+fn interrupt_brings_data_home_and_ends_with_130() {
+    // Random updates of far more memory than the device has: never done by itself in this time.
+    let args = ["run", "gups", "--size", "512M", "--vram", "8M"];
+    let mut child = gpusvm(&args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command can be run");
+    wait_for_threads(&mut child, 4);
+    thread_sleep(Duration::from_millis(200));
+    let sent = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(sent.expect("kill can be run").success());
+    let status = child.wait().expect("the command ends");
+    let mut said = String::new();
+    let stderr = child.stderr.as_mut().expect("it is piped");
+    stderr.read_to_string(&mut said).expect("text");
+    if said.contains("userfaultfd") {
+        println!("skipped: {said}");
+        return;
+    }
+    assert_eq!(status.code(), Some(130), "{said}");
+    assert_eq!(said, "gpusvm: interrupted; all data is home\n");
+}
+
+/// Waits until the command runs on so many threads: then the device computes. Or until it ends.
+fn wait_for_threads(child: &mut Child, count: usize) {
+    let folder = format!("/proc/{}/task", child.id());
+    let threads = || fs::read_dir(&folder).map_or(0, Iterator::count);
+    while threads() < count && child.try_wait().expect("it is our child").is_none() {
+        thread::yield_now();
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "another process's time, which no environment of ours keeps"
+)]
+fn thread_sleep(time: Duration) {
+    thread::sleep(time);
+}
