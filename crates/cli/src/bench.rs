@@ -8,7 +8,7 @@ use std::fmt;
 use std::hint::black_box;
 use std::io::{self, Write};
 
-use gpusvm_live::{AnonMapping, Huge, VramMode};
+use gpusvm_live::{AnonMapping, FaultLoop, Huge, VramMode, thread};
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 use serde_json::{Value, json};
 
@@ -16,7 +16,7 @@ use crate::args::BenchArgs;
 use crate::machine::{Machine, MachineConfig, MachineError};
 use crate::run::Stopwatch;
 use crate::table::Table;
-use crate::workload::{address_of_mut, cpu_triad};
+use crate::workload::{address_of_mut, count, cpu_triad, exact};
 
 const MIB2: usize = 2 << 20;
 
@@ -78,16 +78,16 @@ const ROWS: [Row; 9] = [
         measure: |s| migrate(s, VramMode::Adopt, Way::Pair),
     },
     Row {
-        name: "fault-back-64k",
-        about: "CPU fault on a 64K block / memcpy of it",
+        name: "fault-back-4k",
+        about: "CPU fault-back 4 KiB / bare userfaultfd loop",
         bound: Bound::AtMost(1.25),
-        measure: |s| fault_back(s, 64 << 10),
+        measure: fault_back_4k,
     },
     Row {
         name: "fault-back-2m",
         about: "CPU fault-back 2 MiB / cold memcpy",
         bound: Bound::AtMost(1.5),
-        measure: |s| fault_back(s, MIB2),
+        measure: fault_back_2m,
     },
     Row {
         name: "first-touch",
@@ -303,11 +303,9 @@ fn migrate(samples: &mut Samples, mode: VramMode, way: Way) -> Result<(), BenchE
     let machine = machine(mode)?;
     let mut data = huge(MIB2)?;
     let (from, mut to) = (huge(MIB2)?, huge(MIB2)?);
-    for _sample in 0..200 {
-        let at = data.address();
-        let (out, home) = machine
-            .migrate_once(at, 2 << 20)
-            .map_err(BenchError::Device)?;
+    let mut sample = || {
+        let out = machine.send(data.address(), 2 << 20)?;
+        let (out, home) = (exact(out.0), exact(machine.evict_all().0));
         data.bytes_mut()[0] += 1;
         let copy = time(|| to.bytes_mut().copy_from_slice(from.bytes()));
         match way {
@@ -315,26 +313,42 @@ fn migrate(samples: &mut Samples, mode: VramMode, way: Way) -> Result<(), BenchE
             Way::Home => samples.add(home, copy),
             Way::Pair => samples.add(out + home, 2.0 * copy),
         }
-    }
-    Ok(())
+        Ok(())
+    };
+    thread::run(|| (0..400).try_for_each(|_| sample())).map_err(BenchError::Device)
 }
 
-/// A CPU touch of a block on the device, against a copy of the block.
-fn fault_back(samples: &mut Samples, bytes: usize) -> Result<(), BenchError> {
+/// A CPU touch of a single page on the device, against a touch of a page that a bare loop serves.
+fn fault_back_4k(samples: &mut Samples) -> Result<(), BenchError> {
+    let machine = machine(VramMode::Copy)?;
+    let bare = FaultLoop::start().map_err(|error| BenchError::Machine(error.into()))?;
+    let mut data = AnonMapping::new(64 << 10, Huge::Never).map_err(BenchError::Io)?;
+    data.bytes_mut().fill(1);
+    let mut sample = || {
+        machine.send(data.address(), 4 << 10)?;
+        let fault = time(|| data.bytes_mut()[8] += 1);
+        bare.drop_page();
+        samples.add(fault, time(|| bare.touch()));
+        Ok(())
+    };
+    thread::run(|| (0..400).try_for_each(|_| sample())).map_err(BenchError::Device)
+}
+
+/// A CPU touch of a huge page on the device, against a copy of as much memory that no cache has.
+fn fault_back_2m(samples: &mut Samples) -> Result<(), BenchError> {
+    const CYCLE: usize = 32;
     let machine = machine(VramMode::Copy)?;
     let mut data = huge(MIB2)?;
-    let (from, mut to) = (huge(32 * MIB2)?, huge(32 * MIB2)?);
-    for sample in 0..200 {
-        let at = (sample % 32) * MIB2;
-        machine
-            .launch(&Touch(data.address()), 1)
-            .map_err(BenchError::Device)?;
-        let fault = time(|| data.bytes_mut()[bytes / 2] += 1);
-        let cold =
-            time(|| to.bytes_mut()[at..at + bytes].copy_from_slice(&from.bytes()[at..at + bytes]));
+    let (from, mut to) = (huge(CYCLE * MIB2)?, huge(CYCLE * MIB2)?);
+    let mut sample = |n| {
+        let part = (n % CYCLE) * MIB2..(n % CYCLE + 1) * MIB2;
+        machine.send(data.address(), 2 << 20)?;
+        let fault = time(|| data.bytes_mut()[MIB2 / 2] += 1);
+        let cold = time(|| to.bytes_mut()[part.clone()].copy_from_slice(&from.bytes()[part]));
         samples.add(fault, cold);
-    }
-    Ok(())
+        Ok(())
+    };
+    thread::run(|| (0..200).try_for_each(&mut sample)).map_err(BenchError::Device)
 }
 
 /// A kernel that stores one word.
@@ -396,33 +410,38 @@ fn munmap(samples: &mut Samples) -> Result<(), BenchError> {
     Ok(())
 }
 
-/// Faults on pages of file memory, which never migrate: service alone, from the device's own
+/// Faults on single pages, which stay where they are: service alone, from the device's own
 /// counters. The yardstick is a null kernel's time per page.
 fn device_fault(samples: &mut Samples) -> Result<(), BenchError> {
     let machine = machine(VramMode::Adopt)?;
     for _sample in 0..50 {
-        let mut data = AnonMapping::new(512 << 12, Huge::Never).map_err(BenchError::Io)?;
-        // Every second page only, so that nothing but 4 KiB ranges fit.
-        (0..256).for_each(|n| data.bytes_mut()[n * 8192] = 1);
+        // No huge range fits, and of every block of 64 KiB half the pages have no content: what is
+        // left are ranges of one page.
+        let mut data = AnonMapping::new(SINGLES * 8192, Huge::Never).map_err(BenchError::Io)?;
+        (0..SINGLES).for_each(|n| data.bytes_mut()[n * 8192] = 1);
         let pages = EverySecondPage(data.address());
         let before = machine.fault_service_ns();
         machine.launch(&pages, 1).map_err(BenchError::Device)?;
-        let (time, count) = machine.fault_service_ns();
-        let faults = f64::from(u32::try_from(count - before.1).unwrap_or(u32::MAX)).max(1.0);
-        let service = f64::from(u32::try_from(time - before.0).unwrap_or(u32::MAX)) / faults;
-        let warm = self::time(|| {
+        let after = machine.fault_service_ns();
+        let faults = exact(after.1 - before.1).max(1.0);
+        let service = exact(after.0 - before.0) / faults;
+        let warm = time(|| {
             let _hits = machine.launch(&pages, 1);
         });
-        samples.add(service, warm / 256.0);
+        samples.add(service, warm / exact(count(SINGLES)));
     }
     Ok(())
 }
+
+/// Pages of a sample of [`device_fault`]: with the holes between them less than a huge range.
+const SINGLES: usize = 128;
 
 struct EverySecondPage(u64);
 
 impl Kernel for EverySecondPage {
     fn run(&self, _group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
-        (0..256).try_for_each(|n| tile.load_one::<u64>(self.0 + n * 8192).map(|_word| ()))
+        (0..count(SINGLES))
+            .try_for_each(|n| tile.load_one::<u64>(self.0 + n * 8192).map(|_word| ()))
     }
 }
 

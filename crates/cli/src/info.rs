@@ -76,7 +76,7 @@ fn rows(facts: &Facts) -> Vec<(&'static str, String)> {
 
 /// Names and limits of the fault level and the bracket level, found by opening a space.
 fn levels() -> Result<[String; 4], String> {
-    let open = |_| {
+    let open = || {
         let env = LiveEnv::new(0);
         let space = LiveSpace::open(&LiveConfig::default(), Arc::clone(&env), Arc::new(()))
             .map_err(|error| error.to_string())?;
@@ -92,9 +92,7 @@ fn levels() -> Result<[String; 4], String> {
         Ok(names)
     };
     let _in_runtime = RuntimeScope::enter();
-    thread::run_scoped(1, &open)
-        .pop()
-        .unwrap_or_else(|| Err("no thread".into()))
+    thread::run(open)
 }
 
 fn advice(facts: &Facts) -> Vec<&'static str> {

@@ -131,6 +131,12 @@ impl fmt::Display for MachineError {
 
 impl std::error::Error for MachineError {}
 
+impl From<OpenError> for MachineError {
+    fn from(error: OpenError) -> Self {
+        Self::Host(error)
+    }
+}
+
 /// A running machine. Closing or dropping it brings all data home.
 pub struct Machine {
     env: Arc<LiveEnv>,
@@ -299,36 +305,33 @@ impl Machine {
             span,
             rights: Rights::ReadOnly,
         };
-        thread::run_scoped(1, &|_| self.vm.mirror(area))
-            .into_iter()
-            .collect()
+        thread::run(|| self.vm.mirror(area))
     }
 
-    /// Moves an aligned span to the device and back, without the device touching it; returns the
-    /// nanoseconds of each way. For benches.
+    /// Moves an aligned span to the device, without the device touching it; returns the time. Must
+    /// be called on a thread of the runtime (see [`thread::run`]).
     ///
     /// # Errors
     /// [`Stop::Cancelled`] where the pages refuse.
-    pub fn migrate_once(&self, at: u64, bytes: u64) -> Result<(f64, f64), Stop> {
-        let span = HostSpan::at(HostVa::new(at), bytes);
-        let pagemap = self.device.pagemap();
-        let go = |_| {
-            let start = self.env.now();
-            let wish = ToDevice {
-                span,
-                timeslice: Ns::default(),
-            };
-            pagemap
-                .to_device(wish)
-                .map_err(|_refused| Stop::Cancelled)?;
-            let middle = self.env.now();
-            let _evicted = pagemap.vram().evict_all();
-            let end = self.env.now();
-            Ok((nanos(middle.since(start)), nanos(end.since(middle))))
+    pub fn send(&self, at: u64, bytes: u64) -> Result<Ns, Stop> {
+        let start = self.env.now();
+        let wish = ToDevice {
+            span: HostSpan::at(HostVa::new(at), bytes),
+            timeslice: Ns::default(),
         };
-        thread::run_scoped(1, &go)
-            .pop()
-            .unwrap_or(Err(Stop::NoUnit))
+        self.device
+            .pagemap()
+            .to_device(wish)
+            .map_err(|_refused| Stop::Cancelled)?;
+        Ok(self.env.now().since(start))
+    }
+
+    /// Evicts everything that can be evicted; returns the time. Must be called on a thread of the
+    /// runtime.
+    pub fn evict_all(&self) -> Ns {
+        let start = self.env.now();
+        let _evicted = self.device.pagemap().vram().evict_all();
+        self.env.now().since(start)
     }
 
     /// Nanoseconds in fault service so far, and the number of faults. For benches.
@@ -383,7 +386,7 @@ impl Drop for Machine {
         if let Some(service) = self.service.take() {
             service.join();
         }
-        thread::run_scoped(1, &|_| {
+        thread::run(|| {
             self.vm.close();
             self.space.close();
         });
@@ -391,11 +394,6 @@ impl Drop for Machine {
         // The device refers to the driver, and the driver to the device: part them.
         self.gpu.set_fault_service(FaultService::Queue);
     }
-}
-
-/// A time as a number to calculate with.
-fn nanos(time: Ns) -> f64 {
-    f64::from(u32::try_from(time.0).unwrap_or(u32::MAX))
 }
 
 fn gpu_config(config: &MachineConfig) -> GpuConfig {

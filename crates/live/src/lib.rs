@@ -10,6 +10,7 @@
 //! | `bracket` | address-space calls, seen before they happen |
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
 //! | `level` | what the system allows, and what follows |
+//! | [`FaultLoop`] (`yardstick`) | what benches compare faults with |
 //! | `sys` | every `unsafe`, and nothing that knows what it is for |
 //!
 //! A program that opens a live space declares the allocator that keeps the runtime's own memory
@@ -37,6 +38,7 @@ mod sys;
 #[cfg(test)]
 mod toy;
 mod watch;
+mod yardstick;
 
 pub use env::LiveEnv;
 pub use level::{BracketChoice, BracketLevel, Level, LiveConfig, OpenError, UffdLevel};
@@ -50,6 +52,7 @@ pub use sys::patch::PatchError;
 pub use sys::probe::{Facts, memory_available, probe};
 pub use sys::thread;
 pub use sys::vram::{LiveVram, VramMode};
+pub use yardstick::FaultLoop;
 
 #[cfg(test)]
 #[global_allocator]

@@ -220,6 +220,9 @@ impl LiveSpace {
         let found = self.procmap.query(at).ok()??;
         let mut vma = vma_of(&found);
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
+        if vma.span.covers(block) || !self.watch.may_be_cut(block) {
+            return Some(vma);
+        }
         while vma.span.contains(at) && vma.span.start() > block.start() {
             let before = HostVa::new(vma.span.start().get() - 1);
             let Some(other) = self.joinable(&vma, before) else {

@@ -48,6 +48,11 @@ impl SpanSet {
             .is_some_and(|other| other.covers(span))
     }
 
+    /// Whether some of `span` is in the set.
+    pub(crate) fn overlaps(&self, span: HostSpan) -> bool {
+        self.first_overlap(span).is_some()
+    }
+
     /// The parts of `span` in the set, in order, clipped to it.
     pub(crate) fn within(&self, span: HostSpan) -> Vec<HostSpan> {
         self.overlapping(span)

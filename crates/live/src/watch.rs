@@ -188,7 +188,12 @@ impl Watch {
 
     /// Whether a device may use any of `span`.
     pub(crate) fn is_watched(&self, span: HostSpan) -> bool {
-        !self.sets.lock().watched.within(span).is_empty()
+        self.sets.lock().watched.overlaps(span)
+    }
+
+    /// Whether arming may have cut a mapping inside `block`.
+    pub(crate) fn may_be_cut(&self, block: HostSpan) -> bool {
+        self.sets.lock().armed.overlaps(block)
     }
 
     /// The watched stretch around `span`: what must be taken out to make its mappings whole.

@@ -140,24 +140,49 @@ pub fn run_scoped<R: Send>(count: usize, work: &(impl Fn(usize) -> R + Sync)) ->
     let in_runtime = RuntimeScope::enter();
     let results = std::thread::scope(|scope| {
         let masked = SignalMask::block_all();
-        let handles: Vec<ScopedJoinHandle<'_, R>> = (0..count)
-            .map(|n| {
-                let builder = Builder::new()
-                    .name(format!("gpusvm-{n}"))
-                    .stack_size(STACK_BYTES);
-                let handle = builder.spawn_scoped(scope, move || on_known_stack(|| work(n)));
-                handle.expect("the system refuses a thread; raise the limit of threads")
-            })
+        let handles: Vec<_> = (0..count)
+            .map(|n| spawn_scoped(scope, n, move || work(n)))
             .collect();
         drop(masked);
-        let join = |handle: ScopedJoinHandle<'_, R>| match handle.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        handles.into_iter().map(join).collect()
+        handles.into_iter().map(join_scoped).collect()
     });
     drop(in_runtime);
     results
+}
+
+/// Runs `work` on a runtime thread of its own and returns its result. The caller only waits.
+///
+/// # Panics
+/// As [`run_scoped`].
+pub fn run<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    let in_runtime = RuntimeScope::enter();
+    let result = std::thread::scope(|scope| {
+        let masked = SignalMask::block_all();
+        let handle = spawn_scoped(scope, 0, work);
+        drop(masked);
+        join_scoped(handle)
+    });
+    drop(in_runtime);
+    result
+}
+
+fn spawn_scoped<'scope, R: Send + 'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    n: usize,
+    work: impl FnOnce() -> R + Send + 'scope,
+) -> ScopedJoinHandle<'scope, R> {
+    let builder = Builder::new()
+        .name(format!("gpusvm-{n}"))
+        .stack_size(STACK_BYTES);
+    let handle = builder.spawn_scoped(scope, || on_known_stack(work));
+    handle.expect("the system refuses a thread; raise the limit of threads")
+}
+
+fn join_scoped<R>(handle: ScopedJoinHandle<'_, R>) -> R {
+    match handle.join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
 }
 
 fn on_known_stack<R>(work: impl FnOnce() -> R) -> R {
