@@ -21,7 +21,7 @@ use crate::residency::{Busy, DevicePage, Piece};
 use crate::space::LiveSpace;
 use crate::staging::{Kind, Left, Slot};
 use crate::sys::advise;
-use crate::sys::uffd::Uffd;
+use crate::sys::uffd::{Holes, Uffd};
 use crate::watch::CannotArm;
 
 /// Why pages did not leave.
@@ -70,9 +70,21 @@ struct Leg {
     user: HostSpan,
     parked: HostVa,
     slot: Option<Slot>,
+    /// What the slot holds when the leg is over.
+    left: Left,
 }
 
 impl Leg {
+    /// A leg into or out of memory that is the device's.
+    const fn straight(user: HostSpan, parked: HostVa) -> Self {
+        Self {
+            user,
+            parked,
+            slot: None,
+            left: Left::Nothing,
+        }
+    }
+
     fn parked_span(&self) -> HostSpan {
         HostSpan::at(self.parked, self.user.bytes())
     }
@@ -180,11 +192,7 @@ impl LiveSpace {
             .map(|user| match aperture {
                 Some(home) => {
                     let parked = home.start().plus(user.start().offset_from(span.start()));
-                    Leg {
-                        user,
-                        parked,
-                        slot: None,
-                    }
+                    Leg::straight(user, parked)
                 }
                 None => self.slot_leg(user, self.staging.take_empty(kind_of(user))),
             })
@@ -199,6 +207,7 @@ impl LiveSpace {
             user,
             parked: slot.at.plus(inside),
             slot: Some(slot),
+            left: Left::Little,
         }
     }
 
@@ -208,7 +217,7 @@ impl LiveSpace {
         let mut rest = leg.user;
         loop {
             let to = leg.parked_at(rest.start());
-            let moved = self.staging.uffd.move_pages(to, rest);
+            let moved = self.staging.uffd.move_pages(to, rest, Holes::Skip);
             let Some(stayed) = self.stayed(rest, moved.error) else {
                 return Ok(());
             };
@@ -280,11 +289,7 @@ impl LiveSpace {
         for user in blocks(piece.span) {
             let offset = piece.page.offset + user.start().offset_from(piece.span.start());
             if let Some(home) = aperture {
-                legs.push(Leg {
-                    user,
-                    parked: home.start().plus(offset),
-                    slot: None,
-                });
+                legs.push(Leg::straight(user, home.start().plus(offset)));
                 continue;
             }
             let leg = self.slot_leg(user, self.staging.take_full(kind_of(user)));
@@ -300,6 +305,17 @@ impl LiveSpace {
         }
     }
 
+    /// Moves all pages of a leg out of a slot that a copy has filled, into the mapping. There are
+    /// no holes, so that the answer can be believed. False where something is in the way.
+    fn come_in_whole(&self, leg: &Leg) -> bool {
+        let parked = leg.parked_span();
+        let moved = self
+            .watch
+            .uffd
+            .move_pages(leg.user.start(), parked, Holes::Refuse);
+        moved.error.is_none()
+    }
+
     /// Moves parked pages of one leg into the mapping. What no longer fits there is dropped, as
     /// the kernel drops a device page whose mapping is gone.
     fn come_in(&self, leg: &Leg) {
@@ -307,7 +323,7 @@ impl LiveSpace {
         let mut rest = leg.parked_span();
         while !rest.is_empty() {
             let to = leg.user_at(rest.start());
-            let moved = self.watch.uffd.move_pages(to, rest);
+            let moved = self.watch.uffd.move_pages(to, rest, Holes::Skip);
             let Some(stayed) = self.stayed(rest, moved.error) else {
                 break;
             };
@@ -427,12 +443,24 @@ impl MigrationSet for LiveMigration<'_> {
                     allocation: allocation.clone(),
                     offset: 0,
                 };
+                for leg in &mut self.legs {
+                    leg.left = match leg.user.bytes() {
+                        PAGE_2M => Left::Pages,
+                        _ => Left::Little,
+                    };
+                }
                 self.space.residency.lock().settle(*span, page);
                 self.space.arrived(*span);
                 span.pages()
             }
             Way::Home { pieces } => {
-                self.legs.iter().for_each(|leg| self.space.come_in(leg));
+                for leg in &mut self.legs {
+                    if leg.slot.is_some() && self.space.come_in_whole(leg) {
+                        leg.left = Left::Nothing;
+                    } else {
+                        self.space.come_in(leg);
+                    }
+                }
                 for piece in pieces {
                     let released = self.space.residency.lock().release(piece.span);
                     self.space.arrived(piece.span);
@@ -449,16 +477,9 @@ impl Drop for LiveMigration<'_> {
         if !self.done {
             self.undo();
         }
-        let left = match self.way {
-            Way::Out { .. } if self.done => Left::Pages,
-            Way::Out { .. } | Way::Home { .. } => Left::Little,
-        };
         for leg in &self.legs {
             if let Some(slot) = leg.slot {
-                let whole = leg.user.bytes() == PAGE_2M;
-                self.space
-                    .staging
-                    .put(slot, if whole { left } else { Left::Little });
+                self.space.staging.put(slot, leg.left);
             }
         }
     }

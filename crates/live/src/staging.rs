@@ -66,8 +66,10 @@ pub(crate) enum Kind {
 pub(crate) enum Left {
     /// Pages all over: worth keeping for a way home.
     Pages,
-    /// Nothing, or not worth keeping.
+    /// Pages here and there, not worth keeping.
     Little,
+    /// No page.
+    Nothing,
 }
 
 impl Pool {
@@ -143,7 +145,7 @@ impl Staging {
         let mut pool = self.pools[slot.kind as usize].lock();
         match left {
             Left::Pages => pool.full.push(slot.at),
-            Left::Little => pool.empty.push(slot.at),
+            Left::Little | Left::Nothing => pool.empty.push(slot.at),
         }
         drop(pool);
         self.returned.fetch_add(1, Ordering::Release);

@@ -149,6 +149,15 @@ pub(crate) enum RegisterMode {
     MissingAndWriteProtect,
 }
 
+/// What a MOVE does where there is no page to move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Holes {
+    /// Goes on behind it.
+    Skip,
+    /// Stops with `ENOENT`: success means that every page has moved.
+    Refuse,
+}
+
 /// How far a COPY or MOVE came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Moved {
@@ -250,10 +259,12 @@ impl Uffd {
         unsafe { ioctl(&self.fd, call) }
     }
 
-    /// Moves the pages of `from` to `to`, which must be registered here and empty. Holes are
-    /// skipped. Nobody is woken.
-    pub(crate) fn move_pages(&self, to: HostVa, from: HostSpan) -> Moved {
-        let mode = DONTWAKE | ALLOW_SRC_HOLES;
+    /// Moves the pages of `from` to `to`, which must be registered here and empty. Nobody is woken.
+    pub(crate) fn move_pages(&self, to: HostVa, from: HostSpan, holes: Holes) -> Moved {
+        let mode = match holes {
+            Holes::Skip => DONTWAKE | ALLOW_SRC_HOLES,
+            Holes::Refuse => DONTWAKE,
+        };
         let mut arg = transfer(to, from, mode);
         // SAFETY: UFFDIO_MOVE reads and writes `struct uffdio_move`, whose layout `Transfer` has.
         let call = unsafe { Updater::<OP_MOVE, _>::new(&mut arg) };

@@ -40,7 +40,7 @@ fn moved_pages_keep_their_content_both_ways() {
     uffd.register(there, RegisterMode::WriteProtect)
         .expect("anonymous memory registers");
     assert_eq!(
-        uffd.move_pages(there.start(), here),
+        uffd.move_pages(there.start(), here, Holes::Skip),
         Moved {
             bytes: 2 << 20,
             error: None
@@ -48,13 +48,33 @@ fn moved_pages_keep_their_content_both_ways() {
     );
     assert_eq!(away.words()[1000], 1001);
     assert_eq!(
-        uffd.move_pages(here.start(), there),
+        uffd.move_pages(here.start(), there, Holes::Refuse),
         Moved {
             bytes: 2 << 20,
             error: None
         }
     );
     assert_eq!(home.words()[1000], 1001);
+}
+
+#[test]
+fn move_over_a_hole_skips_it_or_says_so() {
+    let Some(uffd) = open() else { return };
+    let mut from = AnonMapping::new(12 << 10, Huge::Never).expect("12K can be mapped");
+    let to = AnonMapping::new(12 << 10, Huge::Never).expect("12K can be mapped");
+    (from.bytes_mut()[0], from.bytes_mut()[8192]) = (1, 3);
+    uffd.register(span_of(&to), RegisterMode::WriteProtect)
+        .expect("anonymous memory registers");
+    let first = uffd.move_pages(span_of(&to).start(), span_of(&from), Holes::Refuse);
+    assert_eq!(first.bytes, 4096);
+    assert!(first.error.is_some());
+    let rest = HostSpan::new(span_of(&from).start().plus(4096), span_of(&from).end());
+    let second = uffd.move_pages(span_of(&to).start().plus(4096), rest, Holes::Skip);
+    assert_eq!(second.error, None);
+    assert_eq!(
+        (to.bytes()[0], to.bytes()[4096], to.bytes()[8192]),
+        (1, 0, 3)
+    );
 }
 
 #[test]
@@ -66,10 +86,10 @@ fn move_onto_present_pages_is_refused_and_says_how_far_it_came() {
     to.bytes_mut()[8192] = 9;
     uffd.register(span_of(&to), RegisterMode::WriteProtect)
         .expect("anonymous memory registers");
-    let first = uffd.move_pages(span_of(&to).start(), span_of(&from));
+    let first = uffd.move_pages(span_of(&to).start(), span_of(&from), Holes::Skip);
     assert_eq!(first.bytes, 8192);
     let rest = HostSpan::new(span_of(&from).start().plus(8192), span_of(&from).end());
-    let second = uffd.move_pages(span_of(&to).start().plus(8192), rest);
+    let second = uffd.move_pages(span_of(&to).start().plus(8192), rest, Holes::Skip);
     assert_eq!(
         second,
         Moved {
