@@ -116,6 +116,16 @@ pub enum Event {
         /// Its memory.
         vram: VramSpan,
     },
+    /// Device memory was taken, to hold pages.
+    VramTaken {
+        /// The memory.
+        vram: VramSpan,
+    },
+    /// Nobody holds a page in this device memory any more: it is about to be free.
+    VramFreed {
+        /// The memory.
+        vram: VramSpan,
+    },
     /// Page addresses of a range were gathered.
     GetPages {
         /// GT whose fault asked.
@@ -209,6 +219,15 @@ impl<A: EventSink, B: EventSink> EventSink for (A, B) {
     fn record(&self, at: Ns, event: &Event) {
         self.0.record(at, event);
         self.1.record(at, event);
+    }
+}
+
+/// Feeds a sink that need not be there.
+impl<S: EventSink> EventSink for Option<S> {
+    fn record(&self, at: Ns, event: &Event) {
+        if let Some(sink) = self {
+            sink.record(at, event);
+        }
     }
 }
 

@@ -423,7 +423,10 @@ impl EventSink for DeviceStats {
             }
             Event::MoveMisreported { .. } => self.gts[0].add(C::MoveMisreportedCount, 1),
             Event::HostGone { pages, .. } => self.gts[0].add(C::HostGoneCount, pages.get()),
-            Event::InvalidateStart { .. } | Event::RangeCollected { .. } => {}
+            Event::InvalidateStart { .. }
+            | Event::RangeCollected { .. }
+            | Event::VramTaken { .. }
+            | Event::VramFreed { .. } => {}
         }
     }
 }

@@ -36,6 +36,7 @@ impl<P: Platform> Allocation<P> {
         bo: Arc<Bo<P::Env>>,
         origin: HostSpan,
     ) -> Arc<Self> {
+        pagemap.seams.emit(&Event::VramTaken { vram: bo.span() });
         Arc::new(Self {
             pagemap: Arc::clone(pagemap),
             id: pagemap.next_id(),
@@ -53,6 +54,14 @@ impl<P: Platform> Allocation<P> {
     /// When the timeslice ends.
     fn resident_until(&self) -> Ns {
         Ns(self.resident_until.load(Ordering::Relaxed))
+    }
+}
+
+/// Told before the memory is free, so that nobody is told before of its next owner.
+impl<P: Platform> Drop for Allocation<P> {
+    fn drop(&mut self) {
+        let vram = self.bo.span();
+        self.pagemap.seams.emit(&Event::VramFreed { vram });
     }
 }
 
