@@ -469,6 +469,27 @@ fn changes_are_followed_by_events_where_sites_are_not_patched() {
 }
 
 #[test]
+fn device_memory_of_unmapped_pages_leaves_the_timeline() {
+    let _turn = turn();
+    for mode in modes() {
+        let timeline = true;
+        let Some(machine) = start(MachineConfig { timeline, ..mode }) else {
+            return;
+        };
+        let map = filled(8 * MIB, OLD);
+        let at = map.address();
+        machine
+            .launch(&Add { at, by: 1 }, 8)
+            .expect("memory is there");
+        let timeline = machine.timeline().expect("asked for");
+        let resident = timeline.in_use();
+        assert!((8 << 20..=mode.vram).contains(&resident), "{mode:?}");
+        drop(map);
+        assert_eq!(timeline.in_use(), resident - (8 << 20), "{mode:?}");
+    }
+}
+
+#[test]
 fn threads_write_while_the_device_computes_next_to_them() {
     let _turn = turn();
     for mode in modes() {

@@ -30,7 +30,8 @@ pub enum Command {
     /// Run workloads on the software GPU and check every answer against the CPU.
     #[command(after_help = "Examples:\n  gpusvm run\n  \
         gpusvm run stream --size 1G --vram 256M --json\n  \
-        gpusvm run gups --migration copy --fault-service queue")]
+        gpusvm run gups --migration copy --fault-service queue\n  \
+        gpusvm run sort --report out   pictures over time, in out/report.html")]
     Run(RunArgs),
     /// Show what this machine and kernel allow, and what follows for you.
     Info(OutputArgs),
@@ -79,6 +80,10 @@ pub struct RunArgs {
     /// Seed of everything random.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// Write into this folder: report.html with pictures over time, and per workload NAME.json
+    /// and NAME.gt0.stats. Made if it is not there.
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
     /// How results are shown.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -174,6 +179,7 @@ impl RunArgs {
             },
             live: LiveConfig { brackets },
             seed: self.seed,
+            timeline: self.report.is_some(),
             plant_stale_tlb: false,
         }
     }

@@ -6,11 +6,14 @@
 
 pub mod args;
 pub mod bench;
+pub mod folder;
 pub mod info;
 pub mod machine;
+pub mod page;
 pub mod progress;
 pub mod report;
 pub mod run;
 pub mod size;
 pub mod table;
+pub mod timeline;
 pub mod workload;

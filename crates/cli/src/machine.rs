@@ -28,6 +28,8 @@ use gpusvm_xe::device::Device;
 use gpusvm_xe::stats::{Counter, DeviceStats};
 use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
 
+use crate::timeline::Timeline;
+
 /// Address-space id of the machine's one VM.
 const ASID: u32 = 1;
 /// Faults that wait in the ring.
@@ -51,8 +53,11 @@ impl Platform for LivePlatform {
     type Env = LiveEnv;
     type Space = LiveSpace;
     type Copy = XeCopy;
-    type Sink = DeviceStats;
+    type Sink = Folds;
 }
+
+/// What a machine makes of events: counters, and a timeline where one is wanted.
+type Folds = (Arc<DeviceStats>, Option<Arc<Timeline>>);
 
 /// The software GPU with the live host's locks.
 type Gpu = SoftGpu<gpusvm_live::RawFutexMutex>;
@@ -82,6 +87,8 @@ pub struct MachineConfig {
     pub live: LiveConfig,
     /// Seed of the environment's random numbers.
     pub seed: u64,
+    /// Keep a [`Timeline`].
+    pub timeline: bool,
     /// Planted fault: units acknowledge TLB invalidations and keep their entries.
     pub plant_stale_tlb: bool,
 }
@@ -95,6 +102,7 @@ impl Default for MachineConfig {
             service: ServiceMode::Inline,
             live: LiveConfig::default(),
             seed: 1,
+            timeline: false,
             plant_stale_tlb: false,
         }
     }
@@ -144,7 +152,7 @@ pub struct Machine {
     gpu: Arc<Gpu>,
     device: Arc<Device<LivePlatform>>,
     vm: Arc<Vm<LivePlatform>>,
-    stats: Arc<DeviceStats>,
+    sink: Arc<Folds>,
     service: Option<thread::RuntimeThread>,
     stopping: Arc<AtomicBool>,
     config: MachineConfig,
@@ -169,22 +177,31 @@ impl Machine {
         }
         let _runtime_memory = RuntimeScope::enter();
         let env = LiveEnv::new(config.seed);
-        let stats = Arc::new(DeviceStats::new(1));
-        let sink = Arc::clone(&stats) as Arc<dyn EventSink>;
+        let timeline = config.timeline.then(|| Arc::new(Timeline::new()));
+        let sink: Arc<Folds> = Arc::new((Arc::new(DeviceStats::new(1)), timeline));
+        let of_host = Arc::clone(&sink) as Arc<dyn EventSink>;
         let space =
-            LiveSpace::open(&config.live, Arc::clone(&env), sink).map_err(MachineError::Host)?;
-        let built = Self::build(config, env, Arc::clone(&space), stats);
-        if built.is_err() {
-            space.close();
+            LiveSpace::open(&config.live, Arc::clone(&env), of_host).map_err(MachineError::Host)?;
+        let built = Self::build(config, env, Arc::clone(&space), sink);
+        match &built {
+            Ok(machine) => machine.begin_timeline(),
+            Err(_) => space.close(),
         }
         built
+    }
+
+    /// Time begins now.
+    fn begin_timeline(&self) {
+        if let Some(timeline) = self.timeline() {
+            timeline.begin(self.env.now());
+        }
     }
 
     fn build(
         config: MachineConfig,
         env: Arc<LiveEnv>,
         space: Arc<LiveSpace>,
-        stats: Arc<DeviceStats>,
+        sink: Arc<Folds>,
     ) -> Result<Self, MachineError> {
         let vram: Arc<LiveVram> = space
             .create_vram(config.vram, config.migration)
@@ -199,7 +216,7 @@ impl Machine {
         let seams = Seams {
             env: Arc::clone(&env),
             space: Arc::clone(&space),
-            sink: Arc::clone(&stats),
+            sink: Arc::clone(&sink),
         };
         let port = Arc::clone(&gpu) as Arc<dyn DevicePort>;
         let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
@@ -219,7 +236,7 @@ impl Machine {
             gpu,
             device,
             vm,
-            stats,
+            sink,
             service: None,
             stopping: Arc::new(AtomicBool::new(false)),
             config,
@@ -338,15 +355,21 @@ impl Machine {
     #[must_use]
     pub fn fault_service_ns(&self) -> (u64, u64) {
         (
-            self.stats.fault_ns(),
-            self.stats.total(Counter::SvmPagefaultCount),
+            self.stats().fault_ns(),
+            self.stats().total(Counter::SvmPagefaultCount),
         )
     }
 
     /// Counters of the device.
     #[must_use]
-    pub const fn stats(&self) -> &Arc<DeviceStats> {
-        &self.stats
+    pub fn stats(&self) -> &Arc<DeviceStats> {
+        &self.sink.0
+    }
+
+    /// What happened when, where the configuration asked for it.
+    #[must_use]
+    pub fn timeline(&self) -> Option<&Arc<Timeline>> {
+        self.sink.1.as_ref()
     }
 
     /// The host.

@@ -2,15 +2,20 @@
 
 use std::time::Duration;
 
+use gpusvm::seam::env::Ns;
 use gpusvm_live::Level;
 use gpusvm_xe::stats::{Counter, DeviceStats};
 use serde_json::{Map, Value, json};
 
 use crate::args::RunArgs;
 use crate::size;
+use crate::timeline::{Columns, Timeline};
 
 /// Version of the JSON object.
 const SCHEMA: u32 = 1;
+
+/// Most columns of a picture.
+const PICTURE_COLUMNS: u64 = 200;
 
 /// Columns of the table at the end of a run.
 pub const COLUMNS: [&str; 11] = [
@@ -50,6 +55,32 @@ pub struct Report {
     pub config: Value,
     /// Counters.
     pub stats: Map<String, Value>,
+    /// The counters as text, of each GT.
+    pub gts: Vec<String>,
+    /// What happened when, where a report was asked for.
+    pub picture: Option<Picture>,
+}
+
+/// What happened when.
+#[derive(Debug)]
+pub struct Picture {
+    /// From the start to the last thing that happened, or to the end of the run.
+    pub columns: Columns,
+    /// When the run ended; verification follows.
+    pub ran: Ns,
+}
+
+impl Picture {
+    /// A picture of a run that took `elapsed`.
+    #[must_use]
+    pub fn of(timeline: &Timeline, elapsed: Duration) -> Self {
+        let ran = Ns(u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX));
+        let end = timeline.busy_until().max(ran);
+        Self {
+            columns: timeline.columns(end, PICTURE_COLUMNS),
+            ran,
+        }
+    }
 }
 
 /// The host's levels as JSON.
@@ -84,6 +115,14 @@ pub fn config_json(args: &RunArgs, size: u64, vram: u64) -> Value {
 pub fn stats_json(stats: &DeviceStats) -> Map<String, Value> {
     let value = |counter: &Counter| (counter.name().to_owned(), json!(stats.total(*counter)));
     Counter::ALL.iter().map(value).collect()
+}
+
+/// The statistics file of each GT.
+#[must_use]
+pub fn stats_text(stats: &DeviceStats) -> Vec<String> {
+    (0..)
+        .map_while(|gt| stats.gt(gt).map(ToString::to_string))
+        .collect()
 }
 
 impl Report {
@@ -149,6 +188,8 @@ mod tests {
             host: json!({}),
             config: json!({}),
             stats: stats_json(&stats),
+            gts: stats_text(&stats),
+            picture: None,
         };
         let object = report.json();
         for key in [

@@ -10,9 +10,11 @@ use gpusvm_abi::bus::Park;
 use gpusvm_live::{LiveEnv, RuntimeScope, memory_available, probe};
 
 use crate::args::RunArgs;
+use crate::folder::{self, Folder, FolderError};
 use crate::machine::{Machine, MachineError};
+use crate::page::Page;
 use crate::progress::{Bar, Wanted};
-use crate::report::{self, COLUMNS, Report};
+use crate::report::{self, COLUMNS, Picture, Report};
 use crate::size;
 use crate::table::Table;
 use crate::workload::{ALL, Job, JobError, Order, PrepareError, Workload};
@@ -46,6 +48,10 @@ pub enum RunError {
     },
     /// An option that the workload does not take.
     Needless(&'static str),
+    /// The folder of `--report` does not do.
+    Folder(FolderError),
+    /// A report cannot be written after its run.
+    Report(FolderError),
     /// The data cannot be prepared.
     Prepare(PrepareError),
     /// The machine cannot be made.
@@ -63,10 +69,12 @@ impl RunError {
     #[must_use]
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Unknown(_) | Self::Memory { .. } | Self::Needless(_) | Self::Prepare(_) => 2,
+            Self::Unknown(_) | Self::Memory { .. } | Self::Needless(_) => 2,
+            Self::Prepare(_) | Self::Folder(_) => 2,
             Self::Machine(MachineError::VramTooSmall(_)) => 2,
             Self::Job(JobError::Interrupted) => 130,
-            Self::Machine(_) | Self::Job(_) | Self::NotVerified(_) | Self::Output => 1,
+            Self::Machine(_) | Self::Job(_) | Self::Report(_) => 1,
+            Self::NotVerified(_) | Self::Output => 1,
         }
     }
 }
@@ -86,6 +94,7 @@ impl fmt::Display for RunError {
                 size::format(*available)
             ),
             Self::Needless(option) => write!(f, "{option} does not go with this workload"),
+            Self::Folder(error) | Self::Report(error) => error.fmt(f),
             Self::Prepare(error) => error.fmt(f),
             Self::Machine(error) => error.fmt(f),
             Self::Job(error) => error.fmt(f),
@@ -97,25 +106,45 @@ impl fmt::Display for RunError {
 
 impl std::error::Error for RunError {}
 
-/// Runs what `args` ask for and prints it to `out`.
+/// Runs what `args` ask for, prints it to `out`, and writes the report where one is wanted.
 ///
 /// # Errors
 /// [`RunError`]; with its exit code.
 pub fn run(args: &RunArgs, interrupted: &AtomicBool, out: &mut dyn Write) -> Result<(), RunError> {
     let jobs = plan(args)?;
-    let mut table = Table::new(&COLUMNS);
-    let mut objects = Vec::new();
-    let mut wrong = None;
-    for (workload, bytes, vram) in jobs {
-        let report = run_one(args, workload, bytes, vram, interrupted)?;
-        if !report.verified {
-            wrong = Some(report.workload);
-        }
-        table.row(report.row());
-        objects.push(report);
+    let folder = args.report.as_deref().map(Folder::open).transpose();
+    let folder = folder.map_err(RunError::Folder)?;
+    let mut reports = Vec::new();
+    let ended = run_all(args, jobs, interrupted, folder.as_ref(), &mut reports);
+    if let (Err(why), Some(folder)) = (&ended, &folder) {
+        let page = Page {
+            runs: &reports,
+            ended: Some(&why.to_string()),
+        };
+        // The first error is the one to tell.
+        let _second = folder.write_page(&page);
     }
-    print(args, &table, &objects, out).map_err(|_closed| RunError::Output)?;
-    wrong.map_or(Ok(()), |name| Err(RunError::NotVerified(name)))
+    ended?;
+    print(args, &reports, out).map_err(|_closed| RunError::Output)?;
+    let wrong = reports.iter().rfind(|report| !report.verified);
+    wrong.map_or(Ok(()), |wrong| Err(RunError::NotVerified(wrong.workload)))
+}
+
+/// Runs one after the other until one fails; those that finished are in `reports`, and in `folder`.
+fn run_all(
+    args: &RunArgs,
+    jobs: Vec<(Workload, u64, u64)>,
+    interrupted: &AtomicBool,
+    folder: Option<&Folder>,
+    reports: &mut Vec<Report>,
+) -> Result<(), RunError> {
+    for (workload, bytes, vram) in jobs {
+        reports.push(run_one(args, workload, bytes, vram, interrupted)?);
+        if let Some(folder) = folder {
+            folder.add_last(reports).map_err(RunError::Report)?;
+        }
+    }
+    Ok(())
 }
 
 /// Workloads with their sizes.
@@ -189,6 +218,8 @@ fn run_one(
         host: report::host_json(machine.space().level(), &probe()),
         config: report::config_json(args, bytes, vram),
         stats: report::stats_json(machine.stats()),
+        gts: report::stats_text(machine.stats()),
+        picture: machine.timeline().map(|t| Picture::of(t, elapsed)),
     };
     machine.close();
     Ok(report)
@@ -216,18 +247,18 @@ fn check_memory(workload: Workload, bytes: u64, vram: u64) -> Result<(), RunErro
     }
 }
 
-fn print(
-    args: &RunArgs,
-    table: &Table,
-    reports: &[Report],
-    out: &mut dyn Write,
-) -> std::io::Result<()> {
+fn print(args: &RunArgs, reports: &[Report], out: &mut dyn Write) -> std::io::Result<()> {
     if !args.output.json {
+        let mut table = Table::new(&COLUMNS);
+        reports.iter().for_each(|report| table.row(report.row()));
         write!(out, "{table}")?;
         for report in reports {
             if let Some(answer) = &report.answer {
                 writeln!(out, "{}: {answer}", report.workload)?;
             }
+        }
+        if let Some(folder) = &args.report {
+            writeln!(out, "report: {}", folder.join(folder::PAGE).display())?;
         }
         return Ok(());
     }
