@@ -5,7 +5,7 @@
 //! | [`LiveSpace`] (`space`) | the process as an [`AddressSpace`](gpusvm::seam::mm::AddressSpace) |
 //! | `residency` | which pages are away, or on their way |
 //! | `watch` | which mappings raise faults and brackets |
-//! | `migrate`, `staging` | pages leave and return by `UFFDIO_MOVE` |
+//! | `migrate`, `leg`, `staging` | pages leave and return by `UFFDIO_MOVE` |
 //! | `reader` | the thread that serves CPU faults |
 //! | `bracket` | address-space calls, seen before they happen |
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
@@ -27,6 +27,7 @@
 
 mod bracket;
 mod env;
+mod leg;
 mod level;
 mod migrate;
 mod reader;

@@ -1,6 +1,8 @@
 use super::*;
 use core::sync::atomic::Ordering;
 
+use gpusvm::addr::PAGE;
+
 use crate::sys::mapping::{AnonMapping, Huge};
 use crate::sys::vram::VramMode;
 use crate::toy::Bench;

@@ -78,13 +78,16 @@ impl PageMap {
         Ok(self.first(span, wanted)?.is_some())
     }
 
-    /// The first stretch of `span` whose pages have content. A scan that fails finds none.
-    pub(crate) fn first_populated(&self, span: HostSpan) -> Option<HostSpan> {
+    /// The first stretch of `span` whose pages have content.
+    ///
+    /// # Errors
+    /// `ENOMEM`, `EINTR`: nothing is known then.
+    pub(crate) fn first_populated(&self, span: HostSpan) -> Result<Option<HostSpan>, Errno> {
         let wanted = Scan {
             category_anyof_mask: CONTENT,
             ..Scan::default()
         };
-        self.first(span, wanted).ok().flatten()
+        self.first(span, wanted)
     }
 
     /// The first stretch of `span` that `wanted` describes.
@@ -121,13 +124,13 @@ mod tests {
         let mut mine = AnonMapping::new(64 << 10, Huge::Never).expect("64K can be mapped");
         let span = HostSpan::at(HostVa::new(mine.address()), 64 << 10);
         assert!(!map.populated(span));
-        assert_eq!(map.first_populated(span), None);
+        assert_eq!(map.first_populated(span), Ok(None));
         for page in (0..16).filter(|page| *page != 7) {
             mine.bytes_mut()[page * 4096] = 1;
         }
         assert!(!map.populated(span));
         mine.bytes_mut()[7 * 4096] = 1;
         assert!(map.populated(span));
-        assert_eq!(map.first_populated(span), Some(span));
+        assert_eq!(map.first_populated(span), Ok(Some(span)));
     }
 }
