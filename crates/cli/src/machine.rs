@@ -8,6 +8,7 @@
 //! [`Machine::launch`] only waits.
 
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -271,8 +272,10 @@ impl Machine {
     /// Runs `groups` groups of `kernel` on all units and waits.
     ///
     /// # Errors
-    /// The first [`Stop`] of any unit: a refused fault, or a cancelled dispatch.
+    /// The first [`Stop`] of any unit: a refused fault, or a cancelled dispatch;
+    /// [`Stop::Foreign`] in a child of the machine's process.
     pub fn launch(&self, kernel: &dyn Kernel, groups: u32) -> Result<(), Stop> {
+        check_ours()?;
         let dispatch = Dispatch::new(kernel, groups, ASID);
         let units = usize::from(self.config.units);
         thread::run_scoped(units, &|unit| self.gpu.run(&dispatch, unit))
@@ -291,6 +294,7 @@ impl Machine {
         groups: u32,
         watch: &(dyn Fn(&Dispatch<'_>) + Sync),
     ) -> Result<(), Stop> {
+        check_ours()?;
         let dispatch = Dispatch::new(kernel, groups, ASID);
         let units = usize::from(self.config.units);
         let ended = AtomicU32::new(0);
@@ -404,6 +408,11 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        if gpusvm_live::is_child() {
+            // Threads, locks and device memory are the parent's. Nothing here is torn down.
+            let _parents = ManuallyDrop::new(self.service.take());
+            return;
+        }
         self.stopping.store(true, Ordering::Release);
         self.gpu.kick_service();
         if let Some(service) = self.service.take() {
@@ -416,6 +425,15 @@ impl Drop for Machine {
         self.env.stop_worker();
         // The device refers to the driver, and the driver to the device: part them.
         self.gpu.set_fault_service(FaultService::Queue);
+    }
+}
+
+/// A child of the machine's process has neither its threads nor its device.
+fn check_ours() -> Result<(), Stop> {
+    if gpusvm_live::is_child() {
+        Err(Stop::Foreign)
+    } else {
+        Ok(())
     }
 }
 

@@ -73,6 +73,11 @@ pub(crate) fn enter_service(space: &Arc<LiveSpace>) {
     *SERVICE.space.lock() = Arc::downgrade(space);
 }
 
+/// The space that brackets work for.
+pub(crate) fn current_space() -> Option<Arc<LiveSpace>> {
+    SERVICE.space.lock().upgrade()
+}
+
 /// Brackets work for nobody; the system-call sites get their own bytes back.
 pub(crate) fn leave_service() {
     *SERVICE.space.lock() = Weak::new();
@@ -84,8 +89,7 @@ pub(crate) fn leave_service() {
 
 impl BracketHook for Service {
     fn call(&self, call: &SysCall) -> isize {
-        let space = self.space.lock().upgrade();
-        match space {
+        match current_space() {
             Some(space) => space.bracket(call),
             None => call.raw(),
         }

@@ -145,7 +145,7 @@ impl LiveSpace {
 
     /// The first stretch of `span` whose pages have content. Asks until it is told: a scan that
     /// failed, for want of memory, must not pass for "there is none".
-    fn first_populated(&self, span: HostSpan) -> Option<HostSpan> {
+    pub(crate) fn first_populated(&self, span: HostSpan) -> Option<HostSpan> {
         loop {
             match self.pagemap.first_populated(span) {
                 Ok(found) => return found,

@@ -52,7 +52,8 @@ impl UffdLevel {
         match self {
             Self::Full => "debuggers and /proc/self/mem cannot read memory that is on a device",
             Self::UserModeOnly => {
-                "system calls on memory that is on a device fail with EFAULT; touch it first"
+                "system calls on memory that is on a device fail with EFAULT; touch it first. \
+                 Children of a raw clone read zeros there"
             }
         }
     }
@@ -108,6 +109,8 @@ pub struct Level {
 pub enum OpenError {
     /// There is one already in this process.
     AlreadyOpen,
+    /// This process was forked from one that has a live space.
+    Forked,
     /// The runtime's allocator is not the global allocator.
     NoRuntimeAllocator,
     /// userfaultfd is refused.
@@ -146,6 +149,10 @@ impl fmt::Display for OpenError {
             Self::AlreadyOpen => f.write_str(
                 "this process has a live space already; close it before opening another",
             ),
+            Self::Forked => f.write_str(
+                "this process was forked from one that has a live space; start a program by exec \
+                 to open one",
+            ),
             Self::NoRuntimeAllocator => f.write_str(
                 "the runtime's memory must not migrate: declare \
                  `#[global_allocator] static A: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;`",
@@ -168,7 +175,9 @@ impl core::error::Error for OpenError {}
 
 /// Descriptors for user memory (with events) and for staging (without), and the level they have.
 pub(crate) fn open_descriptors() -> Result<(Uffd, Uffd, UffdLevel), OpenError> {
-    let full = Uffd::open(OpenMode::Full, Features::EVENTS);
+    // News of clones needs a privilege more than the mode does.
+    let full = Uffd::open(OpenMode::Full, Features::EVENTS.and(Features::FORK))
+        .or_else(|_forbidden| Uffd::open(OpenMode::Full, Features::EVENTS));
     let (user, mode, level) = match full {
         Ok(uffd) => (uffd, OpenMode::Full, UffdLevel::Full),
         Err(first) => {

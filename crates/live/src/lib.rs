@@ -8,6 +8,7 @@
 //! | `migrate`, `leg`, `staging` | pages leave and return by `UFFDIO_MOVE` |
 //! | `reader` | the thread that serves CPU faults |
 //! | `bracket` | address-space calls, seen before they happen |
+//! | `fork` | what children get |
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
 //! | `level` | what the system allows, and what follows |
 //! | [`FaultLoop`] (`yardstick`) | what benches compare faults with |
@@ -27,6 +28,7 @@
 
 mod bracket;
 mod env;
+mod fork;
 mod leg;
 mod level;
 mod migrate;
@@ -46,6 +48,7 @@ pub use level::{BracketChoice, BracketLevel, Level, LiveConfig, OpenError, UffdL
 pub use migrate::LiveMigration;
 pub use space::LiveSpace;
 pub use sys::arena::{RuntimeAlloc, RuntimeScope, is_installed};
+pub use sys::atfork::is_child;
 pub use sys::fault_copy::LiveBus;
 pub use sys::futex::RawFutexMutex;
 pub use sys::mapping::{AnonMapping, FileMapping, Huge, Protect};

@@ -71,7 +71,7 @@ fn run(space: &LiveSpace, stop: &OwnedFd) {
         let readable = space.watch.uffd.wait_readable(stop.as_fd(), timeout);
         deferred.wake_due(space);
         if readable {
-            let count = space.watch.uffd.read(&mut messages).unwrap_or(0);
+            let count = receive(space, &mut messages);
             for message in &mut messages[..count] {
                 handle(
                     space,
@@ -97,15 +97,30 @@ fn stopped(stop: &OwnedFd) -> bool {
     rustix::event::poll(&mut fds, Some(&none)).is_ok_and(|ready| ready > 0)
 }
 
+/// Reads what is there. News of a clone comes with what was away at that moment: pages come home by
+/// MOVE, which waits while the news is unread, and then leave the table, which is locked meanwhile.
+fn receive(space: &LiveSpace, messages: &mut [Message]) -> usize {
+    let table = space.residency.lock();
+    let count = space.watch.uffd.read(messages).unwrap_or(0);
+    let clones = messages[..count]
+        .iter_mut()
+        .filter(|message| matches!(message, Message::Fork(_)));
+    for message in clones {
+        if let Message::Fork(child) = core::mem::replace(message, Message::None) {
+            space.nursery.admit(child, table.departed());
+        }
+    }
+    count
+}
+
 fn handle(space: &LiveSpace, message: Message, deferred: &mut Deferred) {
     match message {
         Message::Fault { at } => serve_fault(space, at.align_down(PAGE), deferred),
         Message::Unmap(span) => late_change(space, span, InvalidateReason::Unmap),
         Message::Remove(span) => late_change(space, span, InvalidateReason::Clear),
         Message::Remap { from, to } => late_move(space, from, to),
-        // The child's descriptor closes: it reads what the parent brought home before.
-        Message::Fork(_child) => {}
-        Message::None => {}
+        // Taken out where it was read.
+        Message::Fork(_) | Message::None => {}
     }
 }
 
@@ -178,7 +193,7 @@ fn late_move(space: &LiveSpace, from: HostSpan, to: HostVa) {
 /// events to be read. Faults are sent back to be raised again.
 pub(crate) fn drain(space: &LiveSpace) {
     let mut messages = [const { Message::None }; BATCH];
-    let count = space.watch.uffd.read(&mut messages).unwrap_or(0);
+    let count = receive(space, &mut messages);
     let mut none = Deferred::default();
     for message in &mut messages[..count] {
         match core::mem::replace(message, Message::None) {

@@ -173,6 +173,14 @@ impl Residency {
             .any(|(_, state)| !matches!(state, State::Claimed))
     }
 
+    /// All spans that are travelling or in device memory.
+    pub(crate) fn departed(&self) -> Vec<HostSpan> {
+        self.overlapping(everything())
+            .filter(|(_, state)| !matches!(state, State::Claimed))
+            .map(|(span, _)| span)
+            .collect()
+    }
+
     /// An allocation that has resident pages in `span`.
     pub(crate) fn any_resident(&self, span: HostSpan) -> Option<AllocationRef> {
         self.overlapping(span).find_map(|(_, state)| match state {

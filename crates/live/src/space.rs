@@ -21,6 +21,7 @@ use gpusvm::seam::mm::{
 
 use crate::bracket;
 use crate::env::LiveEnv;
+use crate::fork::{self, Forks, Nursery};
 use crate::level::{Level, LiveConfig, OpenError};
 use crate::migrate::LiveMigration;
 use crate::reader::{self, Reader};
@@ -31,7 +32,7 @@ use crate::sys::pagemap::PageMap;
 use crate::sys::procmap::{MapInfo, NameKind, ProcMap, Sharing};
 use crate::sys::uffd::RegisterMode;
 use crate::sys::vram::{LiveVram, VramMode};
-use crate::sys::{arena, thread};
+use crate::sys::{arena, atfork, thread};
 use crate::watch::Watch;
 
 /// Times that [`LiveSpace::fault_in`] starts over before it answers `Stale`.
@@ -50,6 +51,8 @@ pub struct LiveSpace {
     level: Level,
     /// Bumped when a travel or a change ends; what those in its way sleep on.
     changed: AtomicU32,
+    pub(crate) forks: Forks,
+    pub(crate) nursery: Nursery,
     reader: Mutex<LiveEnv, Option<Reader>>,
     /// Thread id of the reader.
     pub(crate) reader_tid: AtomicU32,
@@ -75,6 +78,9 @@ impl LiveSpace {
         env: Arc<LiveEnv>,
         sink: Arc<dyn EventSink>,
     ) -> Result<Arc<Self>, OpenError> {
+        if atfork::is_child() {
+            return Err(OpenError::Forked);
+        }
         if !arena::is_installed() {
             return Err(OpenError::NoRuntimeAllocator);
         }
@@ -94,12 +100,16 @@ impl LiveSpace {
                 bracket,
             },
             changed: AtomicU32::new(0),
+            forks: Forks::default(),
+            nursery: Nursery::default(),
             reader: Mutex::<LiveEnv, _>::new(None),
             reader_tid: AtomicU32::new(0),
             closing: AtomicBool::new(false),
         });
         let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
         *space.reader.lock() = Some(reader);
+        Nursery::start(&space)?;
+        fork::install();
         bracket::enter_service(&space);
         Ok(space)
     }
@@ -142,6 +152,7 @@ impl LiveSpace {
         if let Some(reader) = reader {
             reader.stop();
         }
+        self.nursery.stop();
     }
 
     pub(crate) fn emit(&self, event: &Event) {

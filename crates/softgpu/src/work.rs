@@ -38,6 +38,8 @@ pub enum Stop {
     UnitBusy,
     /// There is no such unit.
     NoUnit,
+    /// The device belongs to another process.
+    Foreign,
 }
 
 impl fmt::Display for Stop {
@@ -55,6 +57,7 @@ impl fmt::Display for Stop {
             Self::Cancelled => f.write_str("cancelled"),
             Self::UnitBusy => f.write_str("another thread plays this unit"),
             Self::NoUnit => f.write_str("the device has no such unit"),
+            Self::Foreign => f.write_str("the device belongs to the process that forked this one"),
         }
     }
 }

@@ -9,6 +9,8 @@
 //! of the runtime always are, or on a bracket's stack. Everybody else allocates as before. Freeing
 //! goes by address, from any thread.
 //!
+//! In a child after a fork the arena is out of use: its blocks stay readable, and leak.
+//!
 //! Blocks have four size classes per doubling; a freed block goes to its class's list and is
 //! never split or merged. Lock rank: leaf. Why the variables lie in `.data`: see
 //! [`owned`](super::owned).
@@ -32,6 +34,7 @@ use gpusvm::addr::{HostSpan, HostVa};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
 
+use crate::sys::atfork;
 use crate::sys::futex::RawFutexMutex;
 
 /// Address space set aside; pages are used as they are needed.
@@ -95,6 +98,10 @@ impl Drop for RuntimeScope {
 /// Whether this thread is in the runtime. The stack is asked first: on a bracket's stack the
 /// thread's own memory, thread-locals included, must not be touched.
 fn in_runtime() -> bool {
+    // A child's arena may be locked by a thread that it does not have.
+    if atfork::is_child() {
+        return false;
+    }
     let marker = 0_u8;
     let stack = (&raw const marker).addr();
     let (low, high) = (
@@ -152,6 +159,9 @@ unsafe impl GlobalAlloc for RuntimeAlloc {
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         if contains(block.addr()) {
+            if atfork::is_child() {
+                return;
+            }
             if let (Some(class), Some(block)) = (class_of(layout), NonNull::new(block)) {
                 HEAP.lock().give(class, block);
             }

@@ -79,6 +79,18 @@ impl AnonMapping {
         })
     }
 
+    /// The mapping at `address` of the parent, in a child that never unmaps it.
+    #[cfg(test)]
+    pub(crate) fn borrowed(address: u64, bytes: u64) -> ManuallyDrop<Self> {
+        let start = ptr::with_exposed_provenance_mut(usize::try_from(address).expect("64-bit"));
+        let bytes = usize::try_from(bytes).expect("64-bit");
+        ManuallyDrop::new(Self {
+            start,
+            bytes,
+            whole: (start, bytes),
+        })
+    }
+
     /// First address.
     #[must_use]
     pub fn address(&self) -> u64 {

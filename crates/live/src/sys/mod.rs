@@ -6,6 +6,9 @@
 
 pub(crate) mod advise;
 pub(crate) mod arena;
+pub(crate) mod atfork;
+#[cfg(test)]
+pub(crate) mod child;
 pub(crate) mod fault_copy;
 pub(crate) mod futex;
 pub(crate) mod mapping;

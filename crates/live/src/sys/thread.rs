@@ -1,6 +1,7 @@
 //! Threads of the runtime: always in the runtime's memory, never disturbed by signals.
 
 use core::fmt;
+use core::mem::ManuallyDrop;
 use core::sync::atomic::{AtomicU32, Ordering};
 use std::io;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use gpusvm::addr::{HostSpan, HostVa};
 use rustix::io::Errno;
 
 use crate::sys::arena::RuntimeScope;
+use crate::sys::atfork;
 use crate::sys::futex;
 use crate::sys::owned::{self, OwnedSpan};
 
@@ -63,6 +65,11 @@ pub struct RuntimeThread(JoinHandle<()>);
 impl RuntimeThread {
     /// Waits for the thread to end.
     pub fn join(self) {
+        if atfork::is_child() {
+            // A child has only the thread that forked.
+            let _not_here = ManuallyDrop::new(self);
+            return;
+        }
         let _in_runtime = RuntimeScope::enter();
         // A panic was reported by the thread itself.
         let _ended = self.0.join();

@@ -8,6 +8,7 @@ use core::mem::size_of;
 use core::time::Duration;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use crate::sys::atfork::NotForChildren;
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -101,6 +102,8 @@ impl Features {
     pub(crate) const NONE: Self = Self(0);
     /// News of mremap, of content that is dropped, and of munmap.
     pub(crate) const EVENTS: Self = Self(1 << 2 | 1 << 3 | 1 << 6);
+    /// News of clones, with a descriptor of the child's memory.
+    pub(crate) const FORK: Self = Self(1 << 1);
     /// `UFFDIO_MOVE`.
     pub(crate) const MOVE: Self = Self(1 << 16);
 
@@ -125,6 +128,11 @@ impl Features {
         "move",
         "rwp",
     ];
+
+    /// Both.
+    pub(crate) const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 
     /// Whether all of `other` is here.
     pub(crate) const fn contains(self, other: Self) -> bool {
@@ -188,13 +196,15 @@ pub(crate) enum Message {
     },
     /// The content of a span is about to be dropped.
     Remove(HostSpan),
-    /// The process forked; the child's descriptor.
-    Fork(OwnedFd),
+    /// The process forked; the child's memory.
+    Fork(Uffd),
 }
 
 /// A userfaultfd descriptor.
 #[derive(Debug)]
 pub(crate) struct Uffd {
+    /// Children of this process give the descriptor up. Dropped before the descriptor.
+    _ours: NotForChildren,
     fd: OwnedFd,
     available: Features,
     /// See [`misreport_moves`](Self::misreport_moves).
@@ -212,12 +222,17 @@ impl Uffd {
         let available = Features(handshake(&open_raw(mode)?, 0)?);
         let fd = open_raw(mode)?;
         handshake(&fd, available.0 & wanted.0)?;
-        Ok(Self {
+        Ok(Self::over(fd, available))
+    }
+
+    fn over(fd: OwnedFd, available: Features) -> Self {
+        Self {
+            _ours: NotForChildren::declare(fd.as_fd()),
             fd,
             available,
             #[cfg(test)]
             misreports: false.into(),
-        })
+        }
     }
 
     /// Everything that the kernel offers.
@@ -464,7 +479,8 @@ fn decode(bytes: &[u8]) -> Message {
         Some(0x13) => {
             let fd = i32::try_from(word(1) & 0xffff_ffff).unwrap_or(-1);
             // SAFETY: the kernel made this descriptor for the reader of the message, which is us.
-            Message::Fork(unsafe { OwnedFd::from_raw_fd(fd) })
+            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+            Message::Fork(Uffd::over(fd, Features::NONE))
         }
         Some(0x14) => Message::Remap {
             from: HostSpan::at(HostVa::new(word(1)), word(3)),

@@ -1,0 +1,133 @@
+use super::*;
+
+use core::sync::atomic::AtomicU64;
+use gpusvm::addr::{HostVa, PAGE_2M};
+
+use crate::sys::child::{By, Child};
+use crate::sys::mapping::{AnonMapping, Huge};
+use crate::sys::uffd::{Features, OpenMode};
+use crate::sys::vram::VramMode;
+use crate::toy::Bench;
+
+const BYTES: u64 = 2 * PAGE_2M;
+
+/// Memory whose words hold `value`, and its addresses.
+fn filled(huge: Huge, value: u64) -> (AnonMapping, HostSpan) {
+    let bytes = usize::try_from(BYTES).expect("64-bit");
+    let mut map = AnonMapping::new(bytes, huge).expect("4M can be mapped");
+    map.words_mut().fill(value);
+    let span = HostSpan::at(HostVa::new(map.address()), BYTES);
+    (map, span)
+}
+
+fn all(map: &AnonMapping, value: u64) -> bool {
+    map.words().iter().all(|word| *word == value)
+}
+
+/// Every way in which pages move, with both kinds of pages.
+fn each(test: impl Fn(&Bench, Huge)) {
+    for mode in [VramMode::Adopt, VramMode::Copy] {
+        for huge in [Huge::Advise, Huge::Never] {
+            let Some(bench) = Bench::open(mode) else {
+                return;
+            };
+            test(&bench, huge);
+            assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 0);
+        }
+    }
+}
+
+#[test]
+fn child_and_parent_have_the_same_memory_and_not_each_others_writes() {
+    each(|bench, huge| {
+        let (mut map, span) = filled(huge, 5);
+        bench.send(span).expect("plain memory migrates");
+        let child = Child::make(By::Fork, || all(&map, 5));
+        // The child has not looked yet.
+        map.words_mut().fill(6);
+        bench.send(span).expect("shared pages are made exclusive");
+        assert!(
+            child.passed(),
+            "{huge:?}: the child has what was there at the fork"
+        );
+        assert!(all(&map, 6), "{huge:?}");
+        let address = map.address();
+        let writer = Child::make(By::Fork, || {
+            let mut mine = AnonMapping::borrowed(address, BYTES);
+            mine.words_mut().fill(7);
+            all(&mine, 7)
+        });
+        bench.send(span).expect("shared pages are made exclusive");
+        assert!(writer.passed());
+        assert!(all(&map, 6), "{huge:?}: the child's writes are its own");
+    });
+}
+
+#[test]
+fn nothing_leaves_while_a_fork_goes_on() {
+    each(|bench, huge| {
+        let (map, span) = filled(huge, 5);
+        bench.space.before_fork();
+        assert!(bench.send(span).is_err(), "a change is going on");
+        bench.space.after_fork();
+        bench.send(span).expect("it is over");
+        bench.space.after_fork();
+        assert!(all(&map, 5), "one end too many does no harm");
+    });
+}
+
+#[test]
+fn threads_migrate_and_fork_and_no_child_misses_a_page() {
+    const ROUNDS: u64 = 30;
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let (map, span) = filled(Huge::Advise, 5);
+    let (forked, sent) = (AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while forked.load(Ordering::Relaxed) < ROUNDS {
+                let moved = bench.send(span).is_ok();
+                sent.fetch_add(u64::from(moved), Ordering::Relaxed);
+            }
+        });
+        for _ in 0..ROUNDS {
+            while bench.space.residency.lock().departed().is_empty() {
+                std::thread::yield_now();
+            }
+            assert!(Child::make(By::Fork, || all(&map, 5)).passed());
+            forked.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    assert!(sent.load(Ordering::Relaxed) >= ROUNDS / 2);
+    assert!(all(&map, 5));
+}
+
+#[test]
+fn child_of_a_raw_clone_gets_what_was_away() {
+    each(|bench, huge| {
+        if let Err(errno) = Uffd::open(OpenMode::Full, Features::FORK) {
+            println!("skipped: news of clones needs a privilege: {errno}");
+            return;
+        }
+        let (map, span) = filled(huge, 5);
+        bench.send(span).expect("plain memory migrates");
+        let child = Child::make(By::RawClone, || all(&map, 5));
+        assert!(child.passed(), "{huge:?}");
+        assert!(all(&map, 5), "{huge:?}");
+    });
+}
+
+#[test]
+fn child_cannot_open_a_space_of_its_own() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let env = LiveEnv::new(1);
+    let child = Child::make(By::Fork, || {
+        let opened = LiveSpace::open(&crate::LiveConfig::default(), env.clone(), Arc::new(()));
+        matches!(opened, Err(crate::OpenError::Forked))
+    });
+    assert!(child.passed());
+    drop(bench);
+}

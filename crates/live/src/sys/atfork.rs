@@ -1,0 +1,130 @@
+//! What runs around `fork()`: handlers of the C library, and what a child gives up.
+//!
+//! A child is a copy of this process with one thread. Nothing of the runtime works in it: the
+//! threads are gone, locks may be held by them, and the descriptors speak of the parent's memory.
+//! So a child keeps its memory, which the parent has made whole before, and gives everything else
+//! up: see [`become_child`].
+
+use core::ffi::c_int;
+use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Once, OnceLock};
+
+use crate::sys::patch;
+
+/// Called around every `fork()` of the C library, on the forking thread and on its own stack.
+pub(crate) trait ForkHook: Sync {
+    /// Before: on return the process's memory is whole, and stays so until
+    /// [`parent`](Self::parent).
+    fn prepare(&self);
+    /// After, in the parent, also when there is no child after all.
+    fn parent(&self);
+}
+
+#[unsafe(link_section = ".data")] // See `owned`.
+static HOOK: OnceLock<&'static dyn ForkHook> = OnceLock::new();
+static INSTALLED: Once = Once::new();
+
+/// This process is a child of one that had a live space.
+#[unsafe(link_section = ".data")]
+static IS_CHILD: AtomicBool = AtomicBool::new(false);
+
+/// Descriptors that a child gives up.
+const PLACES: usize = 16;
+/// No descriptor.
+const NONE: i32 = -1;
+#[unsafe(link_section = ".data")]
+static DESCRIPTORS: [AtomicI32; PLACES] = [const { AtomicI32::new(NONE) }; PLACES];
+
+unsafe extern "C" {
+    fn pthread_atfork(
+        prepare: Option<extern "C" fn()>,
+        parent: Option<extern "C" fn()>,
+        child: Option<extern "C" fn()>,
+    ) -> c_int;
+}
+
+/// Installs the handlers. Only the first call in a process does anything: they stay for good.
+pub(crate) fn install(hook: &'static dyn ForkHook) {
+    let _first = HOOK.set(hook);
+    INSTALLED.call_once(|| {
+        // SAFETY: the handlers are functions of this library, which is never unloaded.
+        let _out_of_memory = unsafe { pthread_atfork(Some(prepare), Some(parent), Some(child)) };
+    });
+}
+
+extern "C" fn prepare() {
+    if let Some(hook) = HOOK.get().filter(|_| !is_child()) {
+        hook.prepare();
+    }
+}
+
+extern "C" fn parent() {
+    if let Some(hook) = HOOK.get().filter(|_| !is_child()) {
+        hook.parent();
+    }
+}
+
+extern "C" fn child() {
+    become_child();
+}
+
+/// Whether this process was forked from one with a live space: then it has none, and cannot open
+/// one.
+#[must_use]
+pub fn is_child() -> bool {
+    IS_CHILD.load(Ordering::Relaxed)
+}
+
+/// Gives the runtime up. Async-signal-safe: takes no lock and allocates nothing.
+fn become_child() {
+    IS_CHILD.store(true, Ordering::Relaxed);
+    // Address-space calls of the child concern nobody.
+    patch::set_hull(u64::MAX, 0);
+    for place in &DESCRIPTORS {
+        let descriptor = place.swap(NONE, Ordering::Relaxed);
+        if descriptor != NONE {
+            give_up(descriptor);
+        }
+    }
+}
+
+/// Puts something harmless in a descriptor's place. Not just closing it keeps the number taken:
+/// its owner object still lives, and may close it once more.
+fn give_up(descriptor: i32) {
+    // SAFETY: the path is a string; a new descriptor is made.
+    let nothing = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+    if nothing < 0 {
+        return;
+    }
+    // SAFETY: replaces a descriptor that is the runtime's.
+    let _replaced = unsafe { libc::dup3(nothing, descriptor, libc::O_CLOEXEC) };
+    // SAFETY: opened above.
+    let _closed = unsafe { libc::close(nothing) };
+}
+
+/// A descriptor that a child gives up, until this is dropped. With no place left for it, a child
+/// inherits it, and keeps what it speaks of alive for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct NotForChildren(Option<usize>);
+
+impl NotForChildren {
+    /// Declares `descriptor` as the runtime's.
+    pub(crate) fn declare(descriptor: BorrowedFd<'_>) -> Self {
+        let raw = descriptor.as_raw_fd();
+        let take = |place: &AtomicI32| {
+            place
+                .compare_exchange(NONE, raw, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+        };
+        Self(DESCRIPTORS.iter().position(take))
+    }
+}
+
+impl Drop for NotForChildren {
+    fn drop(&mut self) {
+        if let Some(place) = self.0 {
+            DESCRIPTORS[place].store(NONE, Ordering::Relaxed);
+        }
+    }
+}
