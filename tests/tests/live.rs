@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use gpusvm_cli::machine::{Machine, MachineConfig, ServiceMode};
+use gpusvm_abi::bus::AtomicOp;
+use gpusvm_cli::machine::{Machine, MachineConfig, Place, ServiceMode};
 use gpusvm_live::{AnonMapping, BracketChoice, Huge, LiveConfig, Protect, VramMode};
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 use gpusvm_tests::skipped;
@@ -543,5 +544,87 @@ impl Kernel for AddEven {
             by: 1,
         }
         .run(group, tile)
+    }
+}
+
+#[test]
+fn devices_and_vms_share_memory_and_exhaust_their_vram() {
+    let _turn = turn();
+    for migration in [VramMode::Adopt, VramMode::Copy] {
+        let config = MachineConfig {
+            devices: 2,
+            vms: 2,
+            vram: 8 << 20,
+            migration,
+            ..Default::default()
+        };
+        let Some(machine) = start(config) else { return };
+        let map = filled(32 * MIB, 0);
+        let at = map.address();
+        for vm in 0..2 {
+            // Both devices at the same time: on halves of their own, and on a word that both add to.
+            thread::scope(|scope| {
+                for device in 0..2_usize {
+                    let place = Place { device, vm };
+                    let half = u64::try_from(device).expect("small") * (16 << 20);
+                    let kernel = AddAndCount {
+                        add: Add {
+                            at: at + half,
+                            by: 1,
+                        },
+                        shared: at,
+                    };
+                    let machine = &machine;
+                    scope.spawn(move || machine.launch_at(place, &kernel, 15).expect("mapped"));
+                }
+            });
+            // And the same piece on one device after the other.
+            for device in 0..2 {
+                let kernel = Add {
+                    at: at + (31 << 20),
+                    by: 1,
+                };
+                machine
+                    .launch_at(Place { device, vm }, &kernel, 1)
+                    .expect("mapped");
+            }
+        }
+        let word = |mib: usize| map.words()[mib * MIB / 8 + 9];
+        assert!(
+            (0..15).chain(16..31).all(|mib| word(mib) == 2),
+            "{migration:?}"
+        );
+        assert_eq!(word(31), 4, "{migration:?}");
+        assert_eq!(map.words()[15 * MIB / 8], 2 * 2 * 15 * 256, "{migration:?}");
+        let stats = machine.stats();
+        assert!(stats.total(Counter::EvictCount) > 0, "{migration:?}");
+        assert_eq!(stats.total(Counter::HostConflictCount), 0, "{migration:?}");
+        drop(map);
+        assert_nothing_leaks(&machine);
+    }
+}
+
+/// As [`Add`]; every group also adds 256 to the first word of the MiB 15, by atomics.
+struct AddAndCount {
+    add: Add,
+    shared: u64,
+}
+
+impl Kernel for AddAndCount {
+    fn run(&self, group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
+        self.add.run(group, tile)?;
+        (0..256).try_for_each(|_| {
+            tile.atomic(self.shared + (15 << 20), AtomicOp::Add(1))
+                .map(|_former| ())
+        })
+    }
+}
+
+/// When everything is home and unused, device memory holds page tables and nothing else.
+fn assert_nothing_leaks(machine: &Machine) {
+    gpusvm_live::thread::run(|| machine.space().bring_everything_home());
+    for node in machine.nodes() {
+        let used = node.device().pagemap().vram().used();
+        assert_eq!(used, node.device().table_bytes(), "device memory leaks");
     }
 }

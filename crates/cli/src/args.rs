@@ -180,7 +180,7 @@ impl RunArgs {
             live: LiveConfig { brackets },
             seed: self.seed,
             timeline: self.report.is_some(),
-            plant_stale_tlb: false,
+            ..MachineConfig::default()
         }
     }
 }

@@ -62,6 +62,12 @@ impl<P: Platform> Device<P> {
         &self.pagemap
     }
 
+    /// Bytes of device memory that page tables take.
+    #[must_use]
+    pub fn table_bytes(&self) -> u64 {
+        self.tables.bytes()
+    }
+
     /// Does the deferred `work` that concerns this device. Runs in the environment's worker.
     pub fn work(&self, work: Work) {
         let Work::CollectGarbage { vm } = work;

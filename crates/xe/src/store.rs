@@ -37,14 +37,9 @@ impl<E: Environment> VramTables<E> {
         }
     }
 
-    /// Number of tables.
-    pub fn len(&self) -> usize {
-        self.tables.lock().len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// Bytes that the tables take.
+    pub fn bytes(&self) -> u64 {
+        self.tables.lock().keys().map(|_table| PAGE).sum()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Migration to device memory: all or nothing (`svm-design.md` section 3.3).
 
 use alloc::sync::{Arc, Weak};
+use alloc::vec::Vec;
 
 use crate::addr::{HostSpan, PageCount, VramSpan};
 use crate::error::{Interrupted, Stale};
@@ -9,7 +10,9 @@ use crate::pagemap::{Allocation, Pagemap};
 use crate::seam::Platform;
 use crate::seam::copy::CopyEngine;
 use crate::seam::env::{Environment, Ns, Point};
-use crate::seam::mm::{AddressSpace, DeviceAllocation, MigrateTo, MigrationSet, Placement};
+use crate::seam::mm::{
+    Access, AddressSpace, DeviceAllocation, FaultIn, MigrateTo, MigrationSet, Placement,
+};
 use crate::vram::{BoRequest, Evict, From};
 
 /// A wish to move one span.
@@ -23,14 +26,17 @@ pub struct ToDevice {
 
 impl<P: Platform> Pagemap<P> {
     /// Moves the pages of a span to this device memory. Nothing happens where they are there
-    /// already. Takes no driver lock; `vm` may be held.
+    /// already; what lies in other allocations or on other devices comes home first. Takes no
+    /// driver lock; `vm` may be held.
     ///
     /// # Errors
     /// [`Failed::OutOfVram`](crate::error::Failed::OutOfVram) when no memory can be made free;
     /// [`Stale`] when pages are busy, refuse, or raced: pages that did move stay moved.
     pub fn to_device(self: &Arc<Self>, wish: ToDevice) -> Result<(), Interrupted> {
-        if self.seams.space.placement(wish.span) == Placement::Device(self.id) {
-            return Ok(());
+        match self.seams.space.placement(wish.span) {
+            Placement::Device(id) if id == self.id => return Ok(()),
+            Placement::System => {}
+            Placement::Device(_) | Placement::Mixed => self.bring_home(wish.span)?,
         }
         let started = self.seams.env.now();
         let allocation = self.allocate(wish.span)?;
@@ -46,6 +52,16 @@ impl<P: Platform> Pagemap<P> {
             took,
         });
         Ok(())
+    }
+
+    /// Brings home what is in any device memory, by reading it as a CPU would.
+    fn bring_home(&self, span: HostSpan) -> Result<(), Interrupted> {
+        let request = FaultIn {
+            span,
+            access: Access::Read,
+            keep: None,
+        };
+        self.seams.space.fault_in(&request, &mut Vec::new())
     }
 
     /// Device memory for `span`. It is on no LRU yet, so nobody evicts it while it is filled.

@@ -1,47 +1,45 @@
-//! The assembly: this process as host, a software GPU as device, the reference driver between.
+//! The assembly: this process as host, software GPUs as devices, the reference driver between.
 //!
 //! ```text
 //!   workload ── launch ──▶ units (threads) ── fault ──▶ driver ──▶ framework ──▶ live host
 //! ```
 //!
+//! A machine has one host and one or more [`Node`]s: a device with its memory, its driver and the
+//! VMs on it. Every VM mirrors the whole process.
+//!
 //! Everything that takes part in serving faults runs on threads of the runtime: the caller of
 //! [`Machine::launch`] only waits.
+
+mod node;
 
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use gpusvm::addr::{HostSpan, HostVa};
 use gpusvm::error::Failed;
 use gpusvm::event::EventSink;
 use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::env::{Environment, Ns};
-use gpusvm::seam::mm::PagemapId;
 use gpusvm::seam::{Platform, Seams};
-use gpusvm_abi::bus::{DevicePort, Park, SystemBus, VramStore};
-use gpusvm_live::{
-    LiveBus, LiveConfig, LiveEnv, LiveSpace, LiveVram, OpenError, RuntimeScope, VramMode, thread,
-};
-use gpusvm_softgpu::{ConfigError, Dispatch, FaultService, GpuConfig, Kernel, SoftGpu, Stop};
+use gpusvm_abi::bus::Park;
+use gpusvm_live::{LiveConfig, LiveEnv, LiveSpace, OpenError, RuntimeScope, VramMode, thread};
+use gpusvm_softgpu::{ConfigError, Dispatch, Kernel, Stop};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::stats::{Counter, DeviceStats};
-use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
+use gpusvm_xe::vm::{MirrorArea, Rights, Vm};
 
 use crate::timeline::Timeline;
 
-/// Address-space id of the machine's one VM.
-const ASID: u32 = 1;
-/// Faults that wait in the ring.
-const FAULT_RING: usize = 64;
-/// Translations that one unit caches per page size.
-const TLB_ENTRIES: usize = 512;
-/// Time within which a unit must acknowledge an invalidation.
-const TLB_TIMEOUT_NS: u64 = 10_000_000_000;
+pub use node::Node;
 
 /// Time between two looks at a running dispatch.
 const WATCH_NS: u64 = 100_000_000;
+
+/// Most VMs of a machine.
+const VMS_MAX: u16 = 64;
 
 /// Smallest device memory: one huge range, and its page tables at the other end.
 pub const VRAM_MIN: u64 = 4 << 20;
@@ -60,9 +58,6 @@ impl Platform for LivePlatform {
 /// What a machine makes of events: counters, and a timeline where one is wanted.
 type Folds = (Arc<DeviceStats>, Option<Arc<Timeline>>);
 
-/// The software GPU with the live host's locks.
-type Gpu = SoftGpu<gpusvm_live::RawFutexMutex>;
-
 /// Where faults are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ServiceMode {
@@ -73,12 +68,25 @@ pub enum ServiceMode {
     Queue,
 }
 
+/// A device and one of its VMs, by number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Which device.
+    pub device: usize,
+    /// Which of its VMs.
+    pub vm: usize,
+}
+
 /// What a machine is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct MachineConfig {
-    /// Bytes of device memory, at least [`VRAM_MIN`].
+    /// Devices, at least one.
+    pub devices: u16,
+    /// VMs on each device, at least one.
+    pub vms: u16,
+    /// Bytes of memory of each device, at least [`VRAM_MIN`].
     pub vram: u64,
-    /// Execution units, each one thread.
+    /// Execution units of each device, each one thread.
     pub units: u16,
     /// How pages move.
     pub migration: VramMode,
@@ -97,6 +105,8 @@ pub struct MachineConfig {
 impl Default for MachineConfig {
     fn default() -> Self {
         Self {
+            devices: 1,
+            vms: 1,
             vram: 64 << 20,
             units: 2,
             migration: VramMode::Adopt,
@@ -114,6 +124,8 @@ impl Default for MachineConfig {
 pub enum MachineError {
     /// Device memory below the minimum.
     VramTooSmall(u64),
+    /// No device, no VM, or more than there are address-space ids.
+    Count,
     /// The host refuses.
     Host(OpenError),
     /// The device refuses its configuration.
@@ -130,6 +142,10 @@ impl fmt::Display for MachineError {
                 "{bytes} bytes of VRAM hold not one 2 MiB range and its page tables; \
                  use --vram {}M or more",
                 VRAM_MIN >> 20
+            ),
+            Self::Count => write!(
+                f,
+                "a machine has 1 to {VMS_MAX} devices and VMs on each, and no more VMs in all"
             ),
             Self::Host(error) => error.fmt(f),
             Self::Device(error) => error.fmt(f),
@@ -150,12 +166,9 @@ impl From<OpenError> for MachineError {
 pub struct Machine {
     env: Arc<LiveEnv>,
     space: Arc<LiveSpace>,
-    gpu: Arc<Gpu>,
-    device: Arc<Device<LivePlatform>>,
-    vm: Arc<Vm<LivePlatform>>,
     sink: Arc<Folds>,
-    service: Option<thread::RuntimeThread>,
-    stopping: Arc<AtomicBool>,
+    /// At least one.
+    nodes: Vec<Node>,
     config: MachineConfig,
 }
 
@@ -176,6 +189,9 @@ impl Machine {
         if config.vram < VRAM_MIN {
             return Err(MachineError::VramTooSmall(config.vram));
         }
+        if !(1..=VMS_MAX).contains(&config.devices.saturating_mul(config.vms)) {
+            return Err(MachineError::Count);
+        }
         let _runtime_memory = RuntimeScope::enter();
         let env = LiveEnv::new(config.seed);
         let timeline = config.timeline.then(|| Arc::new(Timeline::new()));
@@ -183,12 +199,39 @@ impl Machine {
         let of_host = Arc::clone(&sink) as Arc<dyn EventSink>;
         let space =
             LiveSpace::open(&config.live, Arc::clone(&env), of_host).map_err(MachineError::Host)?;
-        let built = Self::build(config, env, Arc::clone(&space), sink);
-        match &built {
-            Ok(machine) => machine.begin_timeline(),
-            Err(_) => space.close(),
+        let mut machine = Self {
+            env,
+            space,
+            sink,
+            nodes: Vec::new(),
+            config,
+        };
+        // From here on dropping it closes what there is.
+        machine.add_nodes()?;
+        machine.start_worker()?;
+        machine.begin_timeline();
+        Ok(machine)
+    }
+
+    fn add_nodes(&mut self) -> Result<(), MachineError> {
+        for index in 0..self.config.devices {
+            let seams = Seams {
+                env: Arc::clone(&self.env),
+                space: Arc::clone(&self.space),
+                sink: Arc::clone(&self.sink),
+            };
+            self.nodes.push(Node::new(&self.config, seams, index)?);
         }
-        built
+        Ok(())
+    }
+
+    /// Dead ranges are collected in the background: each VM's by its own device.
+    fn start_worker(&self) -> Result<(), MachineError> {
+        let drivers: Vec<_> = self.nodes.iter().map(Node::driver).collect();
+        let work = move |work| drivers.iter().for_each(|driver| driver.work(work));
+        self.env
+            .start_worker(work)
+            .map_err(|error| MachineError::Host(error.into()))
     }
 
     /// Time begins now.
@@ -198,89 +241,37 @@ impl Machine {
         }
     }
 
-    fn build(
-        config: MachineConfig,
-        env: Arc<LiveEnv>,
-        space: Arc<LiveSpace>,
-        sink: Arc<Folds>,
-    ) -> Result<Self, MachineError> {
-        let vram: Arc<LiveVram> = space
-            .create_vram(config.vram, config.migration)
-            .map_err(MachineError::Host)?;
-        let gpu = SoftGpu::new(
-            gpu_config(&config),
-            vram as Arc<dyn VramStore>,
-            Arc::new(LiveBus) as Arc<dyn SystemBus>,
-            Arc::clone(&env) as Arc<dyn Park>,
-        )
-        .map_err(MachineError::Device)?;
-        let seams = Seams {
-            env: Arc::clone(&env),
-            space: Arc::clone(&space),
-            sink: Arc::clone(&sink),
-        };
-        let port = Arc::clone(&gpu) as Arc<dyn DevicePort>;
-        let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
-        let device = Device::new(seams, PagemapId(1), port, copy);
-        let vm = Vm::new(&device, ASID).map_err(MachineError::Driver)?;
-        vm.mirror(MirrorArea {
-            span: user_space(),
-            rights: Rights::ReadWrite,
-        })
-        .map_err(MachineError::Driver)?;
-        let worker = Arc::clone(&device);
-        env.start_worker(move |work| worker.work(work))
-            .map_err(|error| MachineError::Host(error.into()))?;
-        let mut machine = Self {
-            env,
-            space,
-            gpu,
-            device,
-            vm,
-            sink,
-            service: None,
-            stopping: Arc::new(AtomicBool::new(false)),
-            config,
-        };
-        machine.start_service()?;
-        Ok(machine)
+    fn first(&self) -> &Node {
+        &self.nodes[0]
     }
 
-    fn start_service(&mut self) -> Result<(), MachineError> {
-        let handler = Arc::clone(&self.device);
-        if self.config.service == ServiceMode::Inline {
-            self.gpu.set_fault_service(FaultService::Inline(handler));
-            return Ok(());
-        }
-        self.gpu.set_fault_service(FaultService::Queue);
-        let (gpu, stopping) = (Arc::clone(&self.gpu), Arc::clone(&self.stopping));
-        let serve = move || {
-            while !stopping.load(Ordering::Acquire) {
-                gpu.wait_fault();
-                while let Some(record) = gpu.pop_fault() {
-                    let answer = gpusvm_abi::bus::FaultHandler::handle(&*handler, &record);
-                    gpu.ack_fault(&record, answer);
-                }
-            }
-        };
-        let thread = thread::spawn("gpusvm-service", serve)
-            .map_err(|error| MachineError::Host(error.into()))?;
-        self.service = Some(thread);
-        Ok(())
+    /// Runs `groups` groups of `kernel` on all units of the device at `place`, in the VM there, and
+    /// waits.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch); [`Stop::NoUnit`] where there is no such place, and
+    /// [`Stop::UnitBusy`] where somebody else computes on the device.
+    pub fn launch_at(&self, place: Place, kernel: &dyn Kernel, groups: u32) -> Result<(), Stop> {
+        check_ours()?;
+        let node = self.nodes.get(place.device).ok_or(Stop::NoUnit)?;
+        let asid = node.asid(place.vm).ok_or(Stop::NoUnit)?;
+        let dispatch = Dispatch::new(kernel, groups, asid);
+        thread::run_scoped(self.unit_count(), &|unit| node.gpu().run(&dispatch, unit))
+            .into_iter()
+            .collect()
     }
 
-    /// Runs `groups` groups of `kernel` on all units and waits.
+    fn unit_count(&self) -> usize {
+        usize::from(self.config.units)
+    }
+
+    /// Runs `groups` groups of `kernel` on all units of the first device and waits.
     ///
     /// # Errors
     /// The first [`Stop`] of any unit: a refused fault, or a cancelled dispatch;
     /// [`Stop::Foreign`] in a child of the machine's process.
     pub fn launch(&self, kernel: &dyn Kernel, groups: u32) -> Result<(), Stop> {
-        check_ours()?;
-        let dispatch = Dispatch::new(kernel, groups, ASID);
-        let units = usize::from(self.config.units);
-        thread::run_scoped(units, &|unit| self.gpu.run(&dispatch, unit))
-            .into_iter()
-            .collect()
+        self.launch_at(Place::default(), kernel, groups)
     }
 
     /// As [`launch`](Self::launch); meanwhile one more thread calls `watch` ten times a second, and
@@ -295,12 +286,14 @@ impl Machine {
         watch: &(dyn Fn(&Dispatch<'_>) + Sync),
     ) -> Result<(), Stop> {
         check_ours()?;
-        let dispatch = Dispatch::new(kernel, groups, ASID);
-        let units = usize::from(self.config.units);
+        let node = self.first();
+        let asid = node.asid(0).ok_or(Stop::NoUnit)?;
+        let dispatch = Dispatch::new(kernel, groups, asid);
+        let units = self.unit_count();
         let ended = AtomicU32::new(0);
         let play = |unit: usize| {
             if unit < units {
-                let result = self.gpu.run(&dispatch, unit);
+                let result = node.gpu().run(&dispatch, unit);
                 ended.fetch_add(1, Ordering::Release);
                 Park::wake(&*self.env, &ended);
                 return result;
@@ -317,7 +310,7 @@ impl Machine {
         thread::run_scoped(units + 1, &play).into_iter().collect()
     }
 
-    /// Lets the device read `span`, whose CPU mappings may be read-only.
+    /// Lets all devices read `span`, whose CPU mappings may be read-only.
     ///
     /// # Errors
     /// The driver's, where ranges are live in the span.
@@ -326,11 +319,12 @@ impl Machine {
             span,
             rights: Rights::ReadOnly,
         };
-        thread::run(|| self.vm.mirror(area))
+        let mut vms = self.nodes.iter().flat_map(Node::vms);
+        thread::run(|| vms.try_for_each(|vm| vm.mirror(area)))
     }
 
-    /// Moves an aligned span to the device, without the device touching it; returns the time. Must
-    /// be called on a thread of the runtime (see [`thread::run`]).
+    /// Moves an aligned span to the first device, without it touching the span; returns the time.
+    /// Must be called on a thread of the runtime (see [`thread::run`]).
     ///
     /// # Errors
     /// [`Stop::Cancelled`] where the pages refuse.
@@ -340,18 +334,18 @@ impl Machine {
             span: HostSpan::at(HostVa::new(at), bytes),
             timeslice: Ns::default(),
         };
-        self.device
+        self.device()
             .pagemap()
             .to_device(wish)
             .map_err(|_refused| Stop::Cancelled)?;
         Ok(self.env.now().since(start))
     }
 
-    /// Evicts everything that can be evicted; returns the time. Must be called on a thread of the
-    /// runtime.
+    /// Evicts everything that can be evicted from the first device; returns the time. Must be called
+    /// on a thread of the runtime.
     pub fn evict_all(&self) -> Ns {
         let start = self.env.now();
-        let _evicted = self.device.pagemap().vram().evict_all();
+        let _evicted = self.device().pagemap().vram().evict_all();
         self.env.now().since(start)
     }
 
@@ -364,7 +358,7 @@ impl Machine {
         )
     }
 
-    /// Counters of the device.
+    /// Counters of all devices together.
     #[must_use]
     pub fn stats(&self) -> &Arc<DeviceStats> {
         &self.sink.0
@@ -382,19 +376,25 @@ impl Machine {
         &self.space
     }
 
-    /// The VM.
+    /// The devices, at least one.
     #[must_use]
-    pub const fn vm(&self) -> &Arc<Vm<LivePlatform>> {
-        &self.vm
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
     }
 
-    /// The device's driver.
+    /// The first device's driver.
     #[must_use]
-    pub const fn device(&self) -> &Arc<Device<LivePlatform>> {
-        &self.device
+    pub fn device(&self) -> &Arc<Device<LivePlatform>> {
+        self.first().device()
     }
 
-    /// Units of the device.
+    /// The first device's first VM.
+    #[must_use]
+    pub fn vm(&self) -> &Arc<Vm<LivePlatform>> {
+        &self.first().vms()[0]
+    }
+
+    /// Units of each device.
     #[must_use]
     pub const fn units(&self) -> u16 {
         self.config.units
@@ -410,21 +410,19 @@ impl Drop for Machine {
     fn drop(&mut self) {
         if gpusvm_live::is_child() {
             // Threads, locks and device memory are the parent's. Nothing here is torn down.
-            let _parents = ManuallyDrop::new(self.service.take());
+            let _parents = ManuallyDrop::new(core::mem::take(&mut self.nodes));
             return;
         }
-        self.stopping.store(true, Ordering::Release);
-        self.gpu.kick_service();
-        if let Some(service) = self.service.take() {
-            service.join();
-        }
+        self.nodes.iter_mut().for_each(Node::stop_service);
         thread::run(|| {
-            self.vm.close();
+            self.nodes
+                .iter()
+                .flat_map(Node::vms)
+                .for_each(|vm| vm.close());
             self.space.close();
         });
         self.env.stop_worker();
-        // The device refers to the driver, and the driver to the device: part them.
-        self.gpu.set_fault_service(FaultService::Queue);
+        self.nodes.iter().for_each(Node::part);
     }
 }
 
@@ -434,17 +432,5 @@ fn check_ours() -> Result<(), Stop> {
         Err(Stop::Foreign)
     } else {
         Ok(())
-    }
-}
-
-fn gpu_config(config: &MachineConfig) -> GpuConfig {
-    GpuConfig {
-        gts: 1,
-        units_per_gt: config.units,
-        tlb_entries: TLB_ENTRIES,
-        fault_ring: FAULT_RING,
-        asids: ASID + 1,
-        tlb_timeout_ns: TLB_TIMEOUT_NS,
-        ignore_tlb_invalidation: config.plant_stale_tlb,
     }
 }
