@@ -15,21 +15,17 @@
 //! which such a child can see a later write. `vfork` and `posix_spawn` share the parent's memory
 //! and need nothing.
 
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::Arc;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use gpusvm::addr::{HostSpan, PAGE};
 use gpusvm::event::HomeCause;
-use gpusvm::seam::env::Mutex;
 use rustix::io::Errno;
 
 use crate::bracket;
-use crate::env::LiveEnv;
 use crate::residency::everything;
 use crate::space::LiveSpace;
 use crate::sys::atfork::{self, ForkHook};
-use crate::sys::futex;
-use crate::sys::thread::{self, RuntimeThread, SpawnError};
+use crate::sys::thread;
 use crate::sys::uffd::Uffd;
 
 /// Forks that are going on.
@@ -83,82 +79,13 @@ impl LiveSpace {
 
 /// A child of a raw clone, with the spans that were away when it was made.
 #[derive(Debug)]
-struct Orphan {
-    memory: Uffd,
-    away: Vec<HostSpan>,
-}
-
-/// The thread that gives children of raw clones what was away. The reader may not: it would wait
-/// for migrations that wait for it.
-#[derive(Debug)]
-pub(crate) struct Nursery {
-    waiting: Mutex<LiveEnv, Vec<Orphan>>,
-    /// Bumped when one comes, or at the end.
-    called: AtomicU32,
-    stop: AtomicBool,
-    thread: Mutex<LiveEnv, Option<RuntimeThread>>,
-}
-
-impl Default for Nursery {
-    fn default() -> Self {
-        Self {
-            waiting: Mutex::<LiveEnv, _>::new(Vec::new()),
-            called: AtomicU32::new(0),
-            stop: AtomicBool::new(false),
-            thread: Mutex::<LiveEnv, _>::new(None),
-        }
-    }
-}
-
-impl Nursery {
-    /// Starts the thread. It ends by [`stop`](Self::stop).
-    pub(crate) fn start(space: &Arc<LiveSpace>) -> Result<(), SpawnError> {
-        let nurse = Arc::clone(space);
-        let thread = thread::spawn("gpusvm-children", move || nurse.nursery.run(&nurse))?;
-        *space.nursery.thread.lock() = Some(thread);
-        Ok(())
-    }
-
-    /// Takes a child in; `away` are the spans that it misses. For the reader: waits for nothing.
-    pub(crate) fn admit(&self, memory: Uffd, away: Vec<HostSpan>) {
-        if away.is_empty() {
-            // Nothing is missing: the child's registrations end with the descriptor.
-            return;
-        }
-        self.waiting.lock().push(Orphan { memory, away });
-        self.call();
-    }
-
-    /// Ends the thread, after the children that wait.
-    pub(crate) fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
-        self.call();
-        let thread = self.thread.lock().take();
-        if let Some(thread) = thread {
-            thread.join();
-        }
-    }
-
-    fn call(&self) {
-        self.called.fetch_add(1, Ordering::Release);
-        futex::wake(&self.called);
-    }
-
-    fn run(&self, space: &LiveSpace) {
-        loop {
-            let seen = self.called.load(Ordering::Acquire);
-            let next = self.waiting.lock().pop();
-            match next {
-                Some(orphan) => feed(space, &orphan),
-                None if self.stop.load(Ordering::Acquire) => return,
-                None => futex::wait(&self.called, seen, None),
-            }
-        }
-    }
+pub(crate) struct Orphan {
+    pub(crate) memory: Uffd,
+    pub(crate) away: Vec<HostSpan>,
 }
 
 /// Copies into a child what it misses. Closing its descriptor afterwards lets it go on.
-fn feed(space: &LiveSpace, orphan: &Orphan) {
+pub(crate) fn feed(space: &LiveSpace, orphan: &Orphan) {
     for span in &orphan.away {
         space.residency.lock().change(*span);
         space.bring_home(*span, HomeCause::SpaceChange);

@@ -8,7 +8,7 @@
 //! | `migrate`, `leg`, `staging` | pages leave and return by `UFFDIO_MOVE` |
 //! | `reader` | the thread that serves CPU faults |
 //! | `bracket` | address-space calls, seen before they happen |
-//! | `fork` | what children get |
+//! | `fork`, `attendant` | what children get, and dying processes |
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
 //! | `level` | what the system allows, and what follows |
 //! | [`FaultLoop`] (`yardstick`) | what benches compare faults with |
@@ -26,6 +26,7 @@
 //! Lock order: host mm (`watch`, then notifiers, then `residency`) → notifier → vram → leaf
 //! (`staging`, the allocator).
 
+mod attendant;
 mod bracket;
 mod env;
 mod fork;

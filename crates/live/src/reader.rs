@@ -107,7 +107,7 @@ fn receive(space: &LiveSpace, messages: &mut [Message]) -> usize {
         .filter(|message| matches!(message, Message::Fork(_)));
     for message in clones {
         if let Message::Fork(child) = core::mem::replace(message, Message::None) {
-            space.nursery.admit(child, table.departed());
+            space.attendant.admit(child, table.departed());
         }
     }
     count

@@ -19,9 +19,10 @@ use gpusvm::seam::mm::{
     Vma, VmaKind,
 };
 
+use crate::attendant::Attendant;
 use crate::bracket;
 use crate::env::LiveEnv;
-use crate::fork::{self, Forks, Nursery};
+use crate::fork::{self, Forks};
 use crate::level::{Level, LiveConfig, OpenError};
 use crate::migrate::LiveMigration;
 use crate::reader::{self, Reader};
@@ -52,7 +53,7 @@ pub struct LiveSpace {
     /// Bumped when a travel or a change ends; what those in its way sleep on.
     changed: AtomicU32,
     pub(crate) forks: Forks,
-    pub(crate) nursery: Nursery,
+    pub(crate) attendant: Attendant,
     reader: Mutex<LiveEnv, Option<Reader>>,
     /// Thread id of the reader.
     pub(crate) reader_tid: AtomicU32,
@@ -101,14 +102,14 @@ impl LiveSpace {
             },
             changed: AtomicU32::new(0),
             forks: Forks::default(),
-            nursery: Nursery::default(),
+            attendant: Attendant::default(),
             reader: Mutex::<LiveEnv, _>::new(None),
             reader_tid: AtomicU32::new(0),
             closing: AtomicBool::new(false),
         });
         let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
         *space.reader.lock() = Some(reader);
-        Nursery::start(&space)?;
+        Attendant::start(&space)?;
         fork::install();
         bracket::enter_service(&space);
         Ok(space)
@@ -152,7 +153,7 @@ impl LiveSpace {
         if let Some(reader) = reader {
             reader.stop();
         }
-        self.nursery.stop();
+        self.attendant.stop();
     }
 
     pub(crate) fn emit(&self, event: &Event) {

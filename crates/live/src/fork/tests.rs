@@ -1,8 +1,11 @@
 use super::*;
 
 use core::sync::atomic::AtomicU64;
+use std::sync::Arc;
+
 use gpusvm::addr::{HostVa, PAGE_2M};
 
+use crate::env::LiveEnv;
 use crate::sys::child::{By, Child};
 use crate::sys::mapping::{AnonMapping, Huge};
 use crate::sys::uffd::{Features, OpenMode};

@@ -6,6 +6,10 @@ use core::sync::atomic::{AtomicI32, Ordering};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus, Output};
 
+use gpusvm_abi::bus::SystemBus;
+
+use crate::sys::fault_copy::LiveBus;
+
 const CASE: &str = "GPUSVM_SIGNAL_CASE";
 /// Exit code of a child that lived to its end.
 const SURVIVED: i32 = 7;
@@ -116,6 +120,15 @@ fn sent_signal_kills_under_the_default_action() {
         send(libc::SIGBUS);
     });
     assert_eq!(status.signal(), Some(libc::SIGBUS), "{status:?}");
+}
+
+#[test]
+fn abort_still_ends_the_process_by_its_signal() {
+    let status = status("abort_still_ends_the_process_by_its_signal", || {
+        install();
+        std::process::abort();
+    });
+    assert_eq!(status.signal(), Some(libc::SIGABRT), "{status:?}");
 }
 
 #[test]
