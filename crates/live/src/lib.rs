@@ -10,6 +10,7 @@
 //! | `bracket` | address-space calls, seen before they happen |
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
 //! | `level` | what the system allows, and what follows |
+//! | `stall` | who waits for whom, where nothing moves any more |
 //! | `sys` | every `unsafe`, and nothing that knows what it is for |
 //!
 //! A program that opens a live space declares the allocator that keeps the runtime's own memory
@@ -33,6 +34,7 @@ mod residency;
 mod space;
 mod spans;
 mod staging;
+mod stall;
 mod sys;
 #[cfg(test)]
 mod toy;
@@ -42,14 +44,17 @@ pub use env::LiveEnv;
 pub use level::{BracketChoice, BracketLevel, Level, LiveConfig, OpenError, UffdLevel};
 pub use migrate::LiveMigration;
 pub use space::LiveSpace;
+pub use stall::{ReaderState, ThreadState, Wait, lies_in, threads};
 pub use sys::arena::{RuntimeAlloc, RuntimeScope, is_installed};
 pub use sys::fault_copy::LiveBus;
 pub use sys::futex::RawFutexMutex;
 pub use sys::mapping::{AnonMapping, FileMapping, Huge, Protect};
 pub use sys::patch::PatchError;
 pub use sys::probe::{Facts, memory_available, probe};
+pub use sys::territory::{Advise, Leave, Territory};
 pub use sys::thread;
 pub use sys::vram::{LiveVram, VramMode};
+pub use sys::waits::Reason;
 
 #[cfg(test)]
 #[global_allocator]

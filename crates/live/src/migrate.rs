@@ -10,6 +10,8 @@
 //! the invalidation has ended every device access to it: a device unit may be waiting for the
 //! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
 
+use core::sync::atomic::Ordering;
+
 use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PAGE_2M, PageCount, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::Event;
@@ -21,6 +23,7 @@ use crate::residency::{Busy, DevicePage, Piece};
 use crate::space::LiveSpace;
 use crate::staging::{Kind, Left, Slot};
 use crate::sys::advise;
+use crate::sys::fault_copy;
 use crate::sys::uffd::Uffd;
 use crate::watch::CannotArm;
 
@@ -205,6 +208,24 @@ impl LiveSpace {
     /// Moves the pages of a leg out of the mapping. Its place outside is empty at first, so on
     /// refusal whatever is there has to come back.
     fn leave(&self, leg: &Leg) -> Result<(), Refused> {
+        if self.skip_freeze.load(Ordering::Relaxed) {
+            return self.leave_unfrozen(leg);
+        }
+        self.move_out(leg)
+    }
+
+    /// The planted bug: what is written between the copy and the move is lost.
+    #[cold]
+    fn leave_unfrozen(&self, leg: &Leg) -> Result<(), Refused> {
+        // A touch of a hole would wait for the end of this very travel.
+        let taken = fault_copy::snapshot(leg.user, |page| self.pagemap.populated(page));
+        rustix::thread::sched_yield();
+        self.move_out(leg)?;
+        fault_copy::restore(leg.parked_span(), &taken);
+        Ok(())
+    }
+
+    fn move_out(&self, leg: &Leg) -> Result<(), Refused> {
         let mut rest = leg.user;
         loop {
             let to = leg.parked_at(rest.start());

@@ -71,14 +71,14 @@ fn run(space: &LiveSpace, stop: &OwnedFd) {
         let readable = space.watch.uffd.wait_readable(stop.as_fd(), timeout);
         deferred.wake_due(space);
         if readable {
+            space.reader_round.fetch_add(1, Ordering::AcqRel);
             let count = space.watch.uffd.read(&mut messages).unwrap_or(0);
             for message in &mut messages[..count] {
-                handle(
-                    space,
-                    core::mem::replace(message, Message::None),
-                    &mut deferred,
-                );
+                let message = core::mem::replace(message, Message::None);
+                handle(space, message, &mut deferred);
             }
+            // Pairs with `LiveSpace::settle_events`.
+            space.reader_round.fetch_add(1, Ordering::AcqRel);
         } else if stopped(stop) {
             return;
         }
@@ -98,6 +98,13 @@ fn stopped(stop: &OwnedFd) -> bool {
 }
 
 fn handle(space: &LiveSpace, message: Message, deferred: &mut Deferred) {
+    let about = match &message {
+        Message::Fault { at } => *at,
+        Message::Unmap(span) | Message::Remove(span) => span.start(),
+        Message::Remap { from, .. } => from.start(),
+        Message::Fork(_) | Message::None => HostVa::new(0),
+    };
+    space.reader_at.store(about.get(), Ordering::Relaxed);
     match message {
         Message::Fault { at } => serve_fault(space, at.align_down(PAGE), deferred),
         Message::Unmap(span) => late_change(space, span, InvalidateReason::Unmap),

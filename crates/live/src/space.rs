@@ -6,7 +6,7 @@
 //! *is* the host virtual address, and device accesses go through copies that survive a fault.
 
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
 use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE_2M};
@@ -26,11 +26,13 @@ use crate::migrate::LiveMigration;
 use crate::reader::{self, Reader};
 use crate::residency::{Piece, Residency, State, everything};
 use crate::staging::Staging;
+use crate::stall::ReaderState;
 use crate::sys::futex;
 use crate::sys::pagemap::PageMap;
 use crate::sys::procmap::{MapInfo, NameKind, ProcMap, Sharing};
 use crate::sys::uffd::RegisterMode;
 use crate::sys::vram::{LiveVram, VramMode};
+use crate::sys::waits::Reason;
 use crate::sys::{arena, thread};
 use crate::watch::Watch;
 
@@ -53,6 +55,12 @@ pub struct LiveSpace {
     reader: Mutex<LiveEnv, Option<Reader>>,
     /// Thread id of the reader.
     pub(crate) reader_tid: AtomicU32,
+    /// Odd while the reader reads and handles messages.
+    pub(crate) reader_round: AtomicU32,
+    /// What its last message was about.
+    pub(crate) reader_at: AtomicU64,
+    /// Test switch, see [`plant_missing_freeze`](Self::plant_missing_freeze).
+    pub(crate) skip_freeze: AtomicBool,
     pub(crate) closing: AtomicBool,
 }
 
@@ -96,6 +104,9 @@ impl LiveSpace {
             changed: AtomicU32::new(0),
             reader: Mutex::<LiveEnv, _>::new(None),
             reader_tid: AtomicU32::new(0),
+            reader_round: AtomicU32::new(0),
+            reader_at: AtomicU64::new(0),
+            skip_freeze: AtomicBool::new(false),
             closing: AtomicBool::new(false),
         });
         let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
@@ -122,6 +133,32 @@ impl LiveSpace {
                 .map_err(OpenError::os("register device memory"))?;
         }
         Ok(Arc::new(vram))
+    }
+
+    /// Waits until the reader has handled what it has read. The system lets a call that raises an
+    /// event go on when the event is read: after this, it is handled, too. For programs whose
+    /// changes no bracket sees.
+    pub fn settle_events(&self) {
+        let round = self.reader_round.load(Ordering::Acquire);
+        while round & 1 == 1 && self.reader_round.load(Ordering::Acquire) == round {
+            rustix::thread::sched_yield();
+        }
+    }
+
+    /// What the fault reader is doing right now.
+    #[must_use]
+    pub fn reader_state(&self) -> ReaderState {
+        if self.reader_round.load(Ordering::Relaxed) & 1 == 0 {
+            return ReaderState::Idle;
+        }
+        ReaderState::Busy(HostVa::new(self.reader_at.load(Ordering::Relaxed)))
+    }
+
+    /// Plants a bug: a migration to a device takes the content before it takes the pages, so that
+    /// what the CPU writes in between is lost. Tests use it to show that they would notice.
+    #[doc(hidden)]
+    pub fn plant_missing_freeze(&self) {
+        self.skip_freeze.store(true, Ordering::Relaxed);
     }
 
     /// Brings every page of the process home. Pages that other operations hold are waited for.
@@ -161,7 +198,7 @@ impl LiveSpace {
             if !self.residency.lock().is_travelling(span) {
                 return;
             }
-            futex::wait(&self.changed, seen, None);
+            futex::wait(&self.changed, seen, None, Reason::Travel);
         }
     }
 

@@ -14,6 +14,8 @@ pub(crate) mod pagemap;
 pub(crate) mod patch;
 pub(crate) mod probe;
 pub(crate) mod procmap;
+pub(crate) mod territory;
 pub mod thread;
 pub(crate) mod uffd;
 pub(crate) mod vram;
+pub(crate) mod waits;

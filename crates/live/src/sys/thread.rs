@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use crate::sys::arena::RuntimeScope;
 use crate::sys::futex;
 use crate::sys::owned::{self, OwnedSpan};
+use crate::sys::waits::Reason;
 
 /// Stack of a runtime thread.
 const STACK_BYTES: usize = 1 << 20;
@@ -125,7 +126,7 @@ impl Start {
     /// Waits; true when the thread is ready, false when it gave up.
     fn wait(&self) -> bool {
         while self.0.load(Ordering::Acquire) == Self::PENDING {
-            futex::wait(&self.0, Self::PENDING, None);
+            futex::wait(&self.0, Self::PENDING, None, Reason::Start);
         }
         self.0.load(Ordering::Acquire) == Self::READY
     }
