@@ -334,8 +334,9 @@ impl LiveSpace {
             };
             let next = match moved.error {
                 None => stayed,
+                // There are unread events: another thread reads them.
                 Some(Errno::AGAIN) => {
-                    self.let_events_pass();
+                    rustix::thread::sched_yield();
                     stayed
                 }
                 // What is wrong with the rest shows when it is the first.
@@ -370,7 +371,7 @@ impl LiveSpace {
         match copied {
             Ok(()) => {}
             Err(Errno::AGAIN) => {
-                self.let_events_pass();
+                rustix::thread::sched_yield();
                 return from;
             }
             Err(Errno::EXIST) => lost.conflicts += 1,

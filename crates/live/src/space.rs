@@ -23,7 +23,7 @@ use crate::bracket;
 use crate::env::LiveEnv;
 use crate::level::{Level, LiveConfig, OpenError};
 use crate::migrate::LiveMigration;
-use crate::reader::{self, Reader};
+use crate::reader::{self, Pool, Reader};
 use crate::residency::{Piece, Residency, State, everything};
 use crate::staging::Staging;
 use crate::stall::ReaderState;
@@ -53,11 +53,11 @@ pub struct LiveSpace {
     /// Bumped when a travel or a change ends; what those in its way sleep on.
     changed: AtomicU32,
     reader: Mutex<LiveEnv, Option<Reader>>,
-    /// Thread id of the reader.
-    pub(crate) reader_tid: AtomicU32,
-    /// Odd while the reader reads and handles messages.
+    /// How the fault readers share their work.
+    pub(crate) pool: Pool,
+    /// Odd while a reader reads and sorts messages.
     pub(crate) reader_round: AtomicU32,
-    /// What its last message was about.
+    /// What the last fault was about.
     pub(crate) reader_at: AtomicU64,
     /// Test switch, see [`plant_missing_freeze`](Self::plant_missing_freeze).
     pub(crate) skip_freeze: AtomicBool,
@@ -103,7 +103,7 @@ impl LiveSpace {
             },
             changed: AtomicU32::new(0),
             reader: Mutex::<LiveEnv, _>::new(None),
-            reader_tid: AtomicU32::new(0),
+            pool: Pool::new().map_err(OpenError::os("make an eventfd"))?,
             reader_round: AtomicU32::new(0),
             reader_at: AtomicU64::new(0),
             skip_freeze: AtomicBool::new(false),
@@ -143,15 +143,22 @@ impl LiveSpace {
         while round & 1 == 1 && self.reader_round.load(Ordering::Acquire) == round {
             rustix::thread::sched_yield();
         }
+        while !self.pool.is_settled() {
+            rustix::thread::sched_yield();
+        }
     }
 
-    /// What the fault reader is doing right now.
+    /// What the fault readers are doing right now.
     #[must_use]
     pub fn reader_state(&self) -> ReaderState {
-        if self.reader_round.load(Ordering::Relaxed) & 1 == 0 {
-            return ReaderState::Idle;
+        let (led, idle, queued) = self.pool.state();
+        ReaderState {
+            reading: self.reader_round.load(Ordering::Relaxed) & 1 == 1,
+            led,
+            idle,
+            queued,
+            last_fault: HostVa::new(self.reader_at.load(Ordering::Relaxed)),
         }
-        ReaderState::Busy(HostVa::new(self.reader_at.load(Ordering::Relaxed)))
     }
 
     /// Plants a bug: a migration to a device takes the content before it takes the pages, so that
@@ -177,7 +184,7 @@ impl LiveSpace {
         self.watch.close();
         let reader = self.reader.lock().take();
         if let Some(reader) = reader {
-            reader.stop();
+            reader.stop(&self.pool);
         }
     }
 
@@ -240,15 +247,6 @@ impl LiveSpace {
     pub(crate) fn is_mapped(&self, span: HostSpan) -> bool {
         self.vma_around(span.start())
             .is_some_and(|vma| vma.span.overlaps(span))
-    }
-
-    /// A MOVE found unread events. The reader drains them; if this is the reader, it does so now.
-    pub(crate) fn let_events_pass(&self) {
-        if self.reader_tid.load(Ordering::Relaxed) == thread::current_id() {
-            reader::drain(self);
-        } else {
-            rustix::thread::sched_yield();
-        }
     }
 
     /// The mapping at `at` or behind it, with the pieces that arming has cut joined again inside

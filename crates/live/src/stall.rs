@@ -40,13 +40,19 @@ pub struct Wait {
     pub since: Duration,
 }
 
-/// What the fault reader is doing.
+/// What the fault readers are doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReaderState {
-    /// Waiting for a message.
-    Idle,
-    /// Handling messages; the last one was about this address.
-    Busy(HostVa),
+pub struct ReaderState {
+    /// One of them is reading or sorting messages.
+    pub reading: bool,
+    /// A thread has the lead: it reads, or waits for something to read.
+    pub led: bool,
+    /// Threads without work.
+    pub idle: usize,
+    /// Messages that wait for a thread.
+    pub queued: usize,
+    /// What the last fault was about.
+    pub last_fault: HostVa,
 }
 
 struct Found {

@@ -145,7 +145,8 @@ pub(crate) fn wake(word: &AtomicU32) {
     let _woken = sys::wake(word, sys::Flags::PRIVATE, i32::MAX.unsigned_abs());
 }
 
-fn wake_one(word: &AtomicU32) {
+/// Wakes one sleeper on `word`.
+pub(crate) fn wake_one(word: &AtomicU32) {
     // As in `wake`.
     let _woken = sys::wake(word, sys::Flags::PRIVATE, 1);
 }

@@ -12,9 +12,10 @@
 use core::ffi::c_void;
 use core::ptr;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
+use rustix::process::PidfdFlags;
 
 use crate::sys::mapping::{Huge, Protect, check};
 
@@ -273,11 +274,7 @@ fn try_at(at: u64, bytes: u64) -> Option<HostSpan> {
 }
 
 fn this_process() -> Option<OwnedFd> {
-    // SAFETY: makes a descriptor and changes nothing else.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
-    let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
-    // SAFETY: the call made it, and nobody else knows it.
-    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+    rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).ok()
 }
 
 fn mapped(result: *mut c_void) -> io::Result<()> {
