@@ -13,4 +13,5 @@ pub mod report;
 pub mod run;
 pub mod size;
 pub mod table;
+mod torture;
 pub mod workload;

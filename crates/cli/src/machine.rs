@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use gpusvm::addr::{HostSpan, HostVa};
-use gpusvm::error::Failed;
+use gpusvm::error::{Failed, Interrupted};
 use gpusvm::event::EventSink;
 use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::env::{Environment, Ns};
@@ -22,7 +22,9 @@ use gpusvm_abi::bus::{DevicePort, Park, SystemBus, VramStore};
 use gpusvm_live::{
     LiveBus, LiveConfig, LiveEnv, LiveSpace, LiveVram, OpenError, RuntimeScope, VramMode, thread,
 };
-use gpusvm_softgpu::{ConfigError, Dispatch, FaultService, GpuConfig, Kernel, SoftGpu, Stop};
+use gpusvm_softgpu::{
+    ConfigError, Dispatch, FaultService, GpuConfig, Kernel, SoftGpu, Stop, UnitState,
+};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::stats::{Counter, DeviceStats};
@@ -288,6 +290,46 @@ impl Machine {
             }
         };
         thread::run_scoped(units + 1, &play).into_iter().collect()
+    }
+
+    /// Runs `kernel`, one group, on the unit `unit` alone, and waits. Units that are launched
+    /// together by [`launch`](Self::launch) must not run meanwhile.
+    ///
+    /// # Errors
+    /// The kernel's [`Stop`], or that the unit is busy or does not exist.
+    pub fn launch_on(&self, unit: usize, kernel: &dyn Kernel) -> Result<(), Stop> {
+        let dispatch = Dispatch::new(kernel, 1, ASID);
+        thread::run_scoped(1, &|_| self.gpu.run(&dispatch, unit))
+            .into_iter()
+            .collect()
+    }
+
+    /// Moves pages to the device, without the device touching them.
+    ///
+    /// # Errors
+    /// The framework's, where the pages refuse or are busy.
+    pub fn send(&self, span: HostSpan) -> Result<(), Interrupted> {
+        let wish = ToDevice {
+            span,
+            timeslice: Ns::default(),
+        };
+        thread::run_scoped(1, &|_| self.device.pagemap().to_device(wish))
+            .into_iter()
+            .collect()
+    }
+
+    /// Brings home what is on the device; returns how many allocations went.
+    #[must_use]
+    pub fn evict_all(&self) -> usize {
+        thread::run_scoped(1, &|_| self.device.pagemap().vram().evict_all())
+            .into_iter()
+            .sum()
+    }
+
+    /// Tells what the units are doing, also while the machine is being closed.
+    pub fn unit_viewer(&self) -> impl Fn() -> Vec<UnitState> + Sync + use<> {
+        let gpu = Arc::clone(&self.gpu);
+        move || gpu.unit_states()
     }
 
     /// Lets the device read `span`, whose CPU mappings may be read-only.
