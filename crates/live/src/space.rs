@@ -92,7 +92,7 @@ impl LiveSpace {
             env,
             notifiers: IntervalNotifiers::new(),
             residency: Mutex::<LiveEnv, _>::new(Residency::default()),
-            watch: Watch::new(user),
+            watch: Watch::new(user).map_err(OpenError::os("open /proc/self/pagemap"))?,
             staging: Staging::new(staging).map_err(OpenError::os("map the staging arena"))?,
             procmap: ProcMap::open().map_err(OpenError::os("query this process's mappings"))?,
             pagemap: PageMap::open().map_err(OpenError::os("open /proc/self/pagemap"))?,
