@@ -1,7 +1,7 @@
 //! Areas: stretches of memory with a ledger, a state per page, and a memory of what was done.
 
 use core::ops::Range;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
 use gpusvm::seam::env::Mutex;
@@ -146,6 +146,18 @@ pub(super) struct Past {
     pub(super) errno: i32,
 }
 
+/// How the system sees an area. It joins mappings only if their pages have one root, which the first
+/// write makes: what is cut before that stays in pieces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Joint {
+    /// Mapped in one call, and not cut since.
+    Whole,
+    /// As above, and written to: whatever is cut is joined again.
+    Rooted,
+    /// Mapped in several calls, or cut too early.
+    Pieces,
+}
+
 /// One area.
 #[derive(Debug)]
 pub(super) struct Area {
@@ -155,8 +167,8 @@ pub(super) struct Area {
     base: AtomicU64,
     words: Vec<Word>,
     flux: Vec<AtomicU32>,
-    /// It was mapped in one call, and so the system treats it as one mapping.
-    in_one: AtomicBool,
+    /// Whether the system treats it as one mapping, by [`Joint`].
+    joint: AtomicU32,
     /// Held by whoever changes the area; one at a time.
     pub(super) change: Mutex<LiveEnv, ()>,
     past: Mutex<LiveEnv, Vec<Past>>,
@@ -172,7 +184,7 @@ impl Area {
             base: AtomicU64::new(homes[0].get()),
             words: (0..plan.pages * SLOTS).map(|_| Word::default()).collect(),
             flux: (0..plan.pages).map(|_| AtomicU32::new(0)).collect(),
-            in_one: AtomicBool::new(true),
+            joint: AtomicU32::new(Joint::Whole as u32),
             change: Mutex::<LiveEnv, _>::new(()),
             past: Mutex::<LiveEnv, _>::new(Vec::with_capacity(REMEMBERED)),
         }
@@ -191,13 +203,30 @@ impl Area {
 
     /// Whether the system must treat it as one mapping.
     pub(super) fn is_in_one(&self) -> bool {
-        self.in_one.load(Ordering::Relaxed)
+        self.joint.load(Ordering::Relaxed) != Joint::Pieces as u32
     }
 
     /// Some pages were mapped anew.
     pub(super) fn mapped(&self, pages: &Range<u32>) {
         let all = *pages == (0..self.plan.pages);
-        self.in_one.store(all, Ordering::Relaxed);
+        let joint = if all { Joint::Whole } else { Joint::Pieces };
+        self.joint.store(joint as u32, Ordering::Relaxed);
+    }
+
+    /// Somebody has written to it while it was whole.
+    pub(super) fn rooted(&self) {
+        let (whole, rooted) = (Joint::Whole as u32, Joint::Rooted as u32);
+        let order = Ordering::Relaxed;
+        // Pieces stay pieces.
+        let _changed = self.joint.compare_exchange(whole, rooted, order, order);
+    }
+
+    /// A part is about to be cut out and joined again.
+    pub(super) fn cut(&self) {
+        let (whole, pieces) = (Joint::Whole as u32, Joint::Pieces as u32);
+        let order = Ordering::Relaxed;
+        // What has a root is joined again.
+        let _changed = self.joint.compare_exchange(whole, pieces, order, order);
     }
 
     /// Where some of its pages are.

@@ -152,11 +152,14 @@ impl Churner<'_> {
             return;
         };
         let pages = self.choose(op, area, page);
-        // Only what is one mapping can grow, and something of it must stay.
+        // Only what is one mapping can grow, and something must stay of it.
         if op == Op::Resize && !(area.is_in_one() && pages.start > 0 && !pages.is_empty()) {
             return;
         }
         let span = Span { area, pages };
+        if matches!(op, Op::Lock | Op::MoveAway | Op::MoveKeep) {
+            area.cut();
+        }
         let began_us = self.world.now_us();
         let result = self.perform(op, &span);
         let answer = usize::from(result.is_err());
@@ -174,6 +177,19 @@ impl Churner<'_> {
             errno,
         });
         self.look_after(&span);
+        if self.random.one_in(4) {
+            self.touch(&span);
+        }
+    }
+
+    /// Writes a page, and leaves it as it is.
+    fn touch(&self, span: &Span<'_>) {
+        let _inside = self.world.enter(self.me);
+        let at = span.host().start().get();
+        let stable = span.area.flux(span.pages.start).kind() == Kind::Stable;
+        if stable && self.world.bus.atomic(at, AtomicOp::Add(0)).is_ok() {
+            span.area.rooted();
+        }
     }
 
     /// Pages around `page`: few, many, a whole block, all.
