@@ -63,11 +63,16 @@ impl Watch {
         if sets.watched.covers(vma.span) {
             return;
         }
+        if sets.registered.within(vma.span).is_empty() {
+            // A touch can wait for a reader, and readers take the lock.
+            drop(sets);
+            self.root(vma.span);
+            sets = self.sets.lock();
+        }
         sets.watched.insert(vma.span);
         publish_hull(&sets.watched);
         // Calls that began before the hull grew may still be changing the mapping: let them end.
         patch::wait_for_unwatched_calls();
-        self.root(vma.span);
         if self
             .uffd
             .register(vma.span, RegisterMode::WriteProtect)
