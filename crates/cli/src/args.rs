@@ -31,7 +31,8 @@ pub enum Command {
     #[command(after_help = "Examples:\n  gpusvm run\n  \
         gpusvm run stream --size 1G --vram 256M --json\n  \
         gpusvm run gups --migration copy --fault-service queue\n  \
-        gpusvm run sort --report out   pictures over time, in out/report.html")]
+        gpusvm run sort --report out   pictures over time, in out/report.html\n  \
+        gpusvm run torture --seconds 60 --seed 7  whatever a process can do, at once")]
     Run(RunArgs),
     /// Show what this machine and kernel allow, and what follows for you.
     Info(OutputArgs),
@@ -84,6 +85,12 @@ pub struct RunArgs {
     /// and NAME.gt0.stats. Made if it is not there.
     #[arg(long, value_name = "DIR")]
     pub report: Option<PathBuf>,
+    /// How long torture lasts.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub seconds: Option<u64>,
+    /// Plant a bug, to see torture find it.
+    #[arg(long = "break", value_enum, value_name = "BUG")]
+    pub planted: Option<Planted>,
     /// How results are shown.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -97,6 +104,19 @@ pub struct BenchArgs {
     /// How results are shown.
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// A bug that is planted on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Planted {
+    /// Bindings are written although the mapping changed meanwhile.
+    Recheck,
+    /// Device units acknowledge TLB invalidations and keep their entries.
+    Tlb,
+    /// Migrations take the content before they take the pages.
+    Freeze,
+    /// Actors take two locks crosswise.
+    Hang,
 }
 
 /// The host whose memory is shared.
@@ -180,6 +200,7 @@ impl RunArgs {
             live: LiveConfig { brackets },
             seed: self.seed,
             timeline: self.report.is_some(),
+            plant_stale_tlb: self.planted == Some(Planted::Tlb),
             ..MachineConfig::default()
         }
     }

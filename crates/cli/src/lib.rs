@@ -16,4 +16,5 @@ pub mod run;
 pub mod size;
 pub mod table;
 pub mod timeline;
+mod torture;
 pub mod workload;

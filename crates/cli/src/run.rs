@@ -17,6 +17,7 @@ use crate::progress::{Bar, Wanted};
 use crate::report::{self, COLUMNS, Picture, Report};
 use crate::size;
 use crate::table::Table;
+use crate::torture;
 use crate::workload::{ALL, Job, JobError, Order, PrepareError, Workload};
 
 /// Sizes of the demo set: each workload four times larger than device memory, and all of them
@@ -60,6 +61,8 @@ pub enum RunError {
     Job(JobError),
     /// An answer is wrong.
     NotVerified(&'static str),
+    /// Torture found something; what it was, in a line.
+    Torture(String),
     /// Standard output is closed.
     Output,
 }
@@ -74,7 +77,7 @@ impl RunError {
             Self::Machine(MachineError::VramTooSmall(_)) => 2,
             Self::Job(JobError::Interrupted) => 130,
             Self::Machine(_) | Self::Job(_) | Self::Report(_) => 1,
-            Self::NotVerified(_) | Self::Output => 1,
+            Self::NotVerified(_) | Self::Torture(_) | Self::Output => 1,
         }
     }
 }
@@ -85,7 +88,8 @@ impl fmt::Display for RunError {
             Self::Unknown(name) => {
                 write!(f, "there is no workload `{name}`; there are:")?;
                 ALL.iter()
-                    .try_for_each(|workload| write!(f, " {}", workload.name))
+                    .try_for_each(|workload| write!(f, " {}", workload.name))?;
+                write!(f, " {}", torture::NAME)
             }
             Self::Memory { needed, available } => write!(
                 f,
@@ -99,6 +103,7 @@ impl fmt::Display for RunError {
             Self::Machine(error) => error.fmt(f),
             Self::Job(error) => error.fmt(f),
             Self::NotVerified(name) => write!(f, "{name}: the device's answer is wrong"),
+            Self::Torture(what) => f.write_str(what),
             Self::Output => f.write_str("standard output is closed"),
         }
     }
@@ -111,6 +116,9 @@ impl std::error::Error for RunError {}
 /// # Errors
 /// [`RunError`]; with its exit code.
 pub fn run(args: &RunArgs, interrupted: &AtomicBool, out: &mut dyn Write) -> Result<(), RunError> {
+    if args.workload.as_deref() == Some(torture::NAME) {
+        return torture::run(args, interrupted, out);
+    }
     let jobs = plan(args)?;
     let folder = args.report.as_deref().map(Folder::open).transpose();
     let folder = folder.map_err(RunError::Folder)?;
@@ -149,6 +157,12 @@ fn run_all(
 
 /// Workloads with their sizes.
 fn plan(args: &RunArgs) -> Result<Vec<(Workload, u64, u64)>, RunError> {
+    if args.seconds.is_some() {
+        return Err(RunError::Needless("--seconds"));
+    }
+    if args.planted.is_some() {
+        return Err(RunError::Needless("--break"));
+    }
     let sized = |name: &str, size: u64, vram: u64| {
         let workload = Workload::named(name).ok_or_else(|| RunError::Unknown(name.to_owned()))?;
         Ok((

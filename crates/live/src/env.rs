@@ -10,6 +10,7 @@ use gpusvm_abi::bus::Park;
 
 use crate::sys::futex::{self, RawFutexMutex};
 use crate::sys::thread::{self, RuntimeThread, SpawnError};
+use crate::sys::waits::Reason;
 
 type Handler = Box<dyn Fn(Work) + Send + Sync>;
 
@@ -90,7 +91,7 @@ impl LiveEnv {
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            futex::wait(&self.asked, seen, None);
+            futex::wait(&self.asked, seen, None, Reason::Work);
         }
     }
 }
@@ -113,7 +114,7 @@ impl Environment for LiveEnv {
     }
 
     fn wait(&self, word: &AtomicU32, seen: u32) {
-        futex::wait(word, seen, None);
+        futex::wait(word, seen, None, Reason::Framework);
     }
 
     fn wake(&self, word: &AtomicU32) {
@@ -124,7 +125,8 @@ impl Environment for LiveEnv {
         let never_woken = AtomicU32::new(0);
         while self.now() < deadline {
             let left = deadline.since(self.now());
-            futex::wait(&never_woken, 0, Some(Duration::from_nanos(left.0)));
+            let left = Some(Duration::from_nanos(left.0));
+            futex::wait(&never_woken, 0, left, Reason::Clock);
         }
     }
 
@@ -140,7 +142,8 @@ impl Environment for LiveEnv {
 
 impl Park for LiveEnv {
     fn wait(&self, word: &AtomicU32, seen: u32, timeout_ns: Option<u64>) {
-        futex::wait(word, seen, timeout_ns.map(Duration::from_nanos));
+        let timeout = timeout_ns.map(Duration::from_nanos);
+        futex::wait(word, seen, timeout, Reason::Device);
     }
 
     fn wake(&self, word: &AtomicU32) {

@@ -7,12 +7,15 @@
 //! Nothing in here knows what a leg is for. The page tables decide what has moved, not the system's
 //! answers: see `LiveSpace::stayed`.
 
+use core::sync::atomic::Ordering;
+
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M, PageCount};
 use gpusvm::event::Event;
 use rustix::io::Errno;
 
 use crate::space::LiveSpace;
 use crate::staging::{Kind, Left, Slot};
+use crate::sys::fault_copy;
 use crate::sys::uffd::{Holes, Uffd};
 
 /// Why pages did not leave.
@@ -108,6 +111,24 @@ impl LiveSpace {
     /// Moves the pages of a leg out of the mapping. Its place outside is empty at first, so on
     /// refusal whatever is there has to come back.
     pub(crate) fn leave(&self, leg: &Leg) -> Result<(), Refused> {
+        if self.skip_freeze.load(Ordering::Relaxed) {
+            return self.leave_unfrozen(leg);
+        }
+        self.move_out(leg)
+    }
+
+    /// The planted bug: what is written between the copy and the move is lost.
+    #[cold]
+    fn leave_unfrozen(&self, leg: &Leg) -> Result<(), Refused> {
+        // A touch of a hole would wait for the end of this very travel.
+        let taken = fault_copy::snapshot(leg.user, |page| self.pagemap.populated(page));
+        rustix::thread::sched_yield();
+        self.move_out(leg)?;
+        fault_copy::restore(leg.parked_span(), &taken);
+        Ok(())
+    }
+
+    fn move_out(&self, leg: &Leg) -> Result<(), Refused> {
         let mut rest = leg.user;
         loop {
             let to = leg.parked_at(rest.start());
@@ -178,8 +199,9 @@ impl LiveSpace {
             };
             let next = match moved.error {
                 None => stayed,
+                // There are unread events: another thread reads them.
                 Some(Errno::AGAIN) => {
-                    self.let_events_pass();
+                    rustix::thread::sched_yield();
                     stayed
                 }
                 // What is wrong with the rest shows when it is the first.
@@ -214,7 +236,7 @@ impl LiveSpace {
         match copied {
             Ok(()) => {}
             Err(Errno::AGAIN) => {
-                self.let_events_pass();
+                rustix::thread::sched_yield();
                 return from;
             }
             Err(Errno::EXIST) => lost.conflicts += 1,

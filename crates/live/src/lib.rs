@@ -12,6 +12,7 @@
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
 //! | `level` | what the system allows, and what follows |
 //! | [`FaultLoop`] (`yardstick`) | what benches compare faults with |
+//! | `stall` | who waits for whom, where nothing moves any more |
 //! | `sys` | every `unsafe`, and nothing that knows what it is for |
 //!
 //! A program that opens a live space declares the allocator that keeps the runtime's own memory
@@ -38,6 +39,7 @@ mod residency;
 mod space;
 mod spans;
 mod staging;
+mod stall;
 mod sys;
 #[cfg(test)]
 mod toy;
@@ -48,6 +50,7 @@ pub use env::LiveEnv;
 pub use level::{BracketChoice, BracketLevel, Level, LiveConfig, OpenError, UffdLevel};
 pub use migrate::LiveMigration;
 pub use space::LiveSpace;
+pub use stall::{ReaderState, ThreadState, Wait, lies_in, threads};
 pub use sys::arena::{RuntimeAlloc, RuntimeScope, is_installed};
 pub use sys::atfork::is_child;
 pub use sys::fault_copy::LiveBus;
@@ -55,8 +58,10 @@ pub use sys::futex::RawFutexMutex;
 pub use sys::mapping::{AnonMapping, FileMapping, Huge, Protect};
 pub use sys::patch::PatchError;
 pub use sys::probe::{Facts, memory_available, probe};
+pub use sys::territory::{Advise, Leave, Territory};
 pub use sys::thread;
 pub use sys::vram::{LiveVram, VramMode};
+pub use sys::waits::Reason;
 pub use yardstick::FaultLoop;
 
 #[cfg(test)]

@@ -1,33 +1,51 @@
-//! The fault reader: one thread that reads userfaultfd's messages.
+//! The fault readers: a few threads that take turns at reading userfaultfd's messages.
 //!
-//! * A **fault** on device memory brings the allocation home, right here: one hop from the
-//!   faulting thread and back. A fault on a span that travels is dropped: whoever ends the travel
-//!   wakes the span, and the access faults again if it must. A fault on host memory in an armed
-//!   piece disarms the piece, and the kernel fills the page itself.
+//! * A **fault** on device memory brings the allocation home, on the thread that read it: one hop
+//!   from the faulting thread and back. A fault on a span that travels is dropped: whoever ends the
+//!   travel wakes the span, and the access faults again if it must. A fault on host memory in an
+//!   armed piece disarms the piece, and the kernel fills the page itself.
 //! * An **event** is news of a change that no bracket saw: bracketed calls take their span out of
-//!   userfaultfd first. It is late by nature, and counted.
+//!   userfaultfd first. It is late by nature, and counted. Events are handled one after the other,
+//!   in the order in which they came.
 //!
-//! The reader never waits for a lock that is held across a wait for it: it takes the notifier lock,
-//! the watch and the residency table, whose holders neither touch memory that can be away nor wait
-//! for events. Everything it needs lies in the runtime's own memory.
+//! **Somebody can always read.** Bringing pages home and taking note of an event both invalidate,
+//! and an invalidation waits for device units, which may themselves wait at a hole in host memory
+//! for a message to be read. So the thread that *leads* reads and serves such holes, which takes
+//! the watch and the residency table only; before it does anything else it hands the lead to a
+//! thread that is idle, and without one it leaves the work to those that are busy:
+//!
+//! ```text
+//!            ┌─ a hole: filled at once ─┐
+//!   lead ── read                        ├─ read ── …
+//!            └─ other work, and: idle threads? ── lead goes to one, this one works
+//!                                └─ none ── queued for the first that is done ── read ── …
+//! ```
+//!
+//! Everything the threads need lies in the runtime's own memory.
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::event::{Event, HomeCause};
-use gpusvm::seam::env::{Environment, Ns};
+use gpusvm::seam::env::{Environment, Mutex, Ns};
 use gpusvm::seam::mm::{CpuFaultOutcome, InvalidateReason};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
+use crate::env::LiveEnv;
 use crate::residency::State;
 use crate::space::LiveSpace;
+use crate::sys::futex;
 use crate::sys::thread::{self, RuntimeThread};
 use crate::sys::uffd::Message;
+use crate::sys::waits::Reason;
 
+/// Threads: one reads, the others bring pages home at the same time.
+const THREADS: usize = 4;
 /// Messages per read.
 const BATCH: usize = 16;
 /// Faults that can wait for their deadline; more are woken early and come again.
@@ -35,66 +53,216 @@ const DEFERRED: usize = 64;
 /// How long a page that could not be brought home rests before the next try.
 const LOST_RETRY: Ns = Ns::from_millis(10);
 
-/// The running reader.
-#[derive(Debug)]
+/// The running readers.
+#[derive(Debug, Default)]
 pub(crate) struct Reader {
-    thread: RuntimeThread,
-    stop: Arc<OwnedFd>,
+    threads: Vec<RuntimeThread>,
 }
 
-/// Starts the thread. It ends by [`Reader::stop`].
+/// Starts the threads. They end by [`Reader::stop`].
 pub(crate) fn start(space: &Arc<LiveSpace>) -> Result<Reader, Errno> {
-    let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
-    let (space, told) = (Arc::clone(space), Arc::clone(&stop));
-    let thread = thread::spawn("gpusvm-reader", move || run(&space, &told))
-        .map_err(|error| error.errno())?;
-    Ok(Reader { thread, stop })
+    let mut reader = Reader::default();
+    for _ in 0..THREADS {
+        let mine = Arc::clone(space);
+        match thread::spawn("gpusvm-reader", move || run(&mine)) {
+            Ok(thread) => reader.threads.push(thread),
+            Err(error) => {
+                reader.stop(&space.pool);
+                return Err(error.errno());
+            }
+        }
+    }
+    Ok(reader)
 }
 
 impl Reader {
-    /// Ends the thread after the message it is working on.
-    pub(crate) fn stop(self) {
-        // The counter of an eventfd takes this write in any state it can have here.
-        let _written = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
-        self.thread.join();
+    /// Ends the threads after the messages they are working on.
+    pub(crate) fn stop(self, pool: &Pool) {
+        pool.stop();
+        self.threads.into_iter().for_each(RuntimeThread::join);
     }
 }
 
-fn run(space: &LiveSpace, stop: &OwnedFd) {
-    space
-        .reader_tid
-        .store(thread::current_id(), Ordering::Relaxed);
-    let mut deferred = Deferred::default();
-    let mut messages = [const { Message::None }; BATCH];
-    loop {
-        let timeout = deferred.next_timeout(space.env.now());
-        let readable = space.watch.uffd.wait_readable(stop.as_fd(), timeout);
-        deferred.wake_due(space);
-        if readable {
-            let count = receive(space, &mut messages);
-            for message in &mut messages[..count] {
-                handle(
-                    space,
-                    core::mem::replace(message, Message::None),
-                    &mut deferred,
-                );
+/// How the threads share the work.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    /// Leaf lock.
+    turns: Mutex<LiveEnv, Turns>,
+    /// Bumped when there may be something to do; what idle threads sleep on.
+    changed: AtomicU32,
+    /// Wakes the thread that leads from its sleep on userfaultfd.
+    bell: OwnedFd,
+}
+
+#[derive(Debug, Default)]
+struct Turns {
+    /// Some thread leads.
+    led: bool,
+    /// Threads that sleep, or have been woken and do not know yet what for.
+    idle: usize,
+    stopping: bool,
+    /// What was read and waits for a thread.
+    work: VecDeque<Message>,
+    /// A thread handles an event: the next one waits.
+    in_event: bool,
+    deferred: Deferred,
+}
+
+/// What a thread does next.
+enum Job {
+    Lead,
+    Handle(Message),
+    Stop,
+}
+
+impl Pool {
+    /// Nothing to do yet.
+    ///
+    /// # Errors
+    /// The system has no descriptor left.
+    pub(crate) fn new() -> Result<Self, Errno> {
+        Ok(Self {
+            turns: Mutex::<LiveEnv, _>::new(Turns::default()),
+            changed: AtomicU32::new(0),
+            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    /// Sleeps until there is something to do. Leading comes first: somebody has to read.
+    fn next(&self) -> Job {
+        let mut turns = self.turns.lock();
+        loop {
+            if turns.stopping {
+                return Job::Stop;
             }
-        } else if stopped(stop) {
-            return;
+            if !turns.led {
+                turns.led = true;
+                return Job::Lead;
+            }
+            if let Some(message) = turns.take() {
+                return Job::Handle(message);
+            }
+            turns.idle += 1;
+            let seen = self.changed.load(Ordering::Acquire);
+            drop(turns);
+            futex::wait(&self.changed, seen, None, Reason::Work);
+            turns = self.turns.lock();
+            turns.idle -= 1;
+        }
+    }
+
+    /// Lets an idle thread look at what there is to do.
+    fn call_one(&self) {
+        self.changed.fetch_add(1, Ordering::Release);
+        futex::wake_one(&self.changed);
+    }
+
+    /// Gives the lead away and takes work for it, if an idle thread can lead.
+    fn hand_over(&self) -> Option<Message> {
+        let mut turns = self.turns.lock();
+        if turns.idle == 0 {
+            return None;
+        }
+        let message = turns.take()?;
+        turns.led = false;
+        drop(turns);
+        self.call_one();
+        Some(message)
+    }
+
+    fn stop(&self) {
+        self.turns.lock().stopping = true;
+        self.changed.fetch_add(1, Ordering::Release);
+        futex::wake(&self.changed);
+        self.ring();
+    }
+
+    /// Lets the thread that leads look around.
+    fn ring(&self) {
+        // Full means that it rings already.
+        let _written = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
+    }
+
+    /// What the leading thread looks at before it sleeps: `None` to end, or how long to sleep.
+    fn look_around(&self, now: Ns) -> Option<Option<Duration>> {
+        // Empty means that nobody rang.
+        let _rang = rustix::io::read(&self.bell, &mut [0; 8]);
+        let turns = self.turns.lock();
+        (!turns.stopping).then(|| turns.deferred.next_timeout(now))
+    }
+
+    /// Whether a thread leads, threads without work, messages that wait.
+    pub(crate) fn state(&self) -> (bool, usize, usize) {
+        let turns = self.turns.lock();
+        (turns.led, turns.idle, turns.work.len())
+    }
+
+    /// Whether every event that was read has been handled.
+    pub(crate) fn is_settled(&self) -> bool {
+        let turns = self.turns.lock();
+        !turns.in_event && !turns.work.iter().any(is_event)
+    }
+
+    /// An event has been handled: the next one may be.
+    fn event_is_over(&self) {
+        self.turns.lock().in_event = false;
+    }
+}
+
+impl Turns {
+    /// The first message that can be handled now.
+    fn take(&mut self) -> Option<Message> {
+        let ready = |message: &Message| !(self.in_event && is_event(message));
+        let index = self.work.iter().position(ready)?;
+        let message = self.work.remove(index)?;
+        self.in_event |= is_event(&message);
+        Some(message)
+    }
+}
+
+const fn is_event(message: &Message) -> bool {
+    !matches!(message, Message::Fault { .. })
+}
+
+fn run(space: &LiveSpace) {
+    loop {
+        let message = match space.pool.next() {
+            Job::Stop => return,
+            Job::Handle(message) => message,
+            Job::Lead => match lead(space) {
+                Some(message) => message,
+                None => return,
+            },
+        };
+        let event = is_event(&message);
+        handle(space, message);
+        if event {
+            space.pool.event_is_over();
         }
     }
 }
 
-fn stopped(stop: &OwnedFd) -> bool {
-    let mut fds = [rustix::event::PollFd::new(
-        stop,
-        rustix::event::PollFlags::IN,
-    )];
-    let none = rustix::event::Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    rustix::event::poll(&mut fds, Some(&none)).is_ok_and(|ready| ready > 0)
+/// Reads until there is work for this thread and another one to read, or until the end: `None`.
+fn lead(space: &LiveSpace) -> Option<Message> {
+    let mut messages = [const { Message::None }; BATCH];
+    loop {
+        if let Some(message) = space.pool.hand_over() {
+            return Some(message);
+        }
+        let timeout = space.pool.look_around(space.env.now())?;
+        let bell = space.pool.bell.as_fd();
+        let readable = space.watch.uffd.wait_readable(bell, timeout);
+        wake_due(space);
+        if readable {
+            space.reader_round.fetch_add(1, Ordering::AcqRel);
+            let count = receive(space, &mut messages);
+            for message in &mut messages[..count] {
+                sort(space, core::mem::replace(message, Message::None));
+            }
+            // Pairs with `LiveSpace::settle_events`.
+            space.reader_round.fetch_add(1, Ordering::AcqRel);
+        }
+    }
 }
 
 /// Reads what is there. News of a clone comes with what was away at that moment: pages come home by
@@ -113,9 +281,35 @@ fn receive(space: &LiveSpace, messages: &mut [Message]) -> usize {
     count
 }
 
-fn handle(space: &LiveSpace, message: Message, deferred: &mut Deferred) {
+/// Does at once what waits for nobody, and queues the rest.
+fn sort(space: &LiveSpace, message: Message) {
+    if matches!(message, Message::None) {
+        return;
+    }
+    if let Message::Fault { at } = message {
+        let at = at.align_down(PAGE);
+        space.reader_at.store(at.get(), Ordering::Relaxed);
+        let resident = matches!(space.residency.lock().at(at), Some(State::Resident(_)));
+        if !resident {
+            return serve_hole(space, at);
+        }
+    }
+    space.pool.turns.lock().work.push_back(message);
+}
+
+/// A thread of the process waits for a page that is not on a device.
+fn serve_hole(space: &LiveSpace, at: HostVa) {
+    let travels = matches!(space.residency.lock().at(at), Some(State::Transit(_)));
+    // Whoever ends the travel wakes the span.
+    if !travels {
+        space.watch.disarm(at, &space.residency);
+        wake(space, at);
+    }
+}
+
+fn handle(space: &LiveSpace, message: Message) {
     match message {
-        Message::Fault { at } => serve_fault(space, at.align_down(PAGE), deferred),
+        Message::Fault { at } => serve_fault(space, at.align_down(PAGE)),
         Message::Unmap(span) => late_change(space, span, InvalidateReason::Unmap),
         Message::Remove(span) => late_change(space, span, InvalidateReason::Clear),
         Message::Remap { from, to } => late_move(space, from, to),
@@ -125,22 +319,15 @@ fn handle(space: &LiveSpace, message: Message, deferred: &mut Deferred) {
 }
 
 /// A thread of the process waits for the page at `at`.
-fn serve_fault(space: &LiveSpace, at: HostVa, deferred: &mut Deferred) {
+fn serve_fault(space: &LiveSpace, at: HostVa) {
     let state = space.residency.lock().at(at).cloned();
-    match state {
-        None | Some(State::Claimed) => {
-            space.watch.disarm(at, &space.residency);
-            wake(space, at);
-        }
-        // Whoever ends the travel wakes the span.
-        Some(State::Transit(_)) => {}
-        Some(State::Resident(page)) => match page.allocation.migrate_to_ram(at) {
-            CpuFaultOutcome::Retry => wake(space, at),
-            CpuFaultOutcome::RetryAt(time) => deferred.add(space, at, time),
-            CpuFaultOutcome::Lost => {
-                deferred.add(space, at, space.env.now().after(LOST_RETRY));
-            }
-        },
+    let Some(State::Resident(page)) = state else {
+        return serve_hole(space, at);
+    };
+    match page.allocation.migrate_to_ram(at) {
+        CpuFaultOutcome::Retry => wake(space, at),
+        CpuFaultOutcome::RetryAt(time) => defer(space, at, time),
+        CpuFaultOutcome::Lost => defer(space, at, space.env.now().after(LOST_RETRY)),
     }
 }
 
@@ -189,17 +376,21 @@ fn late_move(space: &LiveSpace, from: HostSpan, to: HostVa) {
     bring_home_now(space, HostSpan::at(to, from.bytes()));
 }
 
-/// Reads and handles what is there, from inside the handling of another message: a MOVE waits for
-/// events to be read. Faults are sent back to be raised again.
-pub(crate) fn drain(space: &LiveSpace) {
-    let mut messages = [const { Message::None }; BATCH];
-    let count = receive(space, &mut messages);
-    let mut none = Deferred::default();
-    for message in &mut messages[..count] {
-        match core::mem::replace(message, Message::None) {
-            Message::Fault { at } => wake(space, at.align_down(PAGE)),
-            other => handle(space, other, &mut none),
-        }
+/// Wakes the thread that waits at `at` when it is time, or now if too many wait.
+fn defer(space: &LiveSpace, at: HostVa, until: Ns) {
+    let kept = space.pool.turns.lock().deferred.add(at, until);
+    if kept {
+        // Whoever leads may be asleep for longer than that.
+        space.pool.ring();
+    } else {
+        wake(space, at);
+    }
+}
+
+fn wake_due(space: &LiveSpace) {
+    let now = space.env.now();
+    while let Some(at) = { space.pool.turns.lock().deferred.take_due(now) } {
+        wake(space, at);
     }
 }
 
@@ -218,11 +409,10 @@ impl Default for Deferred {
 }
 
 impl Deferred {
-    fn add(&mut self, space: &LiveSpace, at: HostVa, until: Ns) {
-        match self.slots.iter_mut().find(|slot| slot.is_none()) {
-            Some(slot) => *slot = Some((at, until)),
-            None => wake(space, at),
-        }
+    /// Keeps a fault, if there is room.
+    fn add(&mut self, at: HostVa, until: Ns) -> bool {
+        let free = self.slots.iter_mut().find(|slot| slot.is_none());
+        free.map(|slot| *slot = Some((at, until))).is_some()
     }
 
     fn next_timeout(&self, now: Ns) -> Option<Duration> {
@@ -230,15 +420,12 @@ impl Deferred {
         Some(Duration::from_nanos(first.since(now).0))
     }
 
-    fn wake_due(&mut self, space: &LiveSpace) {
-        let now = space.env.now();
-        for slot in &mut self.slots {
-            if let Some((at, until)) = *slot
-                && until <= now
-            {
-                *slot = None;
-                wake(space, at);
-            }
-        }
+    fn take_due(&mut self, now: Ns) -> Option<HostVa> {
+        let due = |slot: &&mut Option<(HostVa, Ns)>| slot.is_some_and(|(_, until)| until <= now);
+        let slot = self.slots.iter_mut().find(due)?;
+        slot.take().map(|(at, _)| at)
     }
 }
+
+#[cfg(test)]
+mod tests;

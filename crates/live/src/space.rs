@@ -6,7 +6,7 @@
 //! *is* the host virtual address, and device accesses go through copies that survive a fault.
 
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
 use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE_2M};
@@ -25,14 +25,16 @@ use crate::env::LiveEnv;
 use crate::fork::{self, Forks};
 use crate::level::{Level, LiveConfig, OpenError};
 use crate::migrate::LiveMigration;
-use crate::reader::{self, Reader};
+use crate::reader::{self, Pool, Reader};
 use crate::residency::{Piece, Residency, State, everything};
 use crate::staging::Staging;
+use crate::stall::ReaderState;
 use crate::sys::futex;
 use crate::sys::pagemap::PageMap;
 use crate::sys::procmap::{MapInfo, NameKind, ProcMap, Sharing};
 use crate::sys::uffd::RegisterMode;
 use crate::sys::vram::{LiveVram, VramMode};
+use crate::sys::waits::Reason;
 use crate::sys::{arena, atfork, thread};
 use crate::watch::Watch;
 
@@ -55,8 +57,14 @@ pub struct LiveSpace {
     pub(crate) forks: Forks,
     pub(crate) attendant: Attendant,
     reader: Mutex<LiveEnv, Option<Reader>>,
-    /// Thread id of the reader.
-    pub(crate) reader_tid: AtomicU32,
+    /// How the fault readers share their work.
+    pub(crate) pool: Pool,
+    /// Odd while a reader reads and sorts messages.
+    pub(crate) reader_round: AtomicU32,
+    /// What the last fault was about.
+    pub(crate) reader_at: AtomicU64,
+    /// Test switch, see [`plant_missing_freeze`](Self::plant_missing_freeze).
+    pub(crate) skip_freeze: AtomicBool,
     pub(crate) closing: AtomicBool,
 }
 
@@ -91,7 +99,7 @@ impl LiveSpace {
             env,
             notifiers: IntervalNotifiers::new(),
             residency: Mutex::<LiveEnv, _>::new(Residency::default()),
-            watch: Watch::new(user),
+            watch: Watch::new(user).map_err(OpenError::os("open /proc/self/pagemap"))?,
             staging: Staging::new(staging).map_err(OpenError::os("map the staging arena"))?,
             procmap: ProcMap::open().map_err(OpenError::os("query this process's mappings"))?,
             pagemap: PageMap::open().map_err(OpenError::os("open /proc/self/pagemap"))?,
@@ -104,7 +112,10 @@ impl LiveSpace {
             forks: Forks::default(),
             attendant: Attendant::default(),
             reader: Mutex::<LiveEnv, _>::new(None),
-            reader_tid: AtomicU32::new(0),
+            pool: Pool::new().map_err(OpenError::os("make an eventfd"))?,
+            reader_round: AtomicU32::new(0),
+            reader_at: AtomicU64::new(0),
+            skip_freeze: AtomicBool::new(false),
             closing: AtomicBool::new(false),
         });
         let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
@@ -135,6 +146,39 @@ impl LiveSpace {
         Ok(Arc::new(vram))
     }
 
+    /// Waits until the reader has handled what it has read. The system lets a call that raises an
+    /// event go on when the event is read: after this, it is handled, too. For programs whose
+    /// changes no bracket sees.
+    pub fn settle_events(&self) {
+        let round = self.reader_round.load(Ordering::Acquire);
+        while round & 1 == 1 && self.reader_round.load(Ordering::Acquire) == round {
+            rustix::thread::sched_yield();
+        }
+        while !self.pool.is_settled() {
+            rustix::thread::sched_yield();
+        }
+    }
+
+    /// What the fault readers are doing right now.
+    #[must_use]
+    pub fn reader_state(&self) -> ReaderState {
+        let (led, idle, queued) = self.pool.state();
+        ReaderState {
+            reading: self.reader_round.load(Ordering::Relaxed) & 1 == 1,
+            led,
+            idle,
+            queued,
+            last_fault: HostVa::new(self.reader_at.load(Ordering::Relaxed)),
+        }
+    }
+
+    /// Plants a bug: a migration to a device takes the content before it takes the pages, so that
+    /// what the CPU writes in between is lost. Tests use it to show that they would notice.
+    #[doc(hidden)]
+    pub fn plant_missing_freeze(&self) {
+        self.skip_freeze.store(true, Ordering::Relaxed);
+    }
+
     /// Brings every page of the process home. Pages that other operations hold are waited for.
     pub fn bring_everything_home(&self) {
         self.bring_home(everything(), HomeCause::Teardown);
@@ -151,7 +195,7 @@ impl LiveSpace {
         self.watch.close();
         let reader = self.reader.lock().take();
         if let Some(reader) = reader {
-            reader.stop();
+            reader.stop(&self.pool);
         }
         self.attendant.stop();
     }
@@ -173,7 +217,7 @@ impl LiveSpace {
             if !self.residency.lock().is_travelling(span) {
                 return;
             }
-            futex::wait(&self.changed, seen, None);
+            futex::wait(&self.changed, seen, None, Reason::Travel);
         }
     }
 
@@ -215,15 +259,6 @@ impl LiveSpace {
     pub(crate) fn is_mapped(&self, span: HostSpan) -> bool {
         self.vma_around(span.start())
             .is_some_and(|vma| vma.span.overlaps(span))
-    }
-
-    /// A MOVE found unread events. The reader drains them; if this is the reader, it does so now.
-    pub(crate) fn let_events_pass(&self) {
-        if self.reader_tid.load(Ordering::Relaxed) == thread::current_id() {
-            reader::drain(self);
-        } else {
-            rustix::thread::sched_yield();
-        }
     }
 
     /// The mapping at `at` or behind it, with the pieces that arming has cut joined again inside

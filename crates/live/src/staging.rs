@@ -21,6 +21,7 @@ use crate::sys::advise;
 use crate::sys::futex;
 use crate::sys::mapping::RuntimeMapping;
 use crate::sys::uffd::{RegisterMode, Uffd};
+use crate::sys::waits::Reason;
 
 /// Slots of each kind; each migration in flight needs one per 2 MiB.
 const SLOTS: u64 = 16;
@@ -129,7 +130,7 @@ impl Staging {
             if let Some(at) = pick(&mut self.pools[kind as usize].lock()) {
                 return Slot { at, kind };
             }
-            futex::wait(&self.returned, seen, None);
+            futex::wait(&self.returned, seen, None, Reason::Staging);
         }
     }
 

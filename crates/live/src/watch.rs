@@ -15,10 +15,13 @@
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
 use gpusvm::seam::env::Mutex;
 use gpusvm::seam::mm::Vma;
+use rustix::io::Errno;
 
 use crate::env::LiveEnv;
 use crate::residency::Residency;
 use crate::spans::SpanSet;
+use crate::sys::advise;
+use crate::sys::pagemap::PageMap;
 use crate::sys::patch;
 use crate::sys::uffd::{RegisterMode, Uffd};
 
@@ -33,6 +36,7 @@ struct Sets {
 #[derive(Debug)]
 pub(crate) struct Watch {
     pub(crate) uffd: Uffd,
+    pagemap: PageMap,
     sets: Mutex<LiveEnv, Sets>,
 }
 
@@ -41,11 +45,16 @@ pub(crate) struct Watch {
 pub(crate) struct CannotArm;
 
 impl Watch {
-    pub(crate) fn new(uffd: Uffd) -> Self {
-        Self {
+    /// Watches nothing yet.
+    ///
+    /// # Errors
+    /// As [`PageMap::open`].
+    pub(crate) fn new(uffd: Uffd) -> Result<Self, Errno> {
+        Ok(Self {
             uffd,
+            pagemap: PageMap::open()?,
             sets: Mutex::<LiveEnv, _>::new(Sets::default()),
-        }
+        })
     }
 
     /// Watches a whole mapping before a device may use any of it. Cheap when it is watched already.
@@ -53,6 +62,12 @@ impl Watch {
         let mut sets = self.sets.lock();
         if sets.watched.covers(vma.span) {
             return;
+        }
+        if sets.registered.within(vma.span).is_empty() {
+            // A touch can wait for a reader, and readers take the lock.
+            drop(sets);
+            self.root(vma.span);
+            sets = self.sets.lock();
         }
         sets.watched.insert(vma.span);
         publish_hull(&sets.watched);
@@ -64,6 +79,18 @@ impl Watch {
             .is_ok()
         {
             sets.registered.insert(vma.span);
+        }
+    }
+
+    /// Writes to a mapping that nobody has written to, in its first page, which stays zero.
+    ///
+    /// The system ties pages to a mapping by a root that it makes at the first write. Arming cuts
+    /// the mapping; were it cut before it has a root, each piece would get its own, and the pieces
+    /// could never be joined again: `mremap` would refuse to grow what the program mapped in one.
+    fn root(&self, mapping: HostSpan) {
+        if !self.pagemap.was_written(mapping) {
+            // Refused where the mapping changes just now: whoever changes it makes it anew.
+            let _changed = advise::populate_write(HostSpan::at(mapping.start(), PAGE));
         }
     }
 

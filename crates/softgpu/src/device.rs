@@ -85,8 +85,23 @@ impl fmt::Debug for FaultService {
     }
 }
 
+/// What a unit is doing at one moment, for reports about a device that no longer moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnitState {
+    /// It is inside an access: a TLB invalidation waits for it.
+    pub inside: bool,
+    /// A TLB invalidation is waiting for it.
+    pub awaited: bool,
+    /// Address of the fault whose answer it waits for.
+    pub fault: Option<u64>,
+}
+
 struct Unit<R> {
     gate: Gate,
+    /// Address of the fault being served, 0 for none.
+    fault: AtomicU64,
+    /// Invalidations that have waited long for this unit.
+    awaited: AtomicU32,
     /// Held by the thread that plays the unit.
     tlb: Mutex<R, Tlb>,
 }
@@ -141,6 +156,8 @@ impl<R: RawMutex + Send + Sync> SoftGpu<R> {
         }
         let unit = |_| Unit {
             gate: Gate::default(),
+            fault: AtomicU64::new(0),
+            awaited: AtomicU32::new(0),
             tlb: Mutex::new(Tlb::new(config.tlb_entries)),
         };
         Ok(Arc::new(Self {
@@ -199,6 +216,20 @@ impl<R: RawMutex + Send + Sync> SoftGpu<R> {
         }
     }
 
+    /// What the units are doing.
+    #[must_use]
+    pub fn unit_states(&self) -> Vec<UnitState> {
+        let state = |unit: &Unit<R>| {
+            let fault = unit.fault.load(Ordering::Relaxed);
+            UnitState {
+                inside: unit.gate.is_inside(),
+                awaited: unit.awaited.load(Ordering::Relaxed) > 0,
+                fault: (fault != 0).then_some(fault),
+            }
+        };
+        self.units.iter().map(state).collect()
+    }
+
     /// Sleeps until a fault is in the ring, or [`kick_service`](Self::kick_service).
     pub fn wait_fault(&self) {
         self.ring.wait(&*self.park);
@@ -235,21 +266,36 @@ impl<R: RawMutex> SoftGpu<R> {
     /// Gets a fault served, while the unit is quiescent.
     pub(crate) fn serve(&self, unit: usize, record: FaultRecord) -> FaultResponse {
         let service = self.service.lock().clone();
-        match service {
+        let place = self.units.get(unit).map(|unit| &unit.fault);
+        if let Some(place) = place {
+            place.store(record.address, Ordering::Relaxed);
+        }
+        let response = match service {
             FaultService::Inline(handler) => handler.handle(&record),
             FaultService::Queue => self.ring.report(unit, record, &*self.park),
+        };
+        if let Some(place) = place {
+            place.store(0, Ordering::Relaxed);
         }
+        response
     }
 
     /// Waits until `unit` cannot use what invalidation `n` removed. False at the deadline.
     fn wait_unit(&self, unit: &Unit<R>, n: u64, deadline: u64) -> bool {
-        let mut looks = 0;
-        while !unit.gate.has_acknowledged(n) {
-            looks += 1;
-            if looks < SPINS {
-                core::hint::spin_loop();
-                continue;
+        for _look in 0..SPINS {
+            if unit.gate.has_acknowledged(n) {
+                return true;
             }
+            core::hint::spin_loop();
+        }
+        unit.awaited.fetch_add(1, Ordering::Relaxed);
+        let done = self.nap_until(unit, n, deadline);
+        unit.awaited.fetch_sub(1, Ordering::Relaxed);
+        done
+    }
+
+    fn nap_until(&self, unit: &Unit<R>, n: u64, deadline: u64) -> bool {
+        while !unit.gate.has_acknowledged(n) {
             if self.park.now_ns() > deadline {
                 return false;
             }

@@ -127,6 +127,11 @@ impl Gate {
         self.seen.store(shootdown.latest(), Ordering::SeqCst);
     }
 
+    /// Whether the unit is inside an access.
+    pub(crate) fn is_inside(&self) -> bool {
+        self.inside.load(Ordering::Relaxed)
+    }
+
     /// Whether no access of this unit can still use what invalidation `n` removed.
     pub(crate) fn has_acknowledged(&self, n: u64) -> bool {
         !self.inside.load(Ordering::SeqCst) || self.seen.load(Ordering::SeqCst) >= n

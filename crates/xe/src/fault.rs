@@ -248,15 +248,15 @@ fn get_pages<P: Platform>(
 ) -> Result<PageSet, Interrupted> {
     let device = &fault.vm.device;
     let started = device.seams.env.now();
-    let pages = match fault
-        .vm
-        .svm
-        .get_pages(range, access, Some(device.pagemap.id()))
-    {
-        Err(Interrupted::Stale(Stale::MixedPlacement)) => {
-            fault.vm.svm.evict_range(range)?;
-            return Err(Stale::MixedPlacement.into());
-        }
+    let svm = &fault.vm.svm;
+    let gathered = match svm.get_pages(range, access, Some(device.pagemap.id())) {
+        // The mapping may be gone by now as well as in the case below.
+        Err(Interrupted::Stale(Stale::MixedPlacement)) => svm
+            .evict_range(range)
+            .and(Err(Stale::MixedPlacement.into())),
+        other => other,
+    };
+    let pages = match gathered {
         Err(Interrupted::Failed(Failed::BadPage(_) | Failed::Permission(_))) => {
             collect::remove(&fault.vm, state, range);
             return Err(Stale::CpuMappingChanged.into());

@@ -238,6 +238,8 @@ pub struct DeviceStats {
     gts: Vec<GtStats>,
     /// Nanoseconds in fault service: the file's microseconds are too coarse for short faults.
     fault_ns: AtomicU64,
+    /// Moves to the device and home.
+    moves: [AtomicU64; 2],
 }
 
 impl DeviceStats {
@@ -248,6 +250,7 @@ impl DeviceStats {
         Self {
             gts,
             fault_ns: AtomicU64::new(0),
+            moves: [const { AtomicU64::new(0) }; 2],
         }
     }
 
@@ -267,6 +270,18 @@ impl DeviceStats {
     #[must_use]
     pub fn fault_ns(&self) -> u64 {
         self.fault_ns.load(Ordering::Relaxed)
+    }
+
+    /// Moves of pages to the device so far, whoever asked.
+    #[must_use]
+    pub fn migrations_to_device(&self) -> u64 {
+        self.moves[0].load(Ordering::Relaxed)
+    }
+
+    /// Moves of pages home so far.
+    #[must_use]
+    pub fn migrations_home(&self) -> u64 {
+        self.moves[1].load(Ordering::Relaxed)
     }
 
     /// The GT that an event names; what names none is counted at the first.
@@ -294,6 +309,7 @@ impl DeviceStats {
 
     fn fold_to_device(&self, span: HostSpan, copied: PageCount, adopted: PageCount, took: Ns) {
         use Counter as C;
+        self.moves[0].fetch_add(1, Ordering::Relaxed);
         let gt = &self.gts[0];
         let class = Class::of(span);
         gt.us(C::SvmDeviceCopyUs, took);
@@ -306,6 +322,7 @@ impl DeviceStats {
 
     fn fold_to_system(&self, span: HostSpan, copied: PageCount, adopted: PageCount, took: Ns) {
         use Counter as C;
+        self.moves[1].fetch_add(1, Ordering::Relaxed);
         let gt = &self.gts[0];
         let class = Class::of(span);
         gt.us(C::SvmCpuCopyUs, took);

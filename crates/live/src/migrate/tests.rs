@@ -3,9 +3,12 @@ use core::sync::atomic::Ordering;
 
 use gpusvm::addr::PAGE;
 
+use crate::sys::fault_copy::LiveBus;
 use crate::sys::mapping::{AnonMapping, Huge};
+use crate::sys::territory::Territory;
 use crate::sys::vram::VramMode;
 use crate::toy::Bench;
+use gpusvm_abi::bus::SystemBus;
 
 const BYTES: u64 = 2 * PAGE_2M;
 
@@ -139,4 +142,23 @@ fn content_that_came_meanwhile_wins_and_is_counted() {
         u64::try_from(word + 513).expect("64-bit")
     );
     assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn mapping_that_was_cut_before_its_first_write_is_one_again_when_it_is_let_go() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(8 << 20).expect("there is room");
+    let whole = HostSpan::at(land.span().start(), 6 << 20);
+    land.map(whole, Huge::Never).expect("a hole");
+    let middle = HostSpan::at(whole.start().plus(PAGE_2M), PAGE_2M);
+    bench.send(middle).expect("an empty block migrates");
+    for block in 0..3 {
+        let at = whole.start().plus(block * PAGE_2M + PAGE);
+        LiveBus::new().write(at.get(), &[1; 8]).expect("mapped");
+    }
+    let _suspended = bench.space.watch.suspend(whole);
+    land.resize(whole, 8 << 20)
+        .expect("the system grows what is one mapping");
 }

@@ -11,6 +11,7 @@
 use core::arch::global_asm;
 use core::ptr;
 
+use gpusvm::addr::{HostSpan, HostVa};
 use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus};
 
 use crate::sys::signals;
@@ -142,6 +143,31 @@ pub(crate) unsafe fn copy(to: *mut u8, from: *const u8, len: usize) -> Result<()
     match unsafe { gpusvm_copy(to, from, len) } {
         0 => Ok(()),
         left => Err(left),
+    }
+}
+
+/// The content of the pages of `span` that `wanted` says; `None` for others and for those that
+/// cannot be read.
+pub(crate) fn snapshot(
+    span: HostSpan,
+    wanted: impl Fn(HostSpan) -> bool,
+) -> Vec<Option<[u8; 4096]>> {
+    let page = |at: u64| {
+        let mut content = [0; 4096];
+        let wanted = wanted(HostSpan::at(HostVa::new(at), 4096));
+        let read = wanted && LiveBus.read(at, &mut content).is_ok();
+        read.then_some(content)
+    };
+    let pages = (span.start().get()..span.end().get()).step_by(4096);
+    pages.map(page).collect()
+}
+
+/// Puts a [`snapshot`] to another place.
+pub(crate) fn restore(span: HostSpan, content: &[Option<[u8; 4096]>]) {
+    let pages = (span.start().get()..span.end().get()).step_by(4096);
+    for (at, content) in pages.zip(content) {
+        // A page that cannot be written keeps what it has.
+        let _written = content.map(|content| LiveBus.write(at, &content));
     }
 }
 

@@ -11,10 +11,18 @@ use lock_api::GuardSend;
 use rustix::thread::futex as sys;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
+use crate::sys::waits::{Reason, Waiting};
+
 const FREE: u32 = 0;
+/// Somebody holds it. The bits above [`MARK_SHIFT`] say who: they cost nothing to write, as the
+/// word is written anyway.
 const HELD: u32 = 1;
-/// Held, and somebody sleeps on it.
+/// Somebody sleeps on it.
 const WANTED: u32 = 2;
+/// Lowest bit of the holder's mark.
+const MARK_SHIFT: u32 = 2;
+/// log2 of the bytes of a page.
+const PAGE_SHIFT: u32 = 12;
 /// Looks at a held lock before sleeping; critical sections are a few hundred instructions.
 const SPINS: u32 = 64;
 
@@ -22,9 +30,9 @@ const SPINS: u32 = 64;
 #[derive(Debug)]
 pub struct RawFutexMutex(AtomicU32);
 
-// SAFETY: `lock` returns only after this thread has changed the word from FREE to HELD or WANTED,
-// which one thread at a time can do until `unlock` stores FREE; acquire and release order what the
-// lock protects.
+// SAFETY: `lock` returns only after this thread has changed the word from FREE to one with HELD in
+// it, which one thread at a time can do until `unlock` stores FREE; acquire and release order what
+// the lock protects.
 unsafe impl lock_api::RawMutex for RawFutexMutex {
     const INIT: Self = Self(AtomicU32::new(FREE));
     type Guard = GuardSend;
@@ -41,7 +49,7 @@ unsafe impl lock_api::RawMutex for RawFutexMutex {
     }
 
     unsafe fn unlock(&self, _guard: GuardSend) {
-        if self.0.swap(FREE, Ordering::Release) == WANTED {
+        if self.0.swap(FREE, Ordering::Release) & WANTED != 0 {
             wake_one(&self.0);
         }
     }
@@ -54,7 +62,7 @@ unsafe impl lock_api::RawMutex for RawFutexMutex {
 impl RawFutexMutex {
     fn try_take(&self) -> bool {
         self.0
-            .compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed)
+            .compare_exchange(FREE, taken(), Ordering::Acquire, Ordering::Relaxed)
             .is_ok()
     }
 
@@ -66,14 +74,63 @@ impl RawFutexMutex {
                 return;
             }
         }
-        while self.0.swap(WANTED, Ordering::Acquire) != FREE {
-            wait(&self.0, WANTED, None);
+        let mut now = self.0.load(Ordering::Relaxed);
+        loop {
+            let next = match now {
+                // Others may be asleep: whoever has slept wakes one more.
+                FREE => taken() | WANTED,
+                held => held | WANTED,
+            };
+            if let Err(other) = self.change(now, next) {
+                now = other;
+                continue;
+            }
+            if now == FREE {
+                return;
+            }
+            wait_for(&self.0, next, None, (Reason::Lock, next >> MARK_SHIFT));
+            now = self.0.load(Ordering::Relaxed);
         }
+    }
+
+    fn change(&self, from: u32, to: u32) -> Result<u32, u32> {
+        self.0
+            .compare_exchange(from, to, Ordering::Acquire, Ordering::Relaxed)
     }
 }
 
+/// The word of a lock that the calling thread holds.
+fn taken() -> u32 {
+    let here = 0_u8;
+    HELD | mark_of((&raw const here).addr()) << MARK_SHIFT
+}
+
+/// The mark of a thread, from any address on its stack: the low bits of the page's number. A
+/// thread-local would name the thread itself, but must not be touched here.
+fn mark_of(address: usize) -> u32 {
+    let page = (address >> PAGE_SHIFT) & (usize::MAX >> (usize::BITS - MARK_BITS));
+    u32::try_from(page).unwrap_or(0)
+}
+
+/// Bits of a mark.
+const MARK_BITS: u32 = u32::BITS - MARK_SHIFT;
+
+/// Whether a thread whose stack is `stack` may be the one with this mark. Marks leave out the upper
+/// address bits, so distant stacks can look alike.
+pub(crate) fn is_marked(mark: u32, stack: core::ops::Range<usize>) -> bool {
+    let pages = stack.len() >> PAGE_SHIFT;
+    let offset = mark.wrapping_sub(mark_of(stack.start)) & (u32::MAX >> MARK_SHIFT);
+    usize::try_from(offset).is_ok_and(|offset| offset < pages)
+}
+
 /// Sleeps while `*word == seen`, at most `timeout` where given. May return early.
-pub(crate) fn wait(word: &AtomicU32, seen: u32, timeout: Option<Duration>) {
+pub(crate) fn wait(word: &AtomicU32, seen: u32, timeout: Option<Duration>, reason: Reason) {
+    wait_for(word, seen, timeout, (reason, 0));
+}
+
+fn wait_for(word: &AtomicU32, seen: u32, timeout: Option<Duration>, why: (Reason, u32)) {
+    let (reason, holder) = why;
+    let _seen_by_reports = Waiting::enter(reason, core::ptr::from_ref(word).addr(), holder);
     let timeout = timeout.map(|time| Timespec {
         tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(time.subsec_nanos()),
@@ -88,7 +145,8 @@ pub(crate) fn wake(word: &AtomicU32) {
     let _woken = sys::wake(word, sys::Flags::PRIVATE, i32::MAX.unsigned_abs());
 }
 
-fn wake_one(word: &AtomicU32) {
+/// Wakes one sleeper on `word`.
+pub(crate) fn wake_one(word: &AtomicU32) {
     // As in `wake`.
     let _woken = sys::wake(word, sys::Flags::PRIVATE, 1);
 }
@@ -120,7 +178,18 @@ mod tests {
     #[test]
     fn wait_returns_at_once_for_another_value_and_after_the_timeout() {
         let word = AtomicU32::new(1);
-        wait(&word, 0, None);
-        wait(&word, 1, Some(Duration::from_millis(1)));
+        wait(&word, 0, None, Reason::Clock);
+        wait(&word, 1, Some(Duration::from_millis(1)), Reason::Clock);
+    }
+
+    #[test]
+    fn mark_names_the_stack_it_was_made_on() {
+        let base = 0x7f12_3456_7000_usize;
+        let stack = base..base + 0x4000;
+        for page in 0..4 {
+            assert!(is_marked(mark_of(base + page * 4096 + 17), stack.clone()));
+        }
+        assert!(!is_marked(mark_of(base - 1), stack.clone()));
+        assert!(!is_marked(mark_of(base + 0x4000), stack));
     }
 }

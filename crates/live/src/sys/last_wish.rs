@@ -8,6 +8,7 @@ use core::time::Duration;
 
 use crate::sys::atfork;
 use crate::sys::futex;
+use crate::sys::waits::Reason;
 
 /// Longest wait for the data.
 const PATIENCE_NS: u64 = 2_000_000_000;
@@ -39,7 +40,8 @@ pub(crate) fn make() {
         if left == 0 {
             return;
         }
-        futex::wait(&GRANTED, 0, Some(Duration::from_nanos(left)));
+        let left = Some(Duration::from_nanos(left));
+        futex::wait(&GRANTED, 0, left, Reason::Travel);
     }
 }
 
@@ -77,5 +79,5 @@ pub(crate) fn calls() -> u32 {
 
 /// Sleeps until there is a call beyond the first `seen`.
 pub(crate) fn wait_called(seen: u32) {
-    futex::wait(&CALLED, seen, None);
+    futex::wait(&CALLED, seen, None, Reason::Work);
 }

@@ -164,13 +164,8 @@ impl AnonMapping {
     /// Where the part is not inside.
     pub fn protect(&mut self, from: usize, len: usize, rights: Protect) -> io::Result<()> {
         let at = self.part(from, len);
-        let rights = match rights {
-            Protect::None => libc::PROT_NONE,
-            Protect::Read => libc::PROT_READ,
-            Protect::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
-        };
         // SAFETY: the borrow is exclusive; an access without the right is a fault, not undefined.
-        check(unsafe { libc::mprotect(at.cast(), len, rights) })
+        check(unsafe { libc::mprotect(at.cast(), len, rights.bits()) })
     }
 
     /// Moves the whole mapping to another place (`mremap`).
@@ -266,7 +261,19 @@ pub enum Protect {
     ReadWrite,
 }
 
-fn check(result: i32) -> io::Result<()> {
+impl Protect {
+    /// As the system calls have it.
+    pub(super) const fn bits(self) -> i32 {
+        match self {
+            Self::None => libc::PROT_NONE,
+            Self::Read => libc::PROT_READ,
+            Self::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+        }
+    }
+}
+
+/// What a call of the C library answered.
+pub(super) fn check(result: i32) -> io::Result<()> {
     if result == 0 {
         Ok(())
     } else {

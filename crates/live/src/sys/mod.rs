@@ -19,6 +19,8 @@ pub(crate) mod patch;
 pub(crate) mod probe;
 pub(crate) mod procmap;
 pub(crate) mod signals;
+pub(crate) mod territory;
 pub mod thread;
 pub(crate) mod uffd;
 pub(crate) mod vram;
+pub(crate) mod waits;

@@ -37,6 +37,8 @@ struct Region {
 const OP_SCAN: Opcode = opcode::read_write::<Scan>(b'f', 16);
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
+/// The page is the one that all untouched memory reads as.
+const ZERO_PAGE: u64 = 1 << 5;
 /// The page has content, in memory or in swap.
 const CONTENT: u64 = PRESENT | SWAPPED;
 
@@ -90,6 +92,18 @@ impl PageMap {
         self.first(span, wanted)
     }
 
+    /// Whether some page of `span` was ever written. A scan that fails says no.
+    pub(crate) fn was_written(&self, span: HostSpan) -> bool {
+        let wanted = Scan {
+            max_pages: 1,
+            category_inverted: ZERO_PAGE,
+            category_mask: ZERO_PAGE,
+            category_anyof_mask: CONTENT,
+            ..Scan::default()
+        };
+        self.first(span, wanted).is_ok_and(|found| found.is_some())
+    }
+
     /// The first stretch of `span` that `wanted` describes.
     fn first(&self, span: HostSpan, wanted: Scan) -> Result<Option<HostSpan>, Errno> {
         let mut region = [Region::default(); 1];
@@ -125,6 +139,9 @@ mod tests {
         let span = HostSpan::at(HostVa::new(mine.address()), 64 << 10);
         assert!(!map.populated(span));
         assert_eq!(map.first_populated(span), Ok(None));
+        assert_eq!(mine.bytes()[4096], 0);
+        assert!(map.first_populated(span).is_ok_and(|found| found.is_some()));
+        assert!(!map.was_written(span));
         for page in (0..16).filter(|page| *page != 7) {
             mine.bytes_mut()[page * 4096] = 1;
         }

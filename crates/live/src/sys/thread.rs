@@ -14,6 +14,7 @@ use crate::sys::arena::RuntimeScope;
 use crate::sys::atfork;
 use crate::sys::futex;
 use crate::sys::owned::{self, OwnedSpan};
+use crate::sys::waits::Reason;
 
 /// Stack of a runtime thread.
 const STACK_BYTES: usize = 1 << 20;
@@ -132,7 +133,7 @@ impl Start {
     /// Waits; true when the thread is ready, false when it gave up.
     fn wait(&self) -> bool {
         while self.0.load(Ordering::Acquire) == Self::PENDING {
-            futex::wait(&self.0, Self::PENDING, None);
+            futex::wait(&self.0, Self::PENDING, None, Reason::Start);
         }
         self.0.load(Ordering::Acquire) == Self::READY
     }

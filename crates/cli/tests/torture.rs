@@ -1,0 +1,100 @@
+//! `gpusvm run torture` as a process: it finds nothing where nothing is wrong, and every planted
+//! bug within its time.
+
+use std::process::{Command, Output};
+
+const SECONDS: &str = "5";
+
+/// Runs torture; says why not and answers `None` where the machine has no userfaultfd.
+#[expect(clippy::print_stdout, reason = "a test's own output")]
+fn torture(more: &[&str]) -> Option<Output> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gpusvm"));
+    let output = command.args(["run", "torture"]).args(more).output();
+    let output = output.expect("the program runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    if said.contains("userfaultfd") {
+        println!("skipped: {said}");
+        return None;
+    }
+    Some(output)
+}
+
+/// A planted bug ends the run early, with exit code 1 and a report of how to repeat it.
+fn assert_found(bug: &str, migration: &str) {
+    let more = [
+        "--seconds",
+        SECONDS,
+        "--break",
+        bug,
+        "--migration",
+        migration,
+    ];
+    let Some(output) = torture(&more) else { return };
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("--break {bug}")), "{said}");
+}
+
+#[test]
+fn nothing_is_found_where_nothing_is_wrong() {
+    let Some(output) = torture(&["--seconds", "3", "--json"]) else {
+        return;
+    };
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let object: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(object["workload"], "torture");
+    assert_eq!(object["verified"], true);
+    let torture = &object["torture"];
+    for zero in [
+        "lost_writes",
+        "stale_reads",
+        "wrong_bytes",
+        "refused_accesses",
+        "watchdog_reports",
+    ] {
+        assert_eq!(torture[zero], 0, "{zero}");
+    }
+    for some in ["migrations_to_device", "migrations_home", "device_writes"] {
+        assert!(torture[some].as_u64() > Some(0), "{some}");
+    }
+    assert!(torture["operations"]["discard"]["done"].as_u64() > Some(0));
+}
+
+#[test]
+fn missing_recheck_is_found() {
+    assert_found("recheck", "remap");
+}
+
+#[test]
+fn stale_tlb_is_found() {
+    assert_found("tlb", "remap");
+}
+
+#[test]
+fn copy_without_freezing_is_found() {
+    assert_found("freeze", "copy");
+}
+
+#[test]
+fn deadlock_is_told_by_the_watchdog() {
+    let Some(output) = torture(&["--seconds", "30", "--break", "hang"]) else {
+        return;
+    };
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("nothing has moved for 5 seconds"), "{said}");
+    let waits = said.lines().filter(|line| line.contains("planted lock"));
+    assert!(waits.count() >= 2, "{said}");
+}
+
+#[test]
+fn options_of_torture_go_with_nothing_else() {
+    for option in [["--seconds", "3"], ["--break", "tlb"]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gpusvm"));
+        let output = command.args(["run", "stream"]).args(option).output();
+        let output = output.expect("the program runs");
+        assert_eq!(output.status.code(), Some(2), "{option:?}");
+    }
+}
