@@ -1,4 +1,7 @@
-//! Helpers of the checks: where the tree is, what files it has, what functions stand in them.
+//! Helpers of the checks: where the tree is, what files it has, what functions stand in them; and
+//! what scenarios share ([`stage`]).
+
+pub mod stage;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -6,81 +6,21 @@
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use gpusvm_abi::bus::AtomicOp;
-use gpusvm_cli::machine::{Machine, MachineConfig, Place, ServiceMode};
-use gpusvm_live::{AnonMapping, BracketChoice, Huge, LiveConfig, Protect, VramMode};
+use gpusvm_cli::machine::{Machine, MachineConfig, Place};
+use gpusvm_live::{BracketChoice, LiveConfig, Protect, VramMode};
 use gpusvm_softgpu::{Kernel, Stop, Tile};
-use gpusvm_tests::skipped;
+use gpusvm_tests::stage::{
+    Add, MIB, assert_goes_on, assert_nothing_leaks, filled, modes, span_of, start, turn,
+};
 use gpusvm_xe::stats::Counter;
 
 #[global_allocator]
 static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
 
-static TURN: Mutex<()> = Mutex::new(());
-const MIB: usize = 1 << 20;
 const OLD: u64 = 7;
-
-fn turn() -> MutexGuard<'static, ()> {
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A machine, or nothing and the reason.
-fn start(config: MachineConfig) -> Option<Machine> {
-    Machine::start(config).map_err(|error| skipped(&error)).ok()
-}
-
-/// Every way in which pages move and faults are served.
-fn modes() -> Vec<MachineConfig> {
-    let mut modes = Vec::new();
-    for migration in [VramMode::Adopt, VramMode::Copy] {
-        for service in [ServiceMode::Inline, ServiceMode::Queue] {
-            modes.push(MachineConfig {
-                vram: 16 << 20,
-                migration,
-                service,
-                ..Default::default()
-            });
-        }
-    }
-    modes
-}
-
-fn filled(bytes: usize, value: u64) -> AnonMapping {
-    let mut map = AnonMapping::new(bytes, Huge::Advise).expect("memory can be mapped");
-    map.words_mut().fill(value);
-    map
-}
-
-fn span_of(map: &AnonMapping) -> Range<u64> {
-    let bytes = u64::try_from(map.bytes().len()).expect("64-bit");
-    map.address()..map.address() + bytes
-}
-
-fn words(bytes: usize) -> u64 {
-    u64::try_from(bytes / 8).expect("64-bit")
-}
-
-/// Adds to every word of a span; one group per MiB.
-struct Add {
-    at: u64,
-    by: u64,
-}
-
-impl Kernel for Add {
-    fn run(&self, group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
-        let mut buffer = vec![0_u64; 4096];
-        for block in 0..words(MIB) / 4096 {
-            let at = self.at + (u64::from(group) * words(MIB) + block * 4096) * 8;
-            tile.load(at, &mut buffer[..])?;
-            buffer.iter_mut().for_each(|word| *word += self.by);
-            tile.store(at, &buffer[..])?;
-        }
-        Ok(())
-    }
-}
 
 /// Reads words of `span` until told to stop. A read that began after `changed` was set must not find
 /// the old value in `gone`.
@@ -199,16 +139,6 @@ impl Kernel for Count<'_> {
         }
         Ok(())
     }
-}
-
-/// The machine still works: a kernel on fresh memory gives the right answer.
-fn assert_goes_on(machine: &Machine) {
-    let mut map = filled(4 * MIB, 1);
-    let at = map.address();
-    machine
-        .launch(&Add { at, by: 5 }, 4)
-        .expect("later kernels go on");
-    assert!(map.words_mut().iter().all(|word| *word == 6));
 }
 
 #[test]
@@ -617,14 +547,5 @@ impl Kernel for AddAndCount {
             tile.atomic(self.shared + (15 << 20), AtomicOp::Add(1))
                 .map(|_former| ())
         })
-    }
-}
-
-/// When everything is home and unused, device memory holds page tables and nothing else.
-fn assert_nothing_leaks(machine: &Machine) {
-    gpusvm_live::thread::run(|| machine.space().bring_everything_home());
-    for node in machine.nodes() {
-        let used = node.device().pagemap().vram().used();
-        assert_eq!(used, node.device().table_bytes(), "device memory leaks");
     }
 }

@@ -26,7 +26,18 @@ const CRATES: [(&str, &str, &[&str]); 7] = [
             "gpusvm-live",
         ],
     ),
-    ("tests", "gpusvm-tests", &[]),
+    (
+        "tests",
+        "gpusvm-tests",
+        &[
+            "gpusvm",
+            "gpusvm-abi",
+            "gpusvm-softgpu",
+            "gpusvm-xe",
+            "gpusvm-live",
+            "gpusvm-cli",
+        ],
+    ),
 ];
 const NO_STD: [&str; 4] = ["core", "abi", "softgpu", "xe"];
 const NO_UNSAFE: [&str; 5] = ["core", "abi", "softgpu", "xe", "cli"];

@@ -17,6 +17,7 @@
 //! This code runs on threads of the process, with signals blocked, on a stack of the runtime's
 //! own, because the thread's own stack may be memory that can migrate.
 
+use core::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
@@ -186,6 +187,16 @@ pub(crate) fn effects(call: &SysCall) -> [Option<(HostSpan, Effect)>; 2] {
     }
 }
 
+/// Whether a call puts guards into memory.
+fn installs_guards(call: &SysCall) -> bool {
+    match call.call() {
+        Some(Call::Madvise) => call.args[2] == GUARD_INSTALL,
+        Some(Call::ProcessMadvise) => call.args[3] == GUARD_INSTALL,
+        _ => false,
+    }
+}
+
+const GUARD_INSTALL: usize = 102;
 const ENOMEM: isize = 12;
 const MAP_FIXED: usize = 0x10;
 const MAP_FIXED_NOREPLACE: usize = 0x10_0000;
@@ -200,7 +211,6 @@ fn madvise_effect(advice: usize) -> Option<Effect> {
     const POPULATE_WRITE: usize = 23;
     const DONTNEED_LOCKED: usize = 24;
     const COLLAPSE: usize = 25;
-    const GUARD_INSTALL: usize = 102;
     match advice {
         DONTNEED | FREE | REMOVE | DONTNEED_LOCKED | GUARD_INSTALL => Some(Effect::Clear),
         POPULATE_READ | POPULATE_WRITE | COLLAPSE => Some(Effect::Populate),
@@ -228,6 +238,9 @@ impl LiveSpace {
             if slot.is_some_and(|(span, _)| !self.watch.is_watched(span)) {
                 *slot = None;
             }
+        }
+        if spans.iter().any(Option::is_some) && installs_guards(call) {
+            self.guards.store(true, Ordering::Release);
         }
         match spans {
             [Some(first), Some(second)] => {

@@ -3,6 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`LiveSpace`] (`space`) | the process as an [`AddressSpace`](gpusvm::seam::mm::AddressSpace) |
+//! | `mappings` | the process's mappings, as the framework sees them |
 //! | `residency` | which pages are away, or on their way |
 //! | `watch` | which mappings raise faults and brackets |
 //! | `migrate`, `leg`, `staging` | pages leave and return by `UFFDIO_MOVE` |
@@ -33,6 +34,7 @@ mod env;
 mod fork;
 mod leg;
 mod level;
+mod mappings;
 mod migrate;
 mod reader;
 mod residency;
@@ -58,7 +60,7 @@ pub use sys::futex::RawFutexMutex;
 pub use sys::mapping::{AnonMapping, FileMapping, Huge, Protect};
 pub use sys::patch::PatchError;
 pub use sys::probe::{Facts, memory_available, probe};
-pub use sys::territory::{Advise, Leave, Territory};
+pub use sys::territory::{Advise, Backing, Leave, Territory};
 pub use sys::thread;
 pub use sys::vram::{LiveVram, VramMode};
 pub use sys::waits::Reason;

@@ -73,10 +73,13 @@ impl LiveSpace {
         let vma = self
             .vma_around(span.start())
             .ok_or(Failed::NoVma(span.start()))?;
-        if !vma.span.covers(span) || vma.kind != VmaKind::Anonymous {
+        if vma.kind != VmaKind::Anonymous {
             return Err(Failed::NotMigratable(span.start()).into());
         }
-        self.watch.ensure(&vma);
+        self.ensure_watched(&vma);
+        if !self.between_guards(vma, span.start()).span.covers(span) {
+            return Err(Failed::NotMigratable(span.start()).into());
+        }
         match self.try_out(span, &allocation, aperture)? {
             Ok(set) => return Ok(set),
             Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),

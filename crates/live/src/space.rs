@@ -9,7 +9,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE_2M};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::{Event, EventSink, HomeCause};
 use gpusvm::mmu::{Interval, IntervalNotifiers, Seq};
@@ -23,7 +23,7 @@ use crate::attendant::Attendant;
 use crate::bracket;
 use crate::env::LiveEnv;
 use crate::fork::{self, Forks};
-use crate::level::{Level, LiveConfig, OpenError};
+use crate::level::{BracketLevel, Level, LiveConfig, OpenError};
 use crate::migrate::LiveMigration;
 use crate::reader::{self, Pool, Reader};
 use crate::residency::{Piece, Residency, State, everything};
@@ -31,11 +31,11 @@ use crate::staging::Staging;
 use crate::stall::ReaderState;
 use crate::sys::futex;
 use crate::sys::pagemap::PageMap;
-use crate::sys::procmap::{MapInfo, NameKind, ProcMap, Sharing};
+use crate::sys::procmap::ProcMap;
 use crate::sys::uffd::RegisterMode;
 use crate::sys::vram::{LiveVram, VramMode};
 use crate::sys::waits::Reason;
-use crate::sys::{arena, atfork, thread};
+use crate::sys::{arena, atfork};
 use crate::watch::Watch;
 
 /// Times that [`LiveSpace::fault_in`] starts over before it answers `Stale`.
@@ -48,7 +48,7 @@ pub struct LiveSpace {
     pub(crate) residency: Mutex<LiveEnv, Residency>,
     pub(crate) watch: Watch,
     pub(crate) staging: Staging,
-    procmap: ProcMap,
+    pub(crate) procmap: ProcMap,
     pub(crate) pagemap: PageMap,
     sink: Arc<dyn EventSink>,
     level: Level,
@@ -66,6 +66,8 @@ pub struct LiveSpace {
     /// Test switch, see [`plant_missing_freeze`](Self::plant_missing_freeze).
     pub(crate) skip_freeze: AtomicBool,
     pub(crate) closing: AtomicBool,
+    /// Watched memory may have guards in it.
+    pub(crate) guards: AtomicBool,
 }
 
 impl fmt::Debug for LiveSpace {
@@ -95,6 +97,7 @@ impl LiveSpace {
         }
         let (user, staging, uffd_level) = crate::level::open_descriptors()?;
         let bracket = bracket::attach(config.brackets)?;
+        let patched = matches!(bracket, BracketLevel::Patched);
         let space = Arc::new(Self {
             env,
             notifiers: IntervalNotifiers::new(),
@@ -117,6 +120,8 @@ impl LiveSpace {
             reader_at: AtomicU64::new(0),
             skip_freeze: AtomicBool::new(false),
             closing: AtomicBool::new(false),
+            // Nobody tells of guards but brackets.
+            guards: AtomicBool::new(!patched),
         });
         let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
         *space.reader.lock() = Some(reader);
@@ -261,43 +266,6 @@ impl LiveSpace {
             .is_some_and(|vma| vma.span.overlaps(span))
     }
 
-    /// The mapping at `at` or behind it, with the pieces that arming has cut joined again inside
-    /// the 2 MiB around `at`.
-    pub(crate) fn vma_around(&self, at: HostVa) -> Option<Vma> {
-        let found = self.procmap.query(at).ok()??;
-        let mut vma = vma_of(&found);
-        let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
-        if vma.span.covers(block) || !self.watch.may_be_cut(block) {
-            return Some(vma);
-        }
-        while vma.span.contains(at) && vma.span.start() > block.start() {
-            let before = HostVa::new(vma.span.start().get() - 1);
-            let Some(other) = self.joinable(&vma, before) else {
-                break;
-            };
-            vma.span = vma.span.join(other);
-        }
-        while vma.span.contains(at) && vma.span.end() < block.end() {
-            let Some(other) = self.joinable(&vma, vma.span.end()) else {
-                break;
-            };
-            vma.span = vma.span.join(other);
-        }
-        Some(vma)
-    }
-
-    /// The mapping that contains `at`, if it differs from `vma` in nothing that matters.
-    fn joinable(&self, vma: &Vma, at: HostVa) -> Option<HostSpan> {
-        let other = vma_of(&self.procmap.query(at).ok()??);
-        let same = other.kind == VmaKind::Anonymous
-            && vma.kind == VmaKind::Anonymous
-            && other.read == vma.read
-            && other.write == vma.write
-            && other.span.contains(at)
-            && self.watch.is_watched(other.span);
-        same.then_some(other.span)
-    }
-
     /// One try of [`AddressSpace::fault_in`]; `None` when it has to start over.
     fn try_fault_in(
         &self,
@@ -353,7 +321,11 @@ impl LiveSpace {
             if !vma.allows(request.access) {
                 return Err(Failed::Permission(at).into());
             }
-            self.watch.ensure(&vma);
+            self.ensure_watched(&vma);
+            let vma = self.between_guards(vma, at);
+            if !vma.read {
+                return Err(Failed::BadPage(at).into());
+            }
             at = vma.span.end();
         }
         Ok(())
@@ -387,29 +359,16 @@ fn push_device(
     });
 }
 
-fn vma_of(map: &MapInfo) -> Vma {
-    let special = thread::runtime_owns(map.span) || map.name == NameKind::Special;
-    let private = map.sharing == Sharing::Private && map.inode == 0 && map.name != NameKind::Stack;
-    let kind = if special {
-        VmaKind::Special
-    } else if private && map.read && map.write && !map.exec {
-        VmaKind::Anonymous
-    } else {
-        VmaKind::InPlace
-    };
-    Vma {
-        span: map.span,
-        read: map.read,
-        write: map.write,
-        kind,
-    }
-}
-
 impl AddressSpace for LiveSpace {
     type Migration<'a> = LiveMigration<'a>;
 
     fn find_vma(&self, at: HostVa) -> Option<Vma> {
-        self.vma_around(at)
+        let vma = self.vma_around(at)?;
+        if vma.span.contains(at) {
+            Some(self.between_guards(vma, at))
+        } else {
+            Some(vma)
+        }
     }
 
     fn subscribe(

@@ -58,10 +58,12 @@ impl Watch {
     }
 
     /// Watches a whole mapping before a device may use any of it. Cheap when it is watched already.
-    pub(crate) fn ensure(&self, vma: &Vma) {
+    ///
+    /// Returns whether some of it was not watched before.
+    pub(crate) fn ensure(&self, vma: &Vma) -> bool {
         let mut sets = self.sets.lock();
         if sets.watched.covers(vma.span) {
-            return;
+            return false;
         }
         if sets.registered.within(vma.span).is_empty() {
             // A touch can wait for a reader, and readers take the lock.
@@ -80,6 +82,7 @@ impl Watch {
         {
             sets.registered.insert(vma.span);
         }
+        true
     }
 
     /// Writes to a mapping that nobody has written to, in its first page, which stays zero.

@@ -222,9 +222,12 @@ fn migrate<P: Platform>(
         Err(Interrupted::Stale(why)) => Some(why),
         Err(Interrupted::Failed(Failed::OutOfVram | Failed::TooLarge)) => Some(Stale::PagesRefused),
         // The mapping changed; what follows finds out how.
-        Err(Interrupted::Failed(Failed::NotMigratable(_) | Failed::NoVma(_))) => {
-            Some(Stale::CpuMappingChanged)
-        }
+        Err(Interrupted::Failed(
+            Failed::NotMigratable(_)
+            | Failed::NoVma(_)
+            | Failed::BadPage(_)
+            | Failed::Permission(_),
+        )) => Some(Stale::CpuMappingChanged),
         Err(Interrupted::Failed(failed)) => return Err(failed),
     };
     let took = device.seams.env.now().since(started);

@@ -39,6 +39,8 @@ const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 /// The page is the one that all untouched memory reads as.
 const ZERO_PAGE: u64 = 1 << 5;
+/// Every access is refused.
+const GUARD: u64 = 1 << 8;
 /// The page has content, in memory or in swap.
 const CONTENT: u64 = PRESENT | SWAPPED;
 
@@ -90,6 +92,16 @@ impl PageMap {
             ..Scan::default()
         };
         self.first(span, wanted)
+    }
+
+    /// The first stretch of `span` whose pages are guards (`MADV_GUARD_INSTALL`). A scan that fails,
+    /// as it does on a kernel without guards, finds none.
+    pub(crate) fn first_guard(&self, span: HostSpan) -> Option<HostSpan> {
+        let wanted = Scan {
+            category_mask: GUARD,
+            ..Scan::default()
+        };
+        self.first(span, wanted).ok().flatten()
     }
 
     /// Whether some page of `span` was ever written. A scan that fails says no.

@@ -11,8 +11,9 @@
 
 use core::ffi::c_void;
 use core::ptr;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
 use rustix::process::PidfdFlags;
@@ -43,6 +44,33 @@ pub enum Advise {
     GuardInstall,
     /// Allow access again.
     GuardRemove,
+    /// Use huge pages.
+    HugePage,
+    /// Use small pages only.
+    NoHugePage,
+    /// Let identical pages become one (KSM).
+    Merge,
+    /// Leave the mapping out of children.
+    DontFork,
+    /// Give children zeros.
+    WipeOnFork,
+    /// Drop the content, also in the object behind a shared mapping.
+    Remove,
+}
+
+/// What is behind a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// Memory shared with children.
+    SharedAnonymous,
+    /// A memory file, shared.
+    SharedFile,
+    /// A memory file, private.
+    PrivateFile,
+    /// Huge pages that were set aside.
+    HugeTlb,
+    /// Memory that the kernel itself cannot read (`memfd_secret`).
+    Secret,
 }
 
 impl Advise {
@@ -56,6 +84,12 @@ impl Advise {
             Self::Collapse => 25,
             Self::GuardInstall => 102,
             Self::GuardRemove => 103,
+            Self::HugePage => libc::MADV_HUGEPAGE,
+            Self::NoHugePage => libc::MADV_NOHUGEPAGE,
+            Self::Merge => libc::MADV_MERGEABLE,
+            Self::DontFork => libc::MADV_DONTFORK,
+            Self::WipeOnFork => libc::MADV_WIPEONFORK,
+            Self::Remove => libc::MADV_REMOVE,
         }
     }
 }
@@ -123,6 +157,30 @@ impl Territory {
     /// The system's.
     pub fn map_over(&self, span: HostSpan, huge: Huge) -> io::Result<()> {
         self.map_with(span, libc::MAP_FIXED, huge)
+    }
+
+    /// Maps memory of another kind into a hole.
+    ///
+    /// # Errors
+    /// The system's, which may not have that kind.
+    pub fn map_backed(&self, span: HostSpan, backing: Backing) -> io::Result<()> {
+        let at = self.inside(span);
+        let file = match backing {
+            Backing::SharedFile | Backing::PrivateFile => Some(memory_file(span.bytes())?),
+            Backing::Secret => Some(secret_file(span.bytes())?),
+            Backing::SharedAnonymous | Backing::HugeTlb => None,
+        };
+        let flags = libc::MAP_FIXED_NOREPLACE
+            | match backing {
+                Backing::SharedAnonymous => libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+                Backing::SharedFile | Backing::Secret => libc::MAP_SHARED,
+                Backing::PrivateFile => libc::MAP_PRIVATE,
+                Backing::HugeTlb => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB,
+            };
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let raw = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        // SAFETY: a hole of our own stretch.
+        mapped(unsafe { libc::mmap(at, length(span), access, flags, raw, 0) })
     }
 
     /// Unmaps.
@@ -260,6 +318,30 @@ impl Drop for Territory {
         // SAFETY: our own stretch, of which nothing is borrowed.
         let _unmapped = unsafe { libc::munmap(pointer(self.whole), length(self.whole)) };
     }
+}
+
+/// An empty file in memory, of `bytes` bytes.
+fn memory_file(bytes: u64) -> io::Result<File> {
+    // SAFETY: makes a descriptor.
+    let raw = unsafe { libc::memfd_create(c"gpusvm".as_ptr(), libc::MFD_CLOEXEC) };
+    owned(raw, bytes)
+}
+
+/// As [`memory_file`], secret.
+fn secret_file(bytes: u64) -> io::Result<File> {
+    // SAFETY: makes a descriptor.
+    let raw = unsafe { libc::syscall(libc::SYS_memfd_secret, libc::O_CLOEXEC) };
+    owned(i32::try_from(raw).unwrap_or(-1), bytes)
+}
+
+fn owned(raw: i32, bytes: u64) -> io::Result<File> {
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: made by our caller, and nobody else knows it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(raw) });
+    file.set_len(bytes)?;
+    Ok(file)
 }
 
 /// Maps a stretch without access at `at`, if it is free.
