@@ -61,6 +61,7 @@ enum Way {
     Out {
         span: HostSpan,
         allocation: AllocationRef,
+        left_at: u64,
     },
     Home {
         pieces: Vec<Piece>,
@@ -150,10 +151,13 @@ impl LiveSpace {
         let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
         self.residency.lock().depart(span);
         let legs = self.legs_out(span, aperture);
+        let departure = self.departures.begin();
         let left = match self.watch.arm(span) {
             Ok(()) => legs.iter().try_for_each(|leg| self.leave(leg)),
             Err(CannotArm) => Err(Refused::Mapping),
         };
+        let left_at = *departure;
+        drop(departure);
         self.notifiers.end(&self.env, invalidation);
         let set = LiveMigration {
             space: self,
@@ -170,6 +174,7 @@ impl LiveSpace {
             way: Way::Out {
                 span,
                 allocation: allocation.clone(),
+                left_at,
             },
             legs,
             done: false,
@@ -444,10 +449,15 @@ impl MigrationSet for LiveMigration<'_> {
     fn finalize(mut self) -> PageCount {
         self.done = true;
         match &self.way {
-            Way::Out { span, allocation } => {
+            Way::Out {
+                span,
+                allocation,
+                left_at,
+            } => {
                 let page = DevicePage {
                     allocation: allocation.clone(),
                     offset: 0,
+                    left_at: *left_at,
                 };
                 self.space.residency.lock().settle(*span, page);
                 self.space.arrived(*span);

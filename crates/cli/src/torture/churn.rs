@@ -116,6 +116,7 @@ pub(super) struct Churner<'w> {
 
 /// An operation on some pages of an area whose change lock is held.
 struct Span<'a> {
+    op: Op,
     area: &'a Area,
     pages: Range<u32>,
 }
@@ -156,12 +157,12 @@ impl Churner<'_> {
         if op == Op::Resize && !(area.is_in_one() && pages.start > 0 && !pages.is_empty()) {
             return;
         }
-        let span = Span { area, pages };
+        let span = Span { op, area, pages };
         if matches!(op, Op::Lock | Op::MoveAway | Op::MoveKeep) {
             area.cut();
         }
         let began_us = self.world.now_us();
-        let result = self.perform(op, &span);
+        let result = self.perform(&span);
         let answer = usize::from(result.is_err());
         tick(&self.world.tally.ops[op as usize][answer]);
         let errno = result
@@ -214,9 +215,9 @@ impl Churner<'_> {
         }
     }
 
-    fn perform(&mut self, op: Op, span: &Span<'_>) -> io::Result<()> {
+    fn perform(&mut self, span: &Span<'_>) -> io::Result<()> {
         let land = &self.world.land;
-        match op {
+        match span.op {
             Op::Discard => self.destroy(span, |_, at| land.advise(at, Advise::Discard)),
             Op::DiscardAll => self.destroy(span, |_, at| discard_all(land, at)),
             Op::Free => self.free(span),
@@ -249,11 +250,11 @@ impl Churner<'_> {
         span: &Span<'_>,
         act: impl FnOnce(&mut Self, HostSpan) -> io::Result<()>,
     ) -> io::Result<()> {
-        let Span { area, pages } = span;
+        let Span { area, pages, .. } = span;
         self.world.close(area, pages, self.me);
         let words = area.words(pages);
         let known: Vec<Known> = words.iter().map(ledger::Word::known).collect();
-        let burn = self.world.burn();
+        let burn = self.world.burn(span.op);
         words.iter().for_each(|word| word.destroy(burn));
         area.turn(pages, Kind::Destroy);
         self.pause();
@@ -429,7 +430,7 @@ impl Churner<'_> {
             let words = span.area.words(&(page..page + 1));
             words
                 .iter()
-                .for_each(|word| word.destroy(self.world.burn()));
+                .for_each(|word| word.destroy(self.world.burn(span.op)));
         }
     }
 
@@ -657,7 +658,11 @@ impl Churner<'_> {
 
     fn found_in_heap(&self, address: u64, word: u64, mark: u64) {
         let area = &self.world.areas[0];
-        let all = Span { area, pages: 0..1 };
+        let all = Span {
+            op: Op::Heap,
+            area,
+            pages: 0..1,
+        };
         let finding = self.finding(&all, Fault::Lost, Side::Cpu, address);
         self.world.found(Finding {
             found: Some(word),

@@ -52,11 +52,12 @@
 //!
 //! # Where changes are seen afterwards
 //!
-//! With `--brackets events` a change is known only when its event has been read. So the page stays
-//! in *destroy* until it has, and content that was destroyed may come back (not burnt): the host
-//! brings device pages home in doubt. Operations that raise no event, or that fail on a mapping in
-//! pieces, are left out ([`churn::Op::is_promised`]). Everything else holds: in particular, what
-//! was not destroyed is never lost.
+//! With `--brackets events` a change is known only when its event has been handled. So the page
+//! stays in *destroy* until it has. `MADV_DONTNEED` and `MADV_FREE` are told before they happen:
+//! pages that leave for the device in between keep their content, so it may come back (it is not
+//! burnt). Operations that raise no event, or that fail on a mapping in pieces, are left out
+//! ([`churn::Op::is_promised`]). Everything else holds: in particular, what was not destroyed is
+//! never lost.
 
 mod area;
 mod churn;

@@ -293,11 +293,11 @@ impl World {
         self.grace(me);
     }
 
-    /// Whether destroyed content may come back.
-    pub(super) const fn burn(&self) -> Burn {
-        match self.sight {
-            Sight::Before => Burn::Yes,
-            Sight::After => Burn::No,
+    /// Whether content that an operation destroyed may come back.
+    pub(super) const fn burn(&self, op: Op) -> Burn {
+        match (self.sight, op) {
+            (Sight::After, Op::Discard | Op::DiscardAll | Op::Free) => Burn::No,
+            _ => Burn::Yes,
         }
     }
 
