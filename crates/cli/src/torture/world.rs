@@ -11,8 +11,8 @@ use gpusvm_live::{BracketLevel, LiveBus, LiveEnv, LiveSpace, Territory};
 
 use crate::run::Stopwatch;
 use crate::torture::area::{Area, Kind};
-use crate::torture::churn::Op;
 use crate::torture::ledger::{Burn, Known, Tag};
+use crate::torture::op::Op;
 use crate::torture::random::Stream;
 use crate::workload::{count, index, mix};
 
@@ -295,9 +295,13 @@ impl World {
 
     /// Whether content that an operation destroyed may come back.
     pub(super) const fn burn(&self, op: Op) -> Burn {
-        match (self.sight, op) {
-            (Sight::After, Op::Discard | Op::DiscardAll | Op::Free) => Burn::No,
-            _ => Burn::Yes,
+        let cleared = matches!(
+            op,
+            Op::Discard | Op::DiscardAll | Op::DiscardRaw | Op::DiscardLocked | Op::Free
+        );
+        match op.sight(self.sight) {
+            Sight::After if cleared => Burn::No,
+            Sight::After | Sight::Before => Burn::Yes,
         }
     }
 
