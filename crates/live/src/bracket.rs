@@ -281,12 +281,7 @@ impl LiveSpace {
             self.bring_home(span, HomeCause::SpaceChange);
             return Vec::new();
         }
-        loop {
-            self.wait_settled(span);
-            if let Ok(pieces) = self.residency.lock().recall_span(span) {
-                return pieces;
-            }
-        }
+        self.recall_settled(span, u64::MAX)
     }
 
     /// Adjusts the watch to what the call did.

@@ -39,6 +39,7 @@ enum Way {
     Out {
         span: HostSpan,
         allocation: AllocationRef,
+        left_at: u64,
     },
     Home {
         pieces: Vec<Piece>,
@@ -107,10 +108,13 @@ impl LiveSpace {
         let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
         self.residency.lock().depart(span);
         let legs = self.legs_out(span, aperture);
+        let departure = self.departures.begin();
         let left = match self.watch.arm(span) {
             Ok(()) => legs.iter().try_for_each(|leg| self.leave(leg)),
             Err(CannotArm) => Err(Refused::Mapping),
         };
+        let left_at = *departure;
+        drop(departure);
         self.notifiers.end(&self.env, invalidation);
         let set = LiveMigration {
             space: self,
@@ -127,6 +131,7 @@ impl LiveSpace {
             way: Way::Out {
                 span,
                 allocation: allocation.clone(),
+                left_at,
             },
             legs,
             done: false,
@@ -237,10 +242,15 @@ impl MigrationSet for LiveMigration<'_> {
     fn finalize(mut self) -> PageCount {
         self.done = true;
         match &self.way {
-            Way::Out { span, allocation } => {
+            Way::Out {
+                span,
+                allocation,
+                left_at,
+            } => {
                 let page = DevicePage {
                     allocation: allocation.clone(),
                     offset: 0,
+                    left_at: *left_at,
                 };
                 for leg in &mut self.legs {
                     leg.left = match leg.user.bytes() {

@@ -23,6 +23,7 @@
 //!
 //! Everything the threads need lies in the runtime's own memory.
 
+use core::ops::Deref;
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
 use std::collections::VecDeque;
@@ -39,7 +40,7 @@ use rustix::io::Errno;
 use crate::env::LiveEnv;
 use crate::residency::State;
 use crate::space::LiveSpace;
-use crate::sys::futex;
+use crate::sys::futex::{self, RawFutexMutex};
 use crate::sys::thread::{self, RuntimeThread};
 use crate::sys::uffd::Message;
 use crate::sys::waits::Reason;
@@ -83,6 +84,51 @@ impl Reader {
     }
 }
 
+/// Counts the events that were read, and lets pages leave between two reads only.
+///
+/// The system lets a thread that changed the address space go on when the event is read. So whatever
+/// left a mapping before that is of the old mapping, and whatever leaves afterwards finds the new
+/// one: the number tells them apart when the event is handled, later. Pages are armed and moved out
+/// under this lock, so that no event is read in between.
+///
+/// Lock rank: host mm, outside the watch's. Its holders wait for nobody: a MOVE into staging or
+/// device memory raises no event and meets none.
+#[derive(Debug, Default)]
+pub(crate) struct Departures(lock_api::Mutex<RawFutexMutex, u64>);
+
+impl Departures {
+    /// Keeps events unread until the guard is dropped; it is the number of those that were read.
+    pub(crate) fn begin(&self) -> impl Deref<Target = u64> + '_ {
+        self.0.lock()
+    }
+
+    /// Reads messages and numbers the events among them.
+    fn read(&self, space: &LiveSpace, messages: &mut [Message]) -> (usize, u64) {
+        let mut number = self.0.lock();
+        let first = *number + 1;
+        // News of a clone comes with what was away at that moment: pages come home by MOVE, which
+        // waits while the news is unread, and then leave the table, which is locked meanwhile.
+        let table = space.residency.lock();
+        let count = space.watch.uffd.read(messages).unwrap_or(0);
+        for message in &mut messages[..count] {
+            *number += u64::from(is_event(message));
+            if matches!(message, Message::Fork(_))
+                && let Message::Fork(child) = core::mem::replace(message, Message::None)
+            {
+                space.attendant.admit(child, table.departed());
+            }
+        }
+        (count, first)
+    }
+}
+
+/// A message that waits for a thread, and its number if it is an event.
+#[derive(Debug)]
+struct Queued {
+    message: Message,
+    number: u64,
+}
+
 /// How the threads share the work.
 #[derive(Debug)]
 pub(crate) struct Pool {
@@ -102,7 +148,7 @@ struct Turns {
     idle: usize,
     stopping: bool,
     /// What was read and waits for a thread.
-    work: VecDeque<Message>,
+    work: VecDeque<Queued>,
     /// A thread handles an event: the next one waits.
     in_event: bool,
     deferred: Deferred,
@@ -111,7 +157,7 @@ struct Turns {
 /// What a thread does next.
 enum Job {
     Lead,
-    Handle(Message),
+    Handle(Queued),
     Stop,
 }
 
@@ -139,8 +185,8 @@ impl Pool {
                 turns.led = true;
                 return Job::Lead;
             }
-            if let Some(message) = turns.take() {
-                return Job::Handle(message);
+            if let Some(queued) = turns.take() {
+                return Job::Handle(queued);
             }
             turns.idle += 1;
             let seen = self.changed.load(Ordering::Acquire);
@@ -158,16 +204,16 @@ impl Pool {
     }
 
     /// Gives the lead away and takes work for it, if an idle thread can lead.
-    fn hand_over(&self) -> Option<Message> {
+    fn hand_over(&self) -> Option<Queued> {
         let mut turns = self.turns.lock();
         if turns.idle == 0 {
             return None;
         }
-        let message = turns.take()?;
+        let queued = turns.take()?;
         turns.led = false;
         drop(turns);
         self.call_one();
-        Some(message)
+        Some(queued)
     }
 
     fn stop(&self) {
@@ -200,7 +246,7 @@ impl Pool {
     /// Whether every event that was read has been handled.
     pub(crate) fn is_settled(&self) -> bool {
         let turns = self.turns.lock();
-        !turns.in_event && !turns.work.iter().any(is_event)
+        !turns.in_event && !turns.work.iter().any(|queued| is_event(&queued.message))
     }
 
     /// An event has been handled: the next one may be.
@@ -211,12 +257,12 @@ impl Pool {
 
 impl Turns {
     /// The first message that can be handled now.
-    fn take(&mut self) -> Option<Message> {
-        let ready = |message: &Message| !(self.in_event && is_event(message));
+    fn take(&mut self) -> Option<Queued> {
+        let ready = |queued: &Queued| !(self.in_event && is_event(&queued.message));
         let index = self.work.iter().position(ready)?;
-        let message = self.work.remove(index)?;
-        self.in_event |= is_event(&message);
-        Some(message)
+        let queued = self.work.remove(index)?;
+        self.in_event |= is_event(&queued.message);
+        Some(queued)
     }
 }
 
@@ -226,16 +272,16 @@ const fn is_event(message: &Message) -> bool {
 
 fn run(space: &LiveSpace) {
     loop {
-        let message = match space.pool.next() {
+        let queued = match space.pool.next() {
             Job::Stop => return,
-            Job::Handle(message) => message,
+            Job::Handle(queued) => queued,
             Job::Lead => match lead(space) {
-                Some(message) => message,
+                Some(queued) => queued,
                 None => return,
             },
         };
-        let event = is_event(&message);
-        handle(space, message);
+        let event = is_event(&queued.message);
+        handle(space, queued);
         if event {
             space.pool.event_is_over();
         }
@@ -243,11 +289,11 @@ fn run(space: &LiveSpace) {
 }
 
 /// Reads until there is work for this thread and another one to read, or until the end: `None`.
-fn lead(space: &LiveSpace) -> Option<Message> {
+fn lead(space: &LiveSpace) -> Option<Queued> {
     let mut messages = [const { Message::None }; BATCH];
     loop {
-        if let Some(message) = space.pool.hand_over() {
-            return Some(message);
+        if let Some(queued) = space.pool.hand_over() {
+            return Some(queued);
         }
         let timeout = space.pool.look_around(space.env.now())?;
         let bell = space.pool.bell.as_fd();
@@ -255,9 +301,12 @@ fn lead(space: &LiveSpace) -> Option<Message> {
         wake_due(space);
         if readable {
             space.reader_round.fetch_add(1, Ordering::AcqRel);
-            let count = receive(space, &mut messages);
+            let (count, mut number) = space.departures.read(space, &mut messages);
             for message in &mut messages[..count] {
-                sort(space, core::mem::replace(message, Message::None));
+                let message = core::mem::replace(message, Message::None);
+                let event = is_event(&message);
+                sort(space, Queued { message, number });
+                number += u64::from(event);
             }
             // Pairs with `LiveSpace::settle_events`.
             space.reader_round.fetch_add(1, Ordering::AcqRel);
@@ -265,28 +314,12 @@ fn lead(space: &LiveSpace) -> Option<Message> {
     }
 }
 
-/// Reads what is there. News of a clone comes with what was away at that moment: pages come home by
-/// MOVE, which waits while the news is unread, and then leave the table, which is locked meanwhile.
-fn receive(space: &LiveSpace, messages: &mut [Message]) -> usize {
-    let table = space.residency.lock();
-    let count = space.watch.uffd.read(messages).unwrap_or(0);
-    let clones = messages[..count]
-        .iter_mut()
-        .filter(|message| matches!(message, Message::Fork(_)));
-    for message in clones {
-        if let Message::Fork(child) = core::mem::replace(message, Message::None) {
-            space.attendant.admit(child, table.departed());
-        }
-    }
-    count
-}
-
 /// Does at once what waits for nobody, and queues the rest.
-fn sort(space: &LiveSpace, message: Message) {
-    if matches!(message, Message::None) {
+fn sort(space: &LiveSpace, queued: Queued) {
+    if matches!(queued.message, Message::None) {
         return;
     }
-    if let Message::Fault { at } = message {
+    if let Message::Fault { at } = queued.message {
         let at = at.align_down(PAGE);
         space.reader_at.store(at.get(), Ordering::Relaxed);
         let resident = matches!(space.residency.lock().at(at), Some(State::Resident(_)));
@@ -294,7 +327,7 @@ fn sort(space: &LiveSpace, message: Message) {
             return serve_hole(space, at);
         }
     }
-    space.pool.turns.lock().work.push_back(message);
+    space.pool.turns.lock().work.push_back(queued);
 }
 
 /// A thread of the process waits for a page that is not on a device.
@@ -307,12 +340,13 @@ fn serve_hole(space: &LiveSpace, at: HostVa) {
     }
 }
 
-fn handle(space: &LiveSpace, message: Message) {
+fn handle(space: &LiveSpace, queued: Queued) {
+    let Queued { message, number } = queued;
     match message {
         Message::Fault { at } => serve_fault(space, at.align_down(PAGE)),
-        Message::Unmap(span) => late_change(space, span, InvalidateReason::Unmap),
-        Message::Remove(span) => late_change(space, span, InvalidateReason::Clear),
-        Message::Remap { from, to } => late_move(space, from, to),
+        Message::Unmap(span) => late_change(space, span, InvalidateReason::Unmap, number),
+        Message::Remove(span) => late_change(space, span, InvalidateReason::Clear, number),
+        Message::Remap { from, to } => late_move(space, from, to, number),
         // Taken out where it was read.
         Message::Fork(_) | Message::None => {}
     }
@@ -336,44 +370,45 @@ fn wake(space: &LiveSpace, at: HostVa) {
     let _gone = space.watch.uffd.wake(HostSpan::at(at, PAGE));
 }
 
-/// The process unmapped or cleared `span` and no bracket saw it.
-fn late_change(space: &LiveSpace, span: HostSpan, reason: InvalidateReason) {
+/// The process unmapped or cleared `span` and no bracket saw it. Something may be mapped there
+/// again, with content that has left for a device again: only what left before the event was read
+/// goes.
+fn late_change(space: &LiveSpace, span: HostSpan, reason: InvalidateReason, number: u64) {
     space.emit(&Event::LateInvalidation { span });
+    space.residency.lock().change(span);
+    let pieces = space.recall_settled(span, number);
     let invalidation = space.notifiers.start(span, reason);
-    let unmapped = reason == InvalidateReason::Unmap;
-    let mapped_again = unmapped && space.is_mapped(span);
-    if !mapped_again {
-        space.drop_pages(span);
+    if reason == InvalidateReason::Unmap {
+        let kept = space.residency.lock().residents(span);
+        space.watch.forget_late(span, &kept);
     }
-    if unmapped && !mapped_again {
-        space.watch.forget(span);
-    }
+    space.let_go(pieces);
     space.notifiers.end(&space.env, invalidation);
-    if mapped_again {
-        // Something is mapped there again. Whether the pages are its own cannot be told from
-        // here; at home they do no harm, and content that is there already wins.
-        bring_home_now(space, span);
-    }
+    space.residency.lock().unchange(span);
+    space.announce_change();
 }
 
-/// Brings home what is resident in `span`, without waiting for what travels: whoever travels may
-/// be waiting for this thread to read on.
-fn bring_home_now(space: &LiveSpace, span: HostSpan) {
-    while let Some(allocation) = { space.residency.lock().any_resident(span) } {
-        if allocation.bring_home(HomeCause::SpaceChange).is_err() {
-            return;
+/// The process moved a mapping and no bracket saw it: the pages follow, and then come home.
+fn late_move(space: &LiveSpace, from: HostSpan, to: HostVa, number: u64) {
+    space.emit(&Event::LateInvalidation { span: from });
+    space.residency.lock().change(from);
+    let invalidation = space.notifiers.start(from, InvalidateReason::Unmap);
+    loop {
+        space.wait_settled(from);
+        let mut table = space.residency.lock();
+        if !table.is_travelling(from) {
+            table.rebase(from, to, number);
+            break;
         }
     }
-}
-
-/// The process moved a mapping and no bracket saw it: the pages follow.
-fn late_move(space: &LiveSpace, from: HostSpan, to: HostVa) {
-    space.emit(&Event::LateInvalidation { span: from });
-    let invalidation = space.notifiers.start(from, InvalidateReason::Unmap);
-    space.residency.lock().rebase(from, to);
     space.watch.moved(from, to);
+    // Where the mapping stayed, it is still armed.
+    let kept = space.residency.lock().residents(from);
+    space.watch.forget_late(from, &kept);
     space.notifiers.end(&space.env, invalidation);
-    bring_home_now(space, HostSpan::at(to, from.bytes()));
+    space.residency.lock().unchange(from);
+    space.announce_change();
+    space.bring_home(HostSpan::at(to, from.bytes()), HomeCause::SpaceChange);
 }
 
 /// Wakes the thread that waits at `at` when it is time, or now if too many wait.

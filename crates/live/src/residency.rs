@@ -29,6 +29,9 @@ pub(crate) struct DevicePage {
     pub(crate) allocation: AllocationRef,
     /// Bytes from the allocation's start.
     pub(crate) offset: u64,
+    /// Events that had been read when the page left its mapping, see
+    /// [`Departures`](crate::reader::Departures).
+    pub(crate) left_at: u64,
 }
 
 impl DevicePage {
@@ -36,6 +39,7 @@ impl DevicePage {
         Self {
             allocation: self.allocation.clone(),
             offset: self.offset + bytes,
+            left_at: self.left_at,
         }
     }
 }
@@ -136,8 +140,9 @@ impl Residency {
         pieces
     }
 
-    /// Sends every resident span inside `span` travelling, cutting at its borders.
-    pub(crate) fn recall_span(&mut self, span: HostSpan) -> Result<Vec<Piece>, Busy> {
+    /// Sends every resident span inside `span` travelling that left before event number `event` was
+    /// read, cutting at the borders of `span`.
+    pub(crate) fn recall_older(&mut self, span: HostSpan, event: u64) -> Result<Vec<Piece>, Busy> {
         if self.is_travelling(span) {
             return Err(Busy);
         }
@@ -145,7 +150,9 @@ impl Residency {
         self.cut(span.end());
         let mut pieces = Vec::new();
         for (piece, state) in self.overlapping_mut(span) {
-            if let State::Resident(page) = state {
+            if let State::Resident(page) = state
+                && page.left_at < event
+            {
                 pieces.push(Piece {
                     span: piece,
                     page: page.clone(),
@@ -178,6 +185,14 @@ impl Residency {
         self.overlapping(everything())
             .filter(|(_, state)| !matches!(state, State::Claimed))
             .map(|(span, _)| span)
+            .collect()
+    }
+
+    /// Resident spans inside `span`, clipped to it.
+    pub(crate) fn residents(&self, span: HostSpan) -> Vec<HostSpan> {
+        self.overlapping(span)
+            .filter(|(_, state)| matches!(state, State::Resident(_)))
+            .filter_map(|(piece, _)| piece.intersect(span))
             .collect()
     }
 
@@ -241,12 +256,21 @@ impl Residency {
         self.entries.insert(at, tail);
     }
 
-    /// The process moved a mapping together with its entries.
-    pub(crate) fn rebase(&mut self, from: HostSpan, to: HostVa) {
+    /// The process moved a mapping together with its entries, but not with those that left at event
+    /// number `event` or later: they are of another mapping. Nothing travels in `from`.
+    pub(crate) fn rebase(&mut self, from: HostSpan, to: HostVa, event: u64) {
         self.moved = true;
         self.cut(from.start());
         self.cut(from.end());
-        let keys: Vec<_> = self.overlapping(from).map(|(span, _)| span).collect();
+        let older = |state: &State| match state {
+            State::Resident(page) => page.left_at < event,
+            State::Claimed | State::Transit(_) => false,
+        };
+        let keys: Vec<_> = self
+            .overlapping(from)
+            .filter(|(_, state)| older(state))
+            .map(|(span, _)| span)
+            .collect();
         for span in keys {
             if let Some(mut entry) = self.entries.remove(&span.start()) {
                 let start = to.plus(span.start().offset_from(from.start()));

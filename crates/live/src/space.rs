@@ -25,7 +25,7 @@ use crate::env::LiveEnv;
 use crate::fork::{self, Forks};
 use crate::level::{BracketLevel, Level, LiveConfig, OpenError};
 use crate::migrate::LiveMigration;
-use crate::reader::{self, Pool, Reader};
+use crate::reader::{self, Departures, Pool, Reader};
 use crate::residency::{Piece, Residency, State, everything};
 use crate::staging::Staging;
 use crate::stall::ReaderState;
@@ -59,6 +59,7 @@ pub struct LiveSpace {
     reader: Mutex<LiveEnv, Option<Reader>>,
     /// How the fault readers share their work.
     pub(crate) pool: Pool,
+    pub(crate) departures: Departures,
     /// Odd while a reader reads and sorts messages.
     pub(crate) reader_round: AtomicU32,
     /// What the last fault was about.
@@ -115,6 +116,7 @@ impl LiveSpace {
             forks: Forks::default(),
             attendant: Attendant::default(),
             reader: Mutex::<LiveEnv, _>::new(None),
+            departures: Departures::default(),
             pool: Pool::new().map_err(OpenError::os("make an eventfd"))?,
             reader_round: AtomicU32::new(0),
             reader_at: AtomicU64::new(0),
@@ -243,12 +245,15 @@ impl LiveSpace {
         }
     }
 
-    /// Lets go of the pages that are resident in `span`, without bringing them home.
-    pub(crate) fn drop_pages(&self, span: HostSpan) {
-        let Ok(pieces) = self.residency.lock().recall_span(span) else {
-            return;
-        };
-        self.let_go(pieces);
+    /// Waits until nothing in `span` travels and recalls what left before event number `event` was
+    /// read, to be dropped.
+    pub(crate) fn recall_settled(&self, span: HostSpan, event: u64) -> Vec<Piece> {
+        loop {
+            self.wait_settled(span);
+            if let Ok(pieces) = self.residency.lock().recall_older(span, event) {
+                return pieces;
+            }
+        }
     }
 
     /// Ends the travel of recalled pieces by dropping their content.
@@ -258,12 +263,6 @@ impl LiveSpace {
             self.arrived(piece.span);
             drop(released);
         }
-    }
-
-    /// Whether anything is mapped in `span`.
-    pub(crate) fn is_mapped(&self, span: HostSpan) -> bool {
-        self.vma_around(span.start())
-            .is_some_and(|vma| vma.span.overlaps(span))
     }
 
     /// One try of [`AddressSpace::fault_in`]; `None` when it has to start over.

@@ -60,6 +60,19 @@ impl SpanSet {
             .collect()
     }
 
+    /// The parts of `span` that are not in the set, in order.
+    pub(crate) fn without(&self, span: HostSpan) -> Vec<HostSpan> {
+        let mut at = span.start();
+        let mut gaps = Vec::new();
+        for part in self.within(span) {
+            gaps.push(HostSpan::new(at, part.start()));
+            at = part.end();
+        }
+        gaps.push(HostSpan::new(at, span.end()));
+        gaps.retain(|gap| !gap.is_empty());
+        gaps
+    }
+
     /// The whole spans that overlap `span`.
     pub(crate) fn overlapping_whole(&self, span: HostSpan) -> impl Iterator<Item = HostSpan> {
         self.overlapping(span)
@@ -112,6 +125,9 @@ mod tests {
         assert_eq!(set.within(span(0, 100)), [span(10, 40)]);
         set.remove(span(15, 18));
         assert_eq!(set.within(span(12, 100)), [span(12, 15), span(18, 40)]);
+        let gaps = [span(0, 10), span(15, 18), span(40, 50)];
+        assert_eq!(set.without(span(0, 50)), gaps);
+        assert_eq!(set.without(span(20, 40)), []);
         assert!(set.covers(span(18, 40)) && !set.covers(span(14, 19)));
         set.remove(span(0, 100));
         assert_eq!(set.hull(), None);

@@ -61,16 +61,15 @@ impl Watch {
     ///
     /// Returns whether some of it was not watched before.
     pub(crate) fn ensure(&self, vma: &Vma) -> bool {
-        let mut sets = self.sets.lock();
+        let sets = self.sets.lock();
         if sets.watched.covers(vma.span) {
             return false;
         }
-        if sets.registered.within(vma.span).is_empty() {
-            // A touch can wait for a reader, and readers take the lock.
-            drop(sets);
-            self.root(vma.span);
-            sets = self.sets.lock();
-        }
+        let fresh = sets.registered.without(vma.span);
+        // A touch can wait for a reader, and readers take the lock.
+        drop(sets);
+        fresh.into_iter().for_each(|part| self.root(part));
+        let mut sets = self.sets.lock();
         sets.watched.insert(vma.span);
         publish_hull(&sets.watched);
         // Calls that began before the hull grew may still be changing the mapping: let them end.
@@ -97,12 +96,12 @@ impl Watch {
         }
     }
 
-    /// Arms a span, so that a touch of a missing page waits for the reader.
+    /// Arms a span, so that a touch of a missing page waits for a reader.
+    ///
+    /// The system is told even where the span is armed already: an event that was not read yet may
+    /// have ended that.
     pub(crate) fn arm(&self, span: HostSpan) -> Result<(), CannotArm> {
         let mut sets = self.sets.lock();
-        if sets.armed.covers(span) {
-            return Ok(());
-        }
         if !sets.registered.covers(span) {
             return Err(CannotArm);
         }
@@ -129,6 +128,7 @@ impl Watch {
             .into_iter()
             .find(|piece| piece.contains(at))
         else {
+            // News of a move is on its way: the access comes again until it is here.
             return;
         };
         if residency.lock().has_departed(piece) {
@@ -194,6 +194,22 @@ impl Watch {
         sets.watched.remove(span);
         sets.registered.remove(span);
         sets.armed.remove(span);
+        publish_hull(&sets.watched);
+    }
+
+    /// As [`forget`](Self::forget) after a change that was seen late: what is mapped there by now is
+    /// no longer registered either. What is in `kept` has been armed since, and stays.
+    pub(crate) fn forget_late(&self, span: HostSpan, kept: &[HostSpan]) {
+        let mut sets = self.sets.lock();
+        let mut keep = SpanSet::default();
+        kept.iter().for_each(|kept| keep.insert(*kept));
+        for gap in keep.without(span) {
+            // Refused where nothing is mapped.
+            let _gone = self.uffd.unregister(gap);
+            sets.watched.remove(gap);
+            sets.registered.remove(gap);
+            sets.armed.remove(gap);
+        }
         publish_hull(&sets.watched);
     }
 

@@ -7,8 +7,8 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
 use gpusvm::seam::env::Mutex;
 use gpusvm_live::{Huge, LiveEnv};
 
-use crate::torture::churn::Op;
 use crate::torture::ledger::{PAGES, SLOTS, STRIDE, Tag, Word};
+use crate::torture::op::Op;
 use crate::torture::random::Stream;
 use crate::workload::index;
 

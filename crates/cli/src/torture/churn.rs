@@ -9,98 +9,20 @@ use std::io;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm_abi::bus::{AtomicOp, SystemBus};
-use gpusvm_live::{Advise, Leave, Protect};
-use gpusvm_softgpu::Tile;
+use gpusvm_live::{Advise, Huge, Leave, Protect};
 
 use crate::machine::Machine;
 use crate::torture::area::{Area, Kind, Past};
-use crate::torture::ledger::{self, Known, SLOTS, Trust};
+use crate::torture::ledger::{self, Known, SLOTS};
+use crate::torture::op::Op;
 use crate::torture::random::Stream;
-use crate::torture::visit::{CpuPort, OnTile, Port, TilePort, Visitor};
-use crate::torture::world::{Doing, Fault, Finding, Side, Sight, World, tick};
+use crate::torture::visit::{CpuPort, Port};
+use crate::torture::world::{Doing, Fault, Side, World, tick};
 
 /// Most pages that leave for a churner's own place and come back.
 pub(super) const AWAY_PAGES: u32 = 2048;
 /// Bytes of a churner's own place.
 pub(super) const AWAY_BYTES: u64 = 2 * AWAY_PAGES as u64 * PAGE;
-
-macro_rules! operations {
-    ($($(#[$doc:meta])* $id:ident = $name:literal,)*) => {
-        /// One operation.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(super) enum Op {
-            $($(#[$doc])* $id,)*
-        }
-
-        impl Op {
-            /// All operations.
-            pub(super) const ALL: [Self; [$(Self::$id,)*].len()] = [$(Self::$id,)*];
-
-            /// Name, as reports show it.
-            pub(super) const fn name(self) -> &'static str {
-                match self { $(Self::$id => $name,)* }
-            }
-        }
-    };
-}
-
-operations! {
-    /// `MADV_DONTNEED`.
-    Discard = "discard",
-    /// `process_madvise` with `MADV_DONTNEED`, two spans at once.
-    DiscardAll = "discard_all",
-    /// `MADV_FREE`.
-    Free = "free",
-    /// `munmap`, and a fresh mapping in the hole.
-    Unmap = "unmap",
-    /// `mmap` with `MAP_FIXED` over what is there.
-    MapOver = "map_over",
-    /// `mremap` that shrinks and grows again in place.
-    Resize = "resize",
-    /// `mremap` of everything to the other home.
-    Move = "move",
-    /// `mremap` of a part to elsewhere and back.
-    MoveAway = "move_away",
-    /// As above, the first with `MREMAP_DONTUNMAP`.
-    MoveKeep = "move_keep",
-    /// `MADV_GUARD_INSTALL` and `MADV_GUARD_REMOVE`.
-    Guard = "guard",
-    /// `mprotect` to no access and back.
-    ProtectNone = "protect_none",
-    /// `mprotect` to read-only and back.
-    ProtectRead = "protect_read",
-    /// `MADV_COLLAPSE`.
-    Collapse = "collapse",
-    /// `MADV_PAGEOUT`.
-    PageOut = "pageout",
-    /// `MADV_COLD`.
-    Cold = "cold",
-    /// `MADV_POPULATE_WRITE`.
-    Populate = "populate",
-    /// `mlock` and `munlock`.
-    Lock = "lock",
-    /// A large block from the allocator, used and freed.
-    Heap = "heap",
-    /// A thread that starts, works and exits.
-    Thread = "thread",
-}
-
-impl Op {
-    /// Whether the operation's effect is promised where changes are seen afterwards only: rights
-    /// and guards raise no event there, and a mapping of armed and unarmed pieces does not move.
-    pub(super) const fn is_promised(self, sight: Sight) -> bool {
-        match self {
-            Self::Resize
-            | Self::Move
-            | Self::MoveAway
-            | Self::MoveKeep
-            | Self::Guard
-            | Self::ProtectNone
-            | Self::ProtectRead => matches!(sight, Sight::Before),
-            _ => true,
-        }
-    }
-}
 
 /// One churner.
 pub(super) struct Churner<'w> {
@@ -115,13 +37,15 @@ pub(super) struct Churner<'w> {
 }
 
 /// An operation on some pages of an area whose change lock is held.
-struct Span<'a> {
-    area: &'a Area,
-    pages: Range<u32>,
+pub(super) struct Span<'a> {
+    pub(super) op: Op,
+    pub(super) area: &'a Area,
+    pub(super) pages: Range<u32>,
 }
 
 impl Span<'_> {
-    fn host(&self) -> HostSpan {
+    /// Where its pages are.
+    pub(super) fn host(&self) -> HostSpan {
         self.area.part(&self.pages)
     }
 }
@@ -156,12 +80,19 @@ impl Churner<'_> {
         if op == Op::Resize && !(area.is_in_one() && pages.start > 0 && !pages.is_empty()) {
             return;
         }
-        let span = Span { area, pages };
-        if matches!(op, Op::Lock | Op::MoveAway | Op::MoveKeep) {
+        let span = Span { op, area, pages };
+        let cuts = [
+            Op::Lock,
+            Op::DiscardLocked,
+            Op::Huge,
+            Op::MoveAway,
+            Op::MoveKeep,
+        ];
+        if cuts.contains(&op) {
             area.cut();
         }
         let began_us = self.world.now_us();
-        let result = self.perform(op, &span);
+        let result = self.perform(&span);
         let answer = usize::from(result.is_err());
         tick(&self.world.tally.ops[op as usize][answer]);
         let errno = result
@@ -214,13 +145,15 @@ impl Churner<'_> {
         }
     }
 
-    fn perform(&mut self, op: Op, span: &Span<'_>) -> io::Result<()> {
+    fn perform(&mut self, span: &Span<'_>) -> io::Result<()> {
         let land = &self.world.land;
-        match op {
+        match span.op {
             Op::Discard => self.destroy(span, |_, at| land.advise(at, Advise::Discard)),
             Op::DiscardAll => self.destroy(span, |_, at| discard_all(land, at)),
+            Op::DiscardRaw => self.destroy(span, |_, at| land.discard_raw(at)),
+            Op::DiscardLocked => self.destroy(span, |churner, at| churner.discard_locked(at)),
             Op::Free => self.free(span),
-            Op::Unmap => self.destroy(span, |churner, at| churner.unmap(span, at)),
+            Op::Unmap | Op::UnmapRaw => self.destroy(span, |churner, at| churner.unmap(span, at)),
             Op::MapOver => self.destroy(span, |_, at| {
                 land.map_over(at, span.area.plan.huge)?;
                 span.area.mapped(&span.pages);
@@ -238,6 +171,8 @@ impl Churner<'_> {
             Op::Cold => land.advise(span.host(), Advise::Cold),
             Op::Populate => land.advise(span.host(), Advise::Populate),
             Op::Lock => self.lock(span),
+            Op::Huge => self.huge(span),
+            Op::Pipe => self.pipe(span),
             Op::Heap | Op::Thread => Ok(()),
         }
     }
@@ -249,11 +184,11 @@ impl Churner<'_> {
         span: &Span<'_>,
         act: impl FnOnce(&mut Self, HostSpan) -> io::Result<()>,
     ) -> io::Result<()> {
-        let Span { area, pages } = span;
+        let Span { area, pages, .. } = span;
         self.world.close(area, pages, self.me);
         let words = area.words(pages);
         let known: Vec<Known> = words.iter().map(ledger::Word::known).collect();
-        let burn = self.world.burn();
+        let burn = self.world.burn(span.op);
         words.iter().for_each(|word| word.destroy(burn));
         area.turn(pages, Kind::Destroy);
         self.pause();
@@ -262,7 +197,7 @@ impl Churner<'_> {
             let both = words.iter().zip(known);
             both.for_each(|(word, known)| word.restore(known));
         }
-        self.settle();
+        self.settle(span);
         area.turn(pages, Kind::Stable);
         result
     }
@@ -282,8 +217,12 @@ impl Churner<'_> {
     }
 
     fn unmap(&mut self, span: &Span<'_>, at: HostSpan) -> io::Result<()> {
-        self.world.land.unmap(at)?;
-        self.settle();
+        let land = &self.world.land;
+        match span.op {
+            Op::UnmapRaw => land.unmap_raw(at)?,
+            _ => land.unmap(at)?,
+        }
+        self.settle(span);
         self.expect_nothing(span, at);
         let mapped = self.world.land.map(at, span.area.plan.huge);
         span.area.mapped(&span.pages);
@@ -404,7 +343,7 @@ impl Churner<'_> {
         self.world.close(span.area, &span.pages, self.me);
         let at = span.host();
         let result = self.world.land.advise(at, Advise::Free);
-        self.settle();
+        self.settle(span);
         if result.is_ok() {
             self.pause();
             span.pages
@@ -429,7 +368,7 @@ impl Churner<'_> {
             let words = span.area.words(&(page..page + 1));
             words
                 .iter()
-                .for_each(|word| word.destroy(self.world.burn()));
+                .for_each(|word| word.destroy(self.world.burn(span.op)));
         }
     }
 
@@ -438,6 +377,42 @@ impl Churner<'_> {
         self.look_after(span);
         self.pause();
         self.world.land.unlock(span.host())
+    }
+
+    fn discard_locked(&mut self, at: HostSpan) -> io::Result<()> {
+        let land = &self.world.land;
+        land.lock(at)?;
+        self.pause();
+        let discarded = land.advise(at, Advise::DiscardLocked);
+        land.unlock(at)?;
+        discarded
+    }
+
+    /// Other advice about huge pages for a moment, which cuts the mapping.
+    fn huge(&mut self, span: &Span<'_>) -> io::Result<()> {
+        let (other, own) = match span.area.plan.huge {
+            Huge::Advise => (Advise::Small, Advise::Huge),
+            Huge::Never => (Advise::Huge, Advise::Small),
+        };
+        self.world.land.advise(span.host(), other)?;
+        self.look_after(span);
+        self.world.land.advise(span.host(), own)
+    }
+
+    /// One page as the system reads it, by the ordinary rule. Nobody writes it meanwhile.
+    fn pipe(&mut self, span: &Span<'_>) -> io::Result<()> {
+        let page = span.pages.start..span.pages.start + 1;
+        self.world.close(span.area, &page, self.me);
+        let mut bytes = [0; 4096];
+        let result = self
+            .world
+            .land
+            .through_pipe(span.area.part(&page), &mut bytes);
+        if result.is_ok() {
+            self.expect_page(span, page.start, &bytes);
+        }
+        span.area.turn(&page, Kind::Stable);
+        result
     }
 
     /// A place of its own for what is at `from`, aligned as it is there or not.
@@ -457,234 +432,4 @@ fn discard_all(land: &gpusvm_live::Territory, at: HostSpan) -> io::Result<()> {
     ];
     let parts = if half == 0 { &parts[1..] } else { &parts[..] };
     land.advise_all(parts, Advise::Discard).map(|_bytes| ())
-}
-
-/// What an operation promises, looked at from both sides.
-impl Churner<'_> {
-    /// Some words of the span, by the ordinary rule.
-    fn look_after(&mut self, span: &Span<'_>) {
-        let (world, me) = (self.world, self.me);
-        let pages: Vec<u32> = (0..3)
-            .map(|_| self.random.between(span.pages.start, span.pages.end - 1))
-            .collect();
-        let random = Stream::named(self.random.next(), "after", me);
-        let mut cpu = Visitor {
-            world,
-            me,
-            writer: None,
-            port: CpuPort(world.bus),
-            random: random.clone(),
-        };
-        pages.iter().for_each(|page| cpu.read(span.area, *page));
-        self.on_device(|tile| {
-            let mut device = Visitor {
-                world,
-                me,
-                writer: None,
-                port: TilePort(tile),
-                random: random.clone(),
-            };
-            pages.iter().for_each(|page| device.read(span.area, *page));
-        });
-    }
-
-    /// Nothing is mapped at `at`, or nothing may be accessed: both sides are refused.
-    fn expect_nothing(&mut self, span: &Span<'_>, at: HostSpan) {
-        let word = self.word_of(at);
-        if CpuPort(self.world.bus).load(word).is_ok() {
-            self.found(span, Fault::Allowed, Side::Cpu, word);
-        }
-        let refused = |tile: &mut Tile<'_>| tile.load_one::<u64>(word).is_err();
-        self.expect_on_device(span, (Fault::Allowed, word), refused);
-    }
-
-    /// Neither side can write. The probe stores nothing even where it is let in.
-    fn expect_no_write(&mut self, span: &Span<'_>, at: HostSpan) {
-        let word = self.word_of(at);
-        let cpu = CpuPort(self.world.bus).exchange(word, u64::MAX, u64::MAX);
-        if cpu.is_ok() {
-            self.found(span, Fault::Allowed, Side::Cpu, word);
-        }
-        self.expect_on_device(span, (Fault::Allowed, word), |tile| {
-            TilePort(tile).exchange(word, u64::MAX, u64::MAX).is_err()
-        });
-    }
-
-    /// The moved content is at `at`, on both sides.
-    fn expect_content(&mut self, span: &Span<'_>, at: HostSpan) {
-        let page = self.random.between(span.pages.start, span.pages.end - 1);
-        let slot = self.random.between(0, SLOTS - 1);
-        let tag = span.area.tag(page, slot);
-        let offset = u64::from(page - span.pages.start) * PAGE + u64::from(slot) * ledger::STRIDE;
-        let address = at.start().plus(offset).get();
-        let word = span.area.word(page, slot);
-        let is_right =
-            |raw: u64| ledger::judge(tag, raw, word.known(), word.ceiling(), Trust::Strict).is_ok();
-        let cpu = CpuPort(self.world.bus).load(address);
-        if !cpu.is_ok_and(is_right) {
-            self.found(span, Fault::Lost, Side::Cpu, address);
-        }
-        self.expect_on_device(span, (Fault::Lost, address), |tile| {
-            tile.load_one(address).is_ok_and(is_right)
-        });
-    }
-
-    /// What was left behind is empty, on both sides.
-    fn expect_zeros(&mut self, span: &Span<'_>, at: HostSpan) {
-        let word = self.word_of(at);
-        if CpuPort(self.world.bus).load(word) != Ok(0) {
-            self.found(span, Fault::Stale, Side::Cpu, word);
-        }
-        let empty = |tile: &mut Tile<'_>| tile.load_one(word) == Ok(0_u64);
-        self.expect_on_device(span, (Fault::Stale, word), empty);
-    }
-
-    /// `holds` on the device, or this is wrong at this address.
-    fn expect_on_device(
-        &self,
-        span: &Span<'_>,
-        wrong: (Fault, u64),
-        holds: impl Fn(&mut Tile<'_>) -> bool + Sync,
-    ) {
-        let (fault, address) = wrong;
-        self.on_device(|tile| {
-            if !holds(tile) {
-                self.found(span, fault, Side::Device, address);
-            }
-        });
-    }
-
-    /// One word per page, as the CPU reads it.
-    fn sample(&self, at: HostSpan) -> Vec<u64> {
-        let mut cpu = CpuPort(self.world.bus);
-        let words = (at.start().get()..at.end().get()).step_by(4096);
-        let words = words
-            .enumerate()
-            .map(|(n, page)| page + (n as u64 % 64) * 64);
-        words
-            .map(|word| cpu.load(word).unwrap_or(u64::MAX))
-            .collect()
-    }
-
-    fn word_of(&mut self, at: HostSpan) -> u64 {
-        let words = u32::try_from(at.bytes() / ledger::STRIDE).unwrap_or(u32::MAX);
-        let n = self.random.between(0, words - 1);
-        at.start().plus(u64::from(n) * ledger::STRIDE).get()
-    }
-
-    /// Plays this churner's device unit.
-    fn on_device(&self, act: impl Fn(&mut Tile<'_>) + Sync) {
-        // Refusals are the closure's business, and it passes none on.
-        let _done = self.machine.launch_on(self.unit, &OnTile(act));
-    }
-
-    /// Where changes are seen afterwards: waits until they are.
-    fn settle(&self) {
-        if self.world.sight == Sight::After {
-            self.world.space.settle_events();
-        }
-    }
-
-    /// Half of an operation is done: the other half must follow.
-    fn must(&self, span: &Span<'_>, result: io::Result<()>) -> io::Result<()> {
-        if let Err(error) = &result {
-            let errno = error.raw_os_error().unwrap_or(-1);
-            let finding =
-                self.finding(span, Fault::Operation, Side::Cpu, span.host().start().get());
-            self.world.found(Finding { errno, ..finding });
-        }
-        result
-    }
-
-    fn found(&self, span: &Span<'_>, fault: Fault, side: Side, address: u64) {
-        self.world.found(self.finding(span, fault, side, address));
-    }
-
-    fn finding(&self, span: &Span<'_>, fault: Fault, side: Side, address: u64) -> Finding {
-        let inside = address.saturating_sub(span.area.span().start().get());
-        let page = u32::try_from(inside / PAGE).unwrap_or(0);
-        let page = page.clamp(span.pages.start, span.pages.end - 1);
-        let slot = u32::try_from(address % PAGE / ledger::STRIDE).unwrap_or(0);
-        let word = span.area.word(page, slot);
-        Finding {
-            fault,
-            side,
-            actor: self.me,
-            tag: span.area.tag(page, slot),
-            address,
-            found: CpuPort(self.world.bus).load(address).ok(),
-            again: None,
-            known: word.known(),
-            ceiling: word.ceiling(),
-            at_us: self.world.now_us(),
-            errno: 0,
-        }
-    }
-
-    /// Nothing, or a moment.
-    fn pause(&mut self) {
-        if self.random.one_in(2) {
-            let us = self.random.between(1, 200);
-            self.world.sleep_us(us.into());
-        }
-    }
-}
-
-/// Operations that have no area.
-impl Churner<'_> {
-    /// A block from the allocator, large enough that freeing it unmaps it: written by the CPU,
-    /// changed by the device, read by the CPU.
-    fn heap(&mut self) {
-        let words = usize::try_from(self.random.between(64 << 10, 1 << 20)).unwrap_or(1 << 16);
-        let mark = self.random.next() | 1;
-        let block = vec![mark; words];
-        let at = crate::workload::address_of(&block);
-        self.on_device(|tile| {
-            for page in (0..words).step_by(512) {
-                let _mapped = tile.atomic(at + 8 * page as u64, AtomicOp::Add(1));
-            }
-        });
-        let wrong = block
-            .iter()
-            .enumerate()
-            .find(|(n, word)| **word != mark.wrapping_add(u64::from(n % 512 == 0)));
-        if let Some((n, word)) = wrong {
-            self.found_in_heap(at + 8 * n as u64, *word, mark);
-        }
-        drop(block);
-        tick(&self.world.tally.ops[Op::Heap as usize][0]);
-    }
-
-    fn found_in_heap(&self, address: u64, word: u64, mark: u64) {
-        let area = &self.world.areas[0];
-        let all = Span { area, pages: 0..1 };
-        let finding = self.finding(&all, Fault::Lost, Side::Cpu, address);
-        self.world.found(Finding {
-            found: Some(word),
-            again: Some(mark),
-            ..finding
-        });
-    }
-
-    /// A thread of the program: its stack comes and goes.
-    fn thread(&mut self) {
-        let world = self.world;
-        let random = Stream::named(self.random.next(), "thread", self.me);
-        let sum = std::thread::scope(|scope| {
-            let work = scope.spawn(move || {
-                let mut random = random;
-                let mut frame = [0_u64; 2048];
-                frame.iter_mut().for_each(|word| *word = random.next());
-                let (area, page) = world.pick(&mut random);
-                let at = area.address(area.tag(page, 0));
-                let _any = CpuPort(world.bus).load(at);
-                core::hint::black_box(&frame)
-                    .iter()
-                    .fold(0, |sum, word| sum ^ word)
-            });
-            work.join()
-        });
-        let answer = usize::from(sum.is_err());
-        tick(&world.tally.ops[Op::Thread as usize][answer]);
-    }
 }

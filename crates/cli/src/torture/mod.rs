@@ -45,22 +45,26 @@
 //!
 //! | state | operations |
 //! |---|---|
-//! | destroy | discard, `discard_all`, unmap, `map_over`, resize, guard |
+//! | destroy | discard, `discard_all`, `discard_locked`, unmap, `map_over`, resize, guard |
 //! | deny | move, `move_away`, `protect_none`, `protect_read` |
-//! | closed | free (then settled, page by page: all words or none), `move_keep` |
-//! | stable | collapse, pageout, cold, populate, lock, heap, thread, every migration |
+//! | closed | free (then settled, page by page: all words or none), `move_keep`, pipe |
+//! | stable | collapse, pageout, cold, populate, lock, huge, heap, thread, every migration |
 //!
 //! # Where changes are seen afterwards
 //!
-//! With `--brackets events` a change is known only when its event has been read. So the page stays
-//! in *destroy* until it has, and content that was destroyed may come back (not burnt): the host
-//! brings device pages home in doubt. Operations that raise no event, or that fail on a mapping in
-//! pieces, are left out ([`churn::Op::is_promised`]). Everything else holds: in particular, what
-//! was not destroyed is never lost.
+//! With `--brackets events`, and where a raw system call bypasses the brackets (`discard_raw`,
+//! `unmap_raw`), a change is known only when its event has been handled. So the page stays in *destroy* until it has. `MADV_DONTNEED` and `MADV_FREE` are told before they happen:
+//! pages that leave for the device in between keep their content, so it may come back (it is not
+//! burnt). Operations that raise no event, or that fail on a mapping in pieces, are left out
+//! ([`op::Op::is_promised`]). Everything else holds: in particular, what was not destroyed is
+//! never lost.
 
 mod area;
 mod churn;
 mod ledger;
+mod op;
+mod program;
+mod promise;
 mod random;
 mod report;
 mod visit;

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::args::RunArgs;
 use crate::table::Table;
 use crate::torture::area::{Area, Past};
-use crate::torture::churn::Op;
+use crate::torture::op::Op;
 use crate::torture::world::{Fault, Finding, Side, Tally, World};
 
 /// Names of [`Tally::accesses`].

@@ -25,6 +25,11 @@ pub(super) enum Refusal {
 pub(super) trait Port {
     const SIDE: Side;
     fn load(&mut self, at: u64) -> Result<u64, Refusal>;
+    /// Loads a word from each address.
+    fn load_each(&mut self, at: &[u64], out: &mut [u64]) -> Result<(), Refusal> {
+        let mut each = at.iter().zip(out);
+        each.try_for_each(|(at, out)| self.load(*at).map(|raw| *out = raw))
+    }
     fn store(&mut self, at: u64, value: u64) -> Result<(), Refusal>;
     /// Stores `new` where the word is `expected`; returns what it was.
     fn exchange(&mut self, at: u64, expected: u64, new: u64) -> Result<u64, Refusal>;
@@ -64,6 +69,10 @@ impl Port for TilePort<'_, '_> {
 
     fn load(&mut self, at: u64) -> Result<u64, Refusal> {
         self.0.load_one(at).map_err(refusal)
+    }
+
+    fn load_each(&mut self, at: &[u64], out: &mut [u64]) -> Result<(), Refusal> {
+        self.0.gather(at, out).map_err(refusal)
     }
 
     fn store(&mut self, at: u64, value: u64) -> Result<(), Refusal> {
@@ -139,10 +148,17 @@ impl<P: Port> Visitor<'_, P> {
         if flux.kind() == Kind::Closed {
             return;
         }
-        for n in 0..WORDS {
-            let look = self.look(area, page, (first + n * 5) % SLOTS, flux);
-            if self.check(area, &look).is_none() {
-                return;
+        let looks: [Look; WORDS as usize] = core::array::from_fn(|n| {
+            let step = u32::try_from(n).unwrap_or(0) * 5;
+            self.look(area, page, (first + step) % SLOTS, flux)
+        });
+        let at = looks.map(|look| look.address);
+        let mut raw = [0; WORDS as usize];
+        match self.port.load_each(&at, &mut raw) {
+            Err(refusal) => self.refused(area, &looks[0], refusal),
+            Ok(()) => {
+                let mut each = looks.iter().zip(raw);
+                let _right = each.all(|(look, raw)| self.judge(area, look, raw).is_some());
             }
         }
     }
@@ -214,14 +230,18 @@ impl<P: Port> Visitor<'_, P> {
 
     /// Loads a word and judges it; `None` where the visit is over.
     fn check(&mut self, area: &Area, look: &Look) -> Option<u64> {
-        tick(&self.world.tally.accesses[P::SIDE as usize * 2]);
-        let raw = match self.port.load(look.address) {
-            Ok(raw) => raw,
+        match self.port.load(look.address) {
+            Ok(raw) => self.judge(area, look, raw),
             Err(refusal) => {
                 self.refused(area, look, refusal);
-                return None;
+                None
             }
-        };
+        }
+    }
+
+    /// Judges what was loaded; `None` where the visit is over.
+    fn judge(&mut self, area: &Area, look: &Look, raw: u64) -> Option<u64> {
+        tick(&self.world.tally.accesses[P::SIDE as usize * 2]);
         let ceiling = area.word(look.tag.page, look.tag.slot).ceiling();
         let judged = ledger::judge(look.tag, raw, look.known, ceiling, trust(look.flux));
         let Err(wrong) = judged else { return Some(raw) };

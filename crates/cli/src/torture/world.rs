@@ -11,8 +11,8 @@ use gpusvm_live::{BracketLevel, LiveBus, LiveEnv, LiveSpace, Territory};
 
 use crate::run::Stopwatch;
 use crate::torture::area::{Area, Kind};
-use crate::torture::churn::Op;
 use crate::torture::ledger::{Burn, Known, Tag};
+use crate::torture::op::Op;
 use crate::torture::random::Stream;
 use crate::workload::{count, index, mix};
 
@@ -293,11 +293,15 @@ impl World {
         self.grace(me);
     }
 
-    /// Whether destroyed content may come back.
-    pub(super) const fn burn(&self) -> Burn {
-        match self.sight {
-            Sight::Before => Burn::Yes,
-            Sight::After => Burn::No,
+    /// Whether content that an operation destroyed may come back.
+    pub(super) const fn burn(&self, op: Op) -> Burn {
+        let cleared = matches!(
+            op,
+            Op::Discard | Op::DiscardAll | Op::DiscardRaw | Op::DiscardLocked | Op::Free
+        );
+        match op.sight(self.sight) {
+            Sight::After if cleared => Burn::No,
+            Sight::After | Sight::Before => Burn::Yes,
         }
     }
 

@@ -5,9 +5,12 @@ use std::thread;
 use gpusvm::addr::PAGE_2M;
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::mm::{AddressSpace, InvalidationSink};
+use gpusvm_abi::bus::SystemBus;
 
+use crate::sys::fault_copy::LiveBus;
 use crate::sys::futex::now_ns;
 use crate::sys::mapping::{AnonMapping, Huge};
+use crate::sys::territory::{Leave, Territory};
 use crate::sys::vram::VramMode;
 use crate::toy::Bench;
 
@@ -73,4 +76,76 @@ fn hole_is_filled_while_bringing_pages_home_waits_for_a_unit_at_the_hole() {
         "the hole was not filled"
     );
     bench.space.unsubscribe(&interval);
+}
+
+/// A mapping of two blocks that is written all over with `value`, and reached by copies.
+fn filled(land: &Territory, value: u8) -> HostSpan {
+    let span = HostSpan::at(land.span().start(), 2 * PAGE_2M);
+    land.map(span, Huge::Never).expect("a hole");
+    fill(span, value);
+    span
+}
+
+fn fill(span: HostSpan, value: u8) {
+    for at in (span.start().get()..span.end().get()).step_by(4096) {
+        LiveBus::new().write(at, &[value; 4096]).expect("mapped");
+    }
+}
+
+/// The first byte of a page.
+fn byte(at: HostVa) -> u8 {
+    let mut one = [0];
+    LiveBus::new().read(at.get(), &mut one).expect("mapped");
+    one[0]
+}
+
+#[test]
+fn memory_that_was_mapped_anew_unseen_is_armed_again_before_its_pages_leave() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(4 << 20).expect("there is room");
+    let span = filled(&land, 1);
+    bench.send(span).expect("plain memory migrates");
+    assert_eq!(byte(span.start()), 1, "home again, and armed");
+    land.map_over(span, Huge::Never).expect("it is replaced");
+    bench.space.settle_events();
+    fill(span, 2);
+    bench.send(span).expect("plain memory migrates");
+    assert_eq!(
+        byte(span.start().plus(PAGE)),
+        2,
+        "not a fresh page of zeros"
+    );
+}
+
+#[test]
+fn content_of_a_mapping_that_was_replaced_unseen_does_not_come_back() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(4 << 20).expect("there is room");
+    let span = filled(&land, 1);
+    bench.send(span).expect("plain memory migrates");
+    let middle = HostSpan::at(span.start().plus(PAGE_2M / 2), PAGE_2M);
+    land.map_over(middle, Huge::Never).expect("it is replaced");
+    bench.space.settle_events();
+    let seen = [0, 1, 2, 3].map(|half| byte(span.start().plus(half * PAGE_2M / 2)));
+    assert_eq!(seen, [1, 0, 0, 1]);
+}
+
+#[test]
+fn moved_mapping_takes_its_pages_along_and_what_stays_behind_is_empty() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(8 << 20).expect("there is room");
+    let span = filled(&land, 1);
+    bench.send(span).expect("plain memory migrates");
+    let moved = land.relocate(span, span.end(), Leave::Empty);
+    moved.expect("the system moves it");
+    assert_eq!(byte(span.end().plus(PAGE)), 1);
+    bench.space.settle_events();
+    assert_eq!(byte(span.start().plus(PAGE)), 0);
+    assert_eq!(byte(span.end()), 1);
 }

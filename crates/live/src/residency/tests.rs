@@ -19,6 +19,7 @@ fn device_page(id: u64, origin: HostSpan) -> DevicePage {
     DevicePage {
         allocation: Arc::new(Toy::loose(id, origin)),
         offset: 0,
+        left_at: 0,
     }
 }
 
@@ -44,6 +45,28 @@ fn claims_exclude_each_other_and_bracketed_changes() {
 }
 
 #[test]
+fn pages_that_left_after_an_event_are_not_the_events() {
+    let mut table = resident(1, 0, 4);
+    let (late, newer) = (pages(4, 8), device_page(2, pages(4, 8)));
+    table.claim(late).expect("nothing there");
+    table.settle(
+        late,
+        DevicePage {
+            left_at: 3,
+            ..newer
+        },
+    );
+    let recalled = table.recall_older(pages(2, 6), 3).expect("nothing travels");
+    assert_eq!(recalled.len(), 1);
+    assert_eq!(recalled[0].span, pages(2, 4));
+    let _dropped = table.release(pages(2, 4));
+    assert_eq!(table.residents(pages(0, 6)), [pages(0, 2), pages(4, 6)]);
+    table.rebase(pages(0, 8), va(100), 3);
+    let left = table.residents(pages(0, 200));
+    assert_eq!(left, [pages(4, 6), pages(6, 8), pages(100, 102)]);
+}
+
+#[test]
 fn claimed_span_is_host_memory_until_it_departs() {
     let mut table = Residency::default();
     let span = pages(0, 4);
@@ -57,11 +80,16 @@ fn claimed_span_is_host_memory_until_it_departs() {
 #[test]
 fn recall_cuts_at_the_borders_and_keeps_offsets() {
     let mut table = resident(1, 0, 8);
-    let pieces = table.recall_span(pages(2, 5)).expect("nothing travels");
+    let pieces = table
+        .recall_older(pages(2, 5), u64::MAX)
+        .expect("nothing travels");
     assert_eq!(pieces.len(), 1);
     assert_eq!(pieces[0].span, pages(2, 5));
     assert_eq!(pieces[0].page.offset, 2 * PAGE);
-    assert!(table.recall_span(pages(4, 8)).is_err(), "a part travels");
+    assert!(
+        table.recall_older(pages(4, 8), u64::MAX).is_err(),
+        "a part travels"
+    );
     let rest = table.recall(AllocationId(1), pages(0, 8));
     let spans: Vec<_> = rest.iter().map(|piece| piece.span).collect();
     assert_eq!(spans, [pages(0, 2), pages(5, 8)]);
@@ -70,7 +98,7 @@ fn recall_cuts_at_the_borders_and_keeps_offsets() {
 #[test]
 fn moved_mapping_takes_its_pages_along_and_recall_finds_them() {
     let mut table = resident(1, 0, 8);
-    table.rebase(pages(2, 4), va(100));
+    table.rebase(pages(2, 4), va(100), 1);
     assert!(table.at(va(2)).is_none());
     let Some(State::Resident(page)) = table.at(va(101)) else {
         panic!("the page is at its new place");
@@ -237,7 +265,7 @@ impl Both {
     fn recall_span(&mut self, span: HostSpan) {
         let settled = |page: &Page| matches!(page, Page::Host | Page::Resident(..));
         let free = self.part(span).iter().all(settled);
-        let recalled = self.table.recall_span(span);
+        let recalled = self.table.recall_older(span, u64::MAX);
         assert_eq!(recalled.is_ok(), free);
         if !free {
             return;

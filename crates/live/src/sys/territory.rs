@@ -12,7 +12,7 @@
 use core::ffi::c_void;
 use core::ptr;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
@@ -44,10 +44,12 @@ pub enum Advise {
     GuardInstall,
     /// Allow access again.
     GuardRemove,
+    /// As [`Discard`](Self::Discard), also where pages are locked.
+    DiscardLocked,
     /// Use huge pages.
-    HugePage,
-    /// Use small pages only.
-    NoHugePage,
+    Huge,
+    /// Use no huge pages.
+    Small,
     /// Let identical pages become one (KSM).
     Merge,
     /// Leave the mapping out of children.
@@ -84,8 +86,9 @@ impl Advise {
             Self::Collapse => 25,
             Self::GuardInstall => 102,
             Self::GuardRemove => 103,
-            Self::HugePage => libc::MADV_HUGEPAGE,
-            Self::NoHugePage => libc::MADV_NOHUGEPAGE,
+            Self::DiscardLocked => 24,
+            Self::Huge => libc::MADV_HUGEPAGE,
+            Self::Small => libc::MADV_NOHUGEPAGE,
             Self::Merge => libc::MADV_MERGEABLE,
             Self::DontFork => libc::MADV_DONTFORK,
             Self::WipeOnFork => libc::MADV_WIPEONFORK,
@@ -191,6 +194,44 @@ impl Territory {
         let at = self.inside(span);
         // SAFETY: our own stretch, of which nothing is borrowed.
         check(unsafe { libc::munmap(at, length(span)) })
+    }
+
+    /// As [`unmap`](Self::unmap), past the C library.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn unmap_raw(&self, span: HostSpan) -> io::Result<()> {
+        let at = self.inside(span);
+        // SAFETY: as for `unmap`.
+        Ok(unsafe { rustix::mm::munmap(at, length(span)) }?)
+    }
+
+    /// Drops the content, past the C library.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn discard_raw(&self, span: HostSpan) -> io::Result<()> {
+        let at = self.inside(span);
+        // SAFETY: as for `unmap`.
+        Ok(unsafe { rustix::mm::madvise(at, length(span), rustix::mm::Advice::LinuxDontNeed) }?)
+    }
+
+    /// Copies memory out as the system reads it: through a pipe. At most what a pipe holds, 64 KiB.
+    ///
+    /// # Errors
+    /// The system's; `EFAULT` where it cannot read the memory.
+    pub fn through_pipe(&self, span: HostSpan, out: &mut [u8]) -> io::Result<()> {
+        let at = self.inside(span);
+        let (mut reader, writer) = io::pipe()?;
+        let len = length(span).min(out.len());
+        // SAFETY: the system reads the memory, or refuses.
+        let written = unsafe { libc::write(writer.as_raw_fd(), at, len) };
+        let written = usize::try_from(written).map_err(|_negative| io::Error::last_os_error())?;
+        reader.read_exact(&mut out[..written])?;
+        if written < len {
+            return Err(io::Error::from_raw_os_error(libc::EFAULT));
+        }
+        Ok(())
     }
 
     /// Gives advice.
@@ -423,6 +464,10 @@ mod tests {
         land.map(land.span(), Huge::Never).expect("a hole");
         let at = |page: u64| land.span().start().plus(page * PAGE);
         (0..4).for_each(|page| put(bus, at(page), 9));
+        let mut page = [0; 4096];
+        let one = HostSpan::at(at(3), PAGE);
+        land.through_pipe(one, &mut page).expect("mapped");
+        assert_eq!(page[..9], [9, 0, 0, 0, 0, 0, 0, 0, 0]);
         let spans = [HostSpan::at(at(0), PAGE), HostSpan::at(at(2), PAGE)];
         match land.advise_all(&spans, Advise::Discard) {
             Ok(bytes) => assert_eq!(bytes, 2 * PAGE),
