@@ -391,10 +391,10 @@ fn changes_are_followed_by_events_where_sites_are_not_patched() {
     map.discard(0, 4 * MIB).expect("content can go");
     assert!(map.words()[..4 * MIB / 8].iter().all(|word| *word == 0));
     assert!(map.words()[4 * MIB / 8..].iter().all(|word| *word == OLD));
-    assert!(
-        machine.stats().total(Counter::LateInvalidationCount) > 0,
-        "late by nature"
-    );
+    // Late by nature: also the count may come after the call has returned.
+    while machine.stats().total(Counter::LateInvalidationCount) == 0 {
+        thread::yield_now();
+    }
     drop(map);
     assert_goes_on(&machine);
 }

@@ -264,7 +264,10 @@ impl LiveSpace {
         let pieces = self.clear_the_way(span, effect);
         let invalidation = self.notifiers.start(span, effect.reason());
         let suspended = self.watch.suspend(span);
+        // Before and after, so that no look in between is remembered.
+        self.remembered.forget();
         let result = raw();
+        self.remembered.forget();
         let outcome = Outcome::of(effect, result);
         self.settle_call(span, effect, outcome, &suspended);
         self.notifiers.end(&self.env, invalidation);

@@ -104,6 +104,14 @@ pub struct Level {
     pub bracket: BracketLevel,
 }
 
+impl Level {
+    /// Whether changes are seen before they happen.
+    #[must_use]
+    pub const fn is_patched(&self) -> bool {
+        matches!(self.bracket, BracketLevel::Patched)
+    }
+}
+
 /// A live space cannot be opened.
 #[derive(Debug)]
 pub enum OpenError {

@@ -1,18 +1,98 @@
 //! Mappings as the framework sees them: joined where arming has cut them, cut where guards are.
+//!
+//! A device fault looks its mapping up twice, before and after it takes note of the sequence. Watched
+//! mappings are remembered between bracketed changes, so that the second look costs no system call.
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE_2M};
 use gpusvm::seam::mm::{Vma, VmaKind};
 
+use gpusvm::seam::env::Mutex;
+
+use crate::env::LiveEnv;
 use crate::space::LiveSpace;
 use crate::sys::procmap::{MapInfo, NameKind, Sharing};
 use crate::sys::thread;
+
+/// Places for remembered mappings; each 2 MiB of addresses have one.
+const PLACES: usize = 64;
+
+/// Watched mappings, as they were at the last look. Leaf lock.
+#[derive(Debug)]
+pub(crate) struct Remembered {
+    /// Bumped by every change that brackets see.
+    changes: AtomicU64,
+    places: Mutex<LiveEnv, [Option<Memory>; PLACES]>,
+}
+
+/// What the mapping in a block of 2 MiB was after so many changes.
+#[derive(Clone, Copy, Debug)]
+struct Memory {
+    changes: u64,
+    block: HostVa,
+    vma: Vma,
+}
+
+impl Default for Remembered {
+    fn default() -> Self {
+        Self {
+            changes: AtomicU64::new(0),
+            places: Mutex::<LiveEnv, _>::new([None; PLACES]),
+        }
+    }
+}
+
+impl Remembered {
+    /// Something has changed, or is about to: nothing is known any more.
+    pub(crate) fn forget(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn place(block: HostVa) -> usize {
+        usize::try_from(block.get() / PAGE_2M).unwrap_or(0) % PLACES
+    }
+
+    fn recall(&self, at: HostVa) -> Option<Vma> {
+        let block = at.align_down(PAGE_2M);
+        let memory = self.places.lock()[Self::place(block)]?;
+        let fresh = memory.changes == self.changes.load(Ordering::Acquire);
+        (fresh && memory.block == block && memory.vma.span.contains(at)).then_some(memory.vma)
+    }
+
+    /// Takes note of what was found after `changes` changes.
+    fn note(&self, changes: u64, at: HostVa, vma: Vma) {
+        let block = at.align_down(PAGE_2M);
+        let memory = Memory {
+            changes,
+            block,
+            vma,
+        };
+        self.places.lock()[Self::place(block)] = Some(memory);
+    }
+}
 
 impl LiveSpace {
     /// The mapping at `at` or behind it, with the pieces that arming has cut joined again inside
     /// the 2 MiB around `at`.
     pub(crate) fn vma_around(&self, at: HostVa) -> Option<Vma> {
+        // Without brackets nobody tells of changes in time.
+        if !self.level().is_patched() {
+            return self.look_up(at);
+        }
+        if let Some(vma) = self.remembered.recall(at) {
+            return Some(vma);
+        }
+        let changes = self.remembered.changes.load(Ordering::Acquire);
+        let vma = self.look_up(at)?;
+        if vma.span.contains(at) && self.watch.covers(vma.span) {
+            self.remembered.note(changes, at, vma);
+        }
+        Some(vma)
+    }
+
+    /// As [`vma_around`](Self::vma_around), from the system.
+    fn look_up(&self, at: HostVa) -> Option<Vma> {
         let found = self.procmap.query(at).ok()??;
         let mut vma = vma_of(&found);
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
@@ -94,5 +174,34 @@ fn vma_of(map: &MapInfo) -> Vma {
         read: map.read,
         write: map.write,
         kind,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping(start: u64, bytes: u64) -> Vma {
+        Vma {
+            span: HostSpan::at(HostVa::new(start), bytes),
+            read: true,
+            write: true,
+            kind: VmaKind::Anonymous,
+        }
+    }
+
+    #[test]
+    fn mapping_is_remembered_in_its_block_until_something_changes() {
+        let known = Remembered::default();
+        let vma = mapping(8 * PAGE_2M, 2 * PAGE_2M);
+        let (here, next) = (HostVa::new(8 * PAGE_2M + 4096), HostVa::new(9 * PAGE_2M));
+        known.note(0, here, vma);
+        assert_eq!(known.recall(here), Some(vma));
+        assert_eq!(known.recall(next), None, "another block");
+        known.forget();
+        assert_eq!(known.recall(here), None);
+        // What was looked up while something changed is never used.
+        known.note(0, here, vma);
+        assert_eq!(known.recall(here), None);
     }
 }

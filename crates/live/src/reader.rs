@@ -377,6 +377,7 @@ fn late_change(space: &LiveSpace, span: HostSpan, reason: InvalidateReason, numb
     space.emit(&Event::LateInvalidation { span });
     space.residency.lock().change(span);
     let pieces = space.recall_settled(span, number);
+    space.remembered.forget();
     let invalidation = space.notifiers.start(span, reason);
     if reason == InvalidateReason::Unmap {
         let kept = space.residency.lock().residents(span);
@@ -392,6 +393,7 @@ fn late_change(space: &LiveSpace, span: HostSpan, reason: InvalidateReason, numb
 fn late_move(space: &LiveSpace, from: HostSpan, to: HostVa, number: u64) {
     space.emit(&Event::LateInvalidation { span: from });
     space.residency.lock().change(from);
+    space.remembered.forget();
     let invalidation = space.notifiers.start(from, InvalidateReason::Unmap);
     loop {
         space.wait_settled(from);

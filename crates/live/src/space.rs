@@ -23,7 +23,8 @@ use crate::attendant::Attendant;
 use crate::bracket;
 use crate::env::LiveEnv;
 use crate::fork::{self, Forks};
-use crate::level::{BracketLevel, Level, LiveConfig, OpenError};
+use crate::level::{Level, LiveConfig, OpenError};
+use crate::mappings::Remembered;
 use crate::migrate::LiveMigration;
 use crate::reader::{self, Departures, Pool, Reader};
 use crate::residency::{Piece, Residency, State, everything};
@@ -69,6 +70,7 @@ pub struct LiveSpace {
     pub(crate) closing: AtomicBool,
     /// Watched memory may have guards in it.
     pub(crate) guards: AtomicBool,
+    pub(crate) remembered: Remembered,
 }
 
 impl fmt::Debug for LiveSpace {
@@ -98,7 +100,10 @@ impl LiveSpace {
         }
         let (user, staging, uffd_level) = crate::level::open_descriptors()?;
         let bracket = bracket::attach(config.brackets)?;
-        let patched = matches!(bracket, BracketLevel::Patched);
+        let level = Level {
+            uffd: uffd_level,
+            bracket,
+        };
         let space = Arc::new(Self {
             env,
             notifiers: IntervalNotifiers::new(),
@@ -108,10 +113,6 @@ impl LiveSpace {
             procmap: ProcMap::open().map_err(OpenError::os("query this process's mappings"))?,
             pagemap: PageMap::open().map_err(OpenError::os("open /proc/self/pagemap"))?,
             sink,
-            level: Level {
-                uffd: uffd_level,
-                bracket,
-            },
             changed: AtomicU32::new(0),
             forks: Forks::default(),
             attendant: Attendant::default(),
@@ -123,7 +124,9 @@ impl LiveSpace {
             skip_freeze: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             // Nobody tells of guards but brackets.
-            guards: AtomicBool::new(!patched),
+            guards: AtomicBool::new(!level.is_patched()),
+            level,
+            remembered: Remembered::default(),
         });
         let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
         *space.reader.lock() = Some(reader);

@@ -232,6 +232,11 @@ impl Watch {
         publish_hull(&sets.watched);
     }
 
+    /// Whether all of `span` is watched.
+    pub(crate) fn covers(&self, span: HostSpan) -> bool {
+        self.sets.lock().watched.covers(span)
+    }
+
     /// Whether a device may use any of `span`.
     pub(crate) fn is_watched(&self, span: HostSpan) -> bool {
         self.sets.lock().watched.overlaps(span)
