@@ -252,9 +252,9 @@ impl Machine {
     /// # Errors
     /// The first [`Stop`] of any unit: a refused fault, or a cancelled dispatch.
     pub fn launch(&self, kernel: &dyn Kernel, groups: u32) -> Result<(), Stop> {
-        let dispatch = Dispatch::new(kernel, groups, ASID);
+        let order = Order::new(kernel, groups);
         let units = usize::from(self.config.units);
-        thread::run_scoped(units, &|unit| self.gpu.run(&dispatch, unit))
+        thread::run_scoped(units, &|unit| self.gpu.run(&order.dispatch, unit))
             .into_iter()
             .collect()
     }
@@ -270,23 +270,23 @@ impl Machine {
         groups: u32,
         watch: &(dyn Fn(&Dispatch<'_>) + Sync),
     ) -> Result<(), Stop> {
-        let dispatch = Dispatch::new(kernel, groups, ASID);
+        let order = Order::new(kernel, groups);
+        let Order { dispatch, ended } = &*order;
         let units = usize::from(self.config.units);
-        let ended = AtomicU32::new(0);
         let play = |unit: usize| {
             if unit < units {
-                let result = self.gpu.run(&dispatch, unit);
+                let result = self.gpu.run(dispatch, unit);
                 ended.fetch_add(1, Ordering::Release);
-                Park::wake(&*self.env, &ended);
+                Park::wake(&*self.env, ended);
                 return result;
             }
             loop {
-                watch(&dispatch);
+                watch(dispatch);
                 let seen = ended.load(Ordering::Acquire);
                 if usize::try_from(seen).is_ok_and(|ended| ended == units) {
                     return Ok(());
                 }
-                Park::wait(&*self.env, &ended, seen, Some(WATCH_NS));
+                Park::wait(&*self.env, ended, seen, Some(WATCH_NS));
             }
         };
         thread::run_scoped(units + 1, &play).into_iter().collect()
@@ -298,8 +298,8 @@ impl Machine {
     /// # Errors
     /// The kernel's [`Stop`], or that the unit is busy or does not exist.
     pub fn launch_on(&self, unit: usize, kernel: &dyn Kernel) -> Result<(), Stop> {
-        let dispatch = Dispatch::new(kernel, 1, ASID);
-        thread::run_scoped(1, &|_| self.gpu.run(&dispatch, unit))
+        let order = Order::new(kernel, 1);
+        thread::run_scoped(1, &|_| self.gpu.run(&order.dispatch, unit))
             .into_iter()
             .collect()
     }
@@ -432,6 +432,25 @@ impl Drop for Machine {
         self.env.stop_worker();
         // The device refers to the driver, and the driver to the device: part them.
         self.gpu.set_fault_service(FaultService::Queue);
+    }
+}
+
+/// What units look at between two tries of an access, in the runtime's memory: on the caller's stack
+/// it could be in the very range that the access needs, and each look would call the range home
+/// again.
+struct Order<'k> {
+    dispatch: Dispatch<'k>,
+    /// Units that have ended.
+    ended: AtomicU32,
+}
+
+impl<'k> Order<'k> {
+    fn new(kernel: &'k dyn Kernel, groups: u32) -> Box<Self> {
+        let _runtime_memory = RuntimeScope::enter();
+        Box::new(Self {
+            dispatch: Dispatch::new(kernel, groups, ASID),
+            ended: AtomicU32::new(0),
+        })
     }
 }
 
