@@ -10,6 +10,8 @@
 //! the invalidation has ended every device access to it: a device unit may be waiting for the
 //! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
 
+mod leg;
+
 use core::sync::atomic::Ordering;
 
 use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PAGE_2M, PageCount, VramSpan};
@@ -19,9 +21,10 @@ use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrateTo, MigrationSet, VmaKind};
 use rustix::io::Errno;
 
+use crate::migrate::leg::{Leg, blocks, kind_of, moves_out};
 use crate::residency::{Busy, DevicePage, Piece};
 use crate::space::LiveSpace;
-use crate::staging::{Kind, Left, Slot};
+use crate::staging::{Left, Slot};
 use crate::sys::advise;
 use crate::sys::fault_copy;
 use crate::sys::uffd::Uffd;
@@ -33,6 +36,33 @@ enum Refused {
     NotExclusive,
     /// The mapping is of a kind that does not let pages go.
     Mapping,
+}
+
+/// How often a MOVE is tried that gets nowhere. The system says "try again" for what is over in a
+/// moment, and for what may last: another holder of a huge page that is to be split.
+struct Patience {
+    at: HostVa,
+    tries: u32,
+}
+
+impl Patience {
+    const TRIES: u32 = 500;
+
+    const fn new() -> Self {
+        Self {
+            at: HostVa::new(0),
+            tries: 0,
+        }
+    }
+
+    /// Notes that the page at `at` did not move; whether that was once too often.
+    fn is_over(&mut self, at: HostVa) -> bool {
+        if at != self.at {
+            *self = Self { at, tries: 0 };
+        }
+        self.tries += 1;
+        self.tries > Self::TRIES
+    }
 }
 
 /// Pages that found no place to come home to.
@@ -68,30 +98,6 @@ enum Way {
     },
 }
 
-/// Up to 2 MiB of user memory and the place outside of it where its pages stay meanwhile.
-#[derive(Clone, Copy, Debug)]
-struct Leg {
-    user: HostSpan,
-    parked: HostVa,
-    slot: Option<Slot>,
-}
-
-impl Leg {
-    fn parked_span(&self) -> HostSpan {
-        HostSpan::at(self.parked, self.user.bytes())
-    }
-
-    /// Where the page at `user` stays while it is out.
-    fn parked_at(&self, user: HostVa) -> HostVa {
-        self.parked.plus(user.offset_from(self.user.start()))
-    }
-
-    /// Where the page that stays at `parked` belongs.
-    fn user_at(&self, parked: HostVa) -> HostVa {
-        self.user.start().plus(parked.offset_from(self.parked))
-    }
-}
-
 impl LiveSpace {
     /// The migration entry of the seam.
     pub(crate) fn begin(
@@ -123,7 +129,7 @@ impl LiveSpace {
         if !vma.span.covers(span) || vma.kind != VmaKind::Anonymous {
             return Err(Failed::NotMigratable(span.start()).into());
         }
-        self.watch.ensure(&vma);
+        self.watch_mapping(&vma);
         match self.try_out(span, &allocation, aperture)? {
             Ok(set) => return Ok(set),
             Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
@@ -232,6 +238,7 @@ impl LiveSpace {
 
     fn move_out(&self, leg: &Leg) -> Result<(), Refused> {
         let mut rest = leg.user;
+        let mut patience = Patience::new();
         loop {
             let to = leg.parked_at(rest.start());
             let moved = self.staging.uffd.move_pages(to, rest);
@@ -239,6 +246,10 @@ impl LiveSpace {
                 return Ok(());
             };
             match moved.error {
+                // Something holds a huge page that would have to be split: it stays where it is.
+                None | Some(Errno::AGAIN) if patience.is_over(stayed) => {
+                    return Err(Refused::Mapping);
+                }
                 None => {}
                 Some(Errno::AGAIN) => rustix::thread::sched_yield(),
                 Some(Errno::BUSY) => return Err(Refused::NotExclusive),
@@ -331,6 +342,7 @@ impl LiveSpace {
     fn come_in(&self, leg: &Leg) {
         let mut lost = Lost::default();
         let mut rest = leg.parked_span();
+        let mut patience = Patience::new();
         while !rest.is_empty() {
             let to = leg.user_at(rest.start());
             let moved = self.watch.uffd.move_pages(to, rest);
@@ -338,6 +350,10 @@ impl LiveSpace {
                 break;
             };
             let next = match moved.error {
+                // Something holds a huge page that would have to be split: it is copied.
+                None | Some(Errno::AGAIN) if patience.is_over(stayed) => {
+                    self.settle_page(leg.user_at(stayed), stayed, Errno::AGAIN, &mut lost)
+                }
                 None => stayed,
                 // There are unread events: another thread reads them.
                 Some(Errno::AGAIN) => {
@@ -397,44 +413,6 @@ fn copy_in(uffd: &Uffd, to: HostVa, from: HostVa) -> Result<(), Errno> {
     uffd.copy(to, HostSpan::at(from, PAGE))
         .error
         .map_or(Ok(()), Err)
-}
-
-/// The kind of slot that a piece of user memory passes through.
-fn kind_of(user: HostSpan) -> Kind {
-    if user.bytes() == PAGE_2M {
-        Kind::Huge
-    } else {
-        Kind::Small
-    }
-}
-
-/// `span` cut at 2 MiB borders.
-fn blocks(span: HostSpan) -> impl Iterator<Item = HostSpan> {
-    let mut rest = span;
-    core::iter::from_fn(move || {
-        let border = rest
-            .start()
-            .align_down(PAGE_2M)
-            .plus(PAGE_2M)
-            .min(rest.end());
-        let block = HostSpan::new(rest.start(), border);
-        rest = HostSpan::new(border, rest.end());
-        (!block.is_empty()).then_some(block)
-    })
-}
-
-fn moves_out(legs: &[Leg], allocation: &AllocationRef) -> Vec<CopyMove> {
-    let vram = allocation.vram();
-    let first = legs.first().map_or(HostVa::new(0), |leg| leg.user.start());
-    legs.iter()
-        .map(|leg| {
-            let at = vram.start().plus(leg.user.start().offset_from(first));
-            CopyMove {
-                vram: VramSpan::at(at, leg.user.bytes()),
-                with: CopyWith::From(BusAddr::new(leg.parked.get())),
-            }
-        })
-        .collect()
 }
 
 impl MigrationSet for LiveMigration<'_> {

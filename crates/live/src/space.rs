@@ -200,6 +200,35 @@ impl LiveSpace {
         futex::wake(&self.changed);
     }
 
+    /// Announces changes of all of `spans`, once no other change overlaps them.
+    pub(crate) fn begin_change(&self, spans: &[HostSpan]) {
+        loop {
+            let seen = self.changed.load(Ordering::Acquire);
+            if self.residency.lock().change(spans).is_ok() {
+                return;
+            }
+            futex::wait(&self.changed, seen, None, Reason::Travel);
+        }
+    }
+
+    /// The changes are made.
+    pub(crate) fn end_change(&self, spans: &[HostSpan]) {
+        self.residency.lock().unchange(spans);
+        self.announce_change();
+    }
+
+    /// Watches a whole mapping before a device may use any of it. Waits while part of it is being
+    /// changed, which takes the registrations of all of it out.
+    pub(crate) fn watch_mapping(&self, vma: &Vma) {
+        loop {
+            let seen = self.changed.load(Ordering::Acquire);
+            if self.watch.ensure(vma, &self.residency).is_ok() {
+                return;
+            }
+            futex::wait(&self.changed, seen, None, Reason::Travel);
+        }
+    }
+
     /// Waits until nothing in `span` travels.
     pub(crate) fn wait_settled(&self, span: HostSpan) {
         loop {
@@ -337,7 +366,7 @@ impl LiveSpace {
             if !vma.allows(request.access) {
                 return Err(Failed::Permission(at).into());
             }
-            self.watch.ensure(&vma);
+            self.watch_mapping(&vma);
             at = vma.span.end();
         }
         Ok(())
