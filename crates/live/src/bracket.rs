@@ -225,29 +225,31 @@ impl LiveSpace {
     /// Runs one call inside its brackets and returns what the system answered.
     fn bracket(&self, call: &SysCall) -> isize {
         let whats = self.announce(effects(call));
-        let result = match &whats[..] {
+        // What is not watched now stays so until the change ends.
+        let watched: Vec<_> = whats
+            .iter()
+            .filter(|(span, _)| self.watch.is_watched(*span))
+            .collect();
+        let result = match &watched[..] {
             [first, second] => {
-                self.bracket_span(*first, || self.bracket_span(*second, || call.raw()))
+                self.bracket_span(**first, || self.bracket_span(**second, || call.raw()))
             }
-            [only] => self.bracket_span(*only, || call.raw()),
-            _ => return call.raw(),
+            [only] => self.bracket_span(**only, || call.raw()),
+            _ => call.raw(),
         };
         self.end_change(&spans_of(&whats));
         result
     }
 
-    /// Announces the watched ones of `effects`, alone among overlapping changes. A mapping that
-    /// moves must be whole: its span grows by all the pieces that arming cut.
+    /// Announces `effects`, alone among overlapping changes, whether watched or not: they must not
+    /// become so in the middle of the call. A mapping that moves must be whole: its span grows by
+    /// all the pieces that arming cut.
     fn announce(&self, effects: [Option<(HostSpan, Effect)>; 2]) -> Vec<(HostSpan, Effect)> {
-        let watched = |what: &(HostSpan, Effect)| self.watch.is_watched(what.0);
         let whole = |(span, effect)| match effect {
             Effect::Move => (self.watch.stretch(span), effect),
             Effect::Unmap | Effect::Clear | Effect::Protect => (span, effect),
         };
-        let found = || -> Vec<_> {
-            let some = effects.into_iter().flatten();
-            some.filter(watched).map(whole).collect()
-        };
+        let found = || -> Vec<_> { effects.into_iter().flatten().map(whole).collect() };
         loop {
             let whats = found();
             let spans = spans_of(&whats);
