@@ -549,3 +549,44 @@ impl Kernel for AddAndCount {
         })
     }
 }
+
+/// Adds one to the first word of every page of a span.
+struct AddPages {
+    span: Range<u64>,
+}
+
+impl Kernel for AddPages {
+    fn run(&self, _group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
+        for at in self.span.clone().step_by(4096) {
+            let word: u64 = tile.load_one(at)?;
+            tile.store_one(at, word + 1)?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn stack_of_the_thread_that_launches_is_memory_like_any_other() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let work = || {
+            let mut frame = [OLD; 16 << 10];
+            let at = u64::try_from(frame.as_mut_ptr().expose_provenance()).expect("64-bit");
+            let kernel = AddPages {
+                span: at..at + (128 << 10),
+            };
+            machine.launch(&kernel, 1).expect("the stack is there");
+            let frame = std::hint::black_box(&frame);
+            assert!(frame.iter().step_by(512).all(|word| *word == OLD + 1));
+        };
+        // Large, so that it has a block of 2 MiB that goes as a whole.
+        let builder = thread::Builder::new().stack_size(8 << 20);
+        thread::scope(|scope| {
+            let thread = builder.spawn_scoped(scope, work).expect("one more thread");
+            thread.join().expect("the kernel ran");
+        });
+        let faults = machine.stats().total(Counter::SvmPagefaultCount);
+        assert!(faults < 2000, "{mode:?}: {faults} faults for 32 pages");
+    }
+}

@@ -8,7 +8,9 @@
 //!                               └─ recall, to drop ─┘
 //! ```
 //!
-//! *Announce*: no migration begins in the span any more. A call that destroys content (munmap,
+//! *Announce*: no migration begins in the span any more, no mapping in it is watched anew, and no
+//! other call that overlaps it comes in between: two at a time would undo each other's
+//! registrations. A call that destroys content (munmap,
 //! MADV_DONTNEED) recalls the device pages and lets them go when the call has succeeded; a call
 //! that keeps it (mremap, mprotect, mlock) has them brought home first, so the system's own tables
 //! tell the whole truth. *Suspend* takes the span out of userfaultfd, so that the call raises no event
@@ -230,37 +232,57 @@ fn span(raw: core::ops::Range<u64>) -> HostSpan {
     HostSpan::new(HostVa::new(raw.start), HostVa::new(raw.end)).align_outward(PAGE)
 }
 
+fn spans_of(whats: &[(HostSpan, Effect)]) -> Vec<HostSpan> {
+    whats.iter().map(|(span, _)| *span).collect()
+}
+
 impl LiveSpace {
     /// Runs one call inside its brackets and returns what the system answered.
     fn bracket(&self, call: &SysCall) -> isize {
-        let mut spans = effects(call);
-        for slot in &mut spans {
-            if slot.is_some_and(|(span, _)| !self.watch.is_watched(span)) {
-                *slot = None;
-            }
-        }
-        if spans.iter().any(Option::is_some) && installs_guards(call) {
+        let whats = self.announce(effects(call));
+        // What is not watched now stays so until the change ends.
+        let watched: Vec<_> = whats
+            .iter()
+            .filter(|(span, _)| self.watch.is_watched(*span))
+            .collect();
+        if !watched.is_empty() && installs_guards(call) {
             self.guards.store(true, Ordering::Release);
         }
-        match spans {
-            [Some(first), Some(second)] => {
-                self.bracket_span(first, || self.bracket_span(second, || call.raw()))
+        let result = match &watched[..] {
+            [first, second] => {
+                self.bracket_span(**first, || self.bracket_span(**second, || call.raw()))
             }
-            [Some(only), None] | [None, Some(only)] => self.bracket_span(only, || call.raw()),
-            [None, None] => call.raw(),
+            [only] => self.bracket_span(**only, || call.raw()),
+            _ => call.raw(),
+        };
+        self.end_change(&spans_of(&whats));
+        result
+    }
+
+    /// Announces `effects`, alone among overlapping changes, whether watched or not: they must not
+    /// become so in the middle of the call. A mapping that moves must be whole: its span grows by
+    /// all the pieces that arming cut.
+    fn announce(&self, effects: [Option<(HostSpan, Effect)>; 2]) -> Vec<(HostSpan, Effect)> {
+        let whole = |(span, effect)| match effect {
+            Effect::Move => (self.watch.stretch(span), effect),
+            _ => (span, effect),
+        };
+        let found = || -> Vec<_> { effects.into_iter().flatten().map(whole).collect() };
+        loop {
+            let whats = found();
+            let spans = spans_of(&whats);
+            self.begin_change(&spans);
+            // What is announced cannot grow any more, but it may have grown before.
+            if found() == whats {
+                return whats;
+            }
+            self.end_change(&spans);
         }
     }
 
     /// One span's bracket around `raw`.
     fn bracket_span(&self, what: (HostSpan, Effect), raw: impl FnOnce() -> isize) -> isize {
         let (span, effect) = what;
-        // A mapping that moves must be whole: taken out with all the pieces that arming cut.
-        let span = if effect == Effect::Move {
-            self.watch.stretch(span)
-        } else {
-            span
-        };
-        self.residency.lock().change(span);
         let pieces = self.clear_the_way(span, effect);
         let invalidation = self.notifiers.start(span, effect.reason());
         let suspended = self.watch.suspend(span);
@@ -272,8 +294,6 @@ impl LiveSpace {
         self.settle_call(span, effect, outcome, &suspended);
         self.notifiers.end(&self.env, invalidation);
         self.close_pieces(pieces, outcome);
-        self.residency.lock().unchange(span);
-        self.announce_change();
         result
     }
 

@@ -4,8 +4,8 @@
 //! comes home, and nothing leaves until it is over:
 //!
 //! ```text
-//!  fork():      change(everything) ─ bring all home ─ FORK ─┬─ parent: changes may go on
-//!                                                           └─ child: gives the runtime up
+//!  fork():      hold(everything) ─ bring all home ─ FORK ─┬─ parent: pages may leave again
+//!                                                         └─ child: gives the runtime up
 //!  raw clone:   FORK ─ event ─ [what was away] ─ bring home ─ copy into the child ─ close
 //! ```
 //!
@@ -58,7 +58,7 @@ impl ForkHook for Hook {
 impl LiveSpace {
     fn before_fork(&self) {
         self.forks.0.fetch_add(1, Ordering::AcqRel);
-        self.residency.lock().change(everything());
+        self.residency.lock().hold(everything());
         self.bring_home(everything(), HomeCause::SpaceChange);
     }
 
@@ -71,7 +71,7 @@ impl LiveSpace {
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, end_one)
             .is_ok()
         {
-            self.residency.lock().unchange(everything());
+            self.residency.lock().release_hold(everything());
             self.announce_change();
         }
     }
@@ -87,10 +87,10 @@ pub(crate) struct Orphan {
 /// Copies into a child what it misses. Closing its descriptor afterwards lets it go on.
 pub(crate) fn feed(space: &LiveSpace, orphan: &Orphan) {
     for span in &orphan.away {
-        space.residency.lock().change(*span);
+        space.residency.lock().hold(*span);
         space.bring_home(*span, HomeCause::SpaceChange);
         copy_present(space, &orphan.memory, *span);
-        space.residency.lock().unchange(*span);
+        space.residency.lock().release_hold(*span);
         space.announce_change();
     }
 }

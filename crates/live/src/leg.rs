@@ -26,6 +26,33 @@ pub(crate) enum Refused {
     Mapping,
 }
 
+/// How often a MOVE is tried that gets nowhere. The system says "try again" for what is over in a
+/// moment, and for what may last: another holder of a huge page that is to be split.
+struct Patience {
+    at: HostVa,
+    tries: u32,
+}
+
+impl Patience {
+    const TRIES: u32 = 500;
+
+    const fn new() -> Self {
+        Self {
+            at: HostVa::new(0),
+            tries: 0,
+        }
+    }
+
+    /// Notes that the page at `at` did not move; whether that was once too often.
+    fn is_over(&mut self, at: HostVa) -> bool {
+        if at != self.at {
+            *self = Self { at, tries: 0 };
+        }
+        self.tries += 1;
+        self.tries > Self::TRIES
+    }
+}
+
 /// Pages that found no place to come home to.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Lost {
@@ -130,6 +157,7 @@ impl LiveSpace {
 
     fn move_out(&self, leg: &Leg) -> Result<(), Refused> {
         let mut rest = leg.user;
+        let mut patience = Patience::new();
         loop {
             let to = leg.parked_at(rest.start());
             let moved = self.staging.uffd.move_pages(to, rest, Holes::Skip);
@@ -137,6 +165,10 @@ impl LiveSpace {
                 return Ok(());
             };
             match moved.error {
+                // Something holds a huge page that would have to be split: it stays where it is.
+                None | Some(Errno::AGAIN) if patience.is_over(stayed) => {
+                    return Err(Refused::Mapping);
+                }
                 None => {}
                 Some(Errno::AGAIN) => rustix::thread::sched_yield(),
                 Some(Errno::BUSY) => return Err(Refused::NotExclusive),
@@ -191,6 +223,7 @@ impl LiveSpace {
     pub(crate) fn come_in(&self, leg: &Leg) {
         let mut lost = Lost::default();
         let mut rest = leg.parked_span();
+        let mut patience = Patience::new();
         while !rest.is_empty() {
             let to = leg.user_at(rest.start());
             let moved = self.watch.uffd.move_pages(to, rest, Holes::Skip);
@@ -198,6 +231,10 @@ impl LiveSpace {
                 break;
             };
             let next = match moved.error {
+                // Something holds a huge page that would have to be split: it is copied.
+                None | Some(Errno::AGAIN) if patience.is_over(stayed) => {
+                    self.settle_page(leg.user_at(stayed), stayed, Errno::AGAIN, &mut lost)
+                }
                 None => stayed,
                 // There are unread events: another thread reads them.
                 Some(Errno::AGAIN) => {

@@ -139,9 +139,9 @@ impl LiveSpace {
         vma
     }
 
-    /// Watches a mapping before a device may use any of it.
-    pub(crate) fn ensure_watched(&self, vma: &Vma) {
-        if self.watch.ensure(vma) && self.pagemap.first_guard(vma.span).is_some() {
+    /// Takes note of guards in a mapping that is watched from now on.
+    pub(crate) fn look_for_guards(&self, vma: &Vma) {
+        if self.pagemap.first_guard(vma.span).is_some() {
             self.guards.store(true, Ordering::Release);
         }
     }

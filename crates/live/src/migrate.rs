@@ -77,7 +77,7 @@ impl LiveSpace {
         if vma.kind != VmaKind::Anonymous {
             return Err(Failed::NotMigratable(span.start()).into());
         }
-        self.ensure_watched(&vma);
+        self.watch_mapping(&vma);
         if !self.between_guards(vma, span.start()).span.covers(span) {
             return Err(Failed::NotMigratable(span.start()).into());
         }

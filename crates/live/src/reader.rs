@@ -375,7 +375,7 @@ fn wake(space: &LiveSpace, at: HostVa) {
 /// goes.
 fn late_change(space: &LiveSpace, span: HostSpan, reason: InvalidateReason, number: u64) {
     space.emit(&Event::LateInvalidation { span });
-    space.residency.lock().change(span);
+    space.begin_change(&[span]);
     let pieces = space.recall_settled(span, number);
     space.remembered.forget();
     let invalidation = space.notifiers.start(span, reason);
@@ -385,14 +385,13 @@ fn late_change(space: &LiveSpace, span: HostSpan, reason: InvalidateReason, numb
     }
     space.let_go(pieces);
     space.notifiers.end(&space.env, invalidation);
-    space.residency.lock().unchange(span);
-    space.announce_change();
+    space.end_change(&[span]);
 }
 
 /// The process moved a mapping and no bracket saw it: the pages follow, and then come home.
 fn late_move(space: &LiveSpace, from: HostSpan, to: HostVa, number: u64) {
     space.emit(&Event::LateInvalidation { span: from });
-    space.residency.lock().change(from);
+    space.begin_change(&[from]);
     space.remembered.forget();
     let invalidation = space.notifiers.start(from, InvalidateReason::Unmap);
     loop {
@@ -408,8 +407,7 @@ fn late_move(space: &LiveSpace, from: HostSpan, to: HostVa, number: u64) {
     let kept = space.residency.lock().residents(from);
     space.watch.forget_late(from, &kept);
     space.notifiers.end(&space.env, invalidation);
-    space.residency.lock().unchange(from);
-    space.announce_change();
+    space.end_change(&[from]);
     space.bring_home(HostSpan::at(to, from.bytes()), HomeCause::SpaceChange);
 }
 

@@ -79,6 +79,7 @@ pub(crate) struct Busy;
 pub(crate) struct Residency {
     entries: BTreeMap<HostVa, Entry>,
     changes: Vec<HostSpan>,
+    holds: Vec<HostSpan>,
     /// Some mapping was moved with its pages: allocations are no longer found by their origin.
     moved: bool,
 }
@@ -86,8 +87,8 @@ pub(crate) struct Residency {
 impl Residency {
     /// Takes a span of host memory.
     pub(crate) fn claim(&mut self, span: HostSpan) -> Result<(), Busy> {
-        let free = self.overlapping(span).next().is_none()
-            && !self.changes.iter().any(|change| change.overlaps(span));
+        let held = self.holds.iter().any(|hold| hold.overlaps(span));
+        let free = self.overlapping(span).next().is_none() && !self.is_changing(span) && !held;
         if !free {
             return Err(Busy);
         }
@@ -280,16 +281,43 @@ impl Residency {
         }
     }
 
-    /// A bracket opens: no claim may begin in `span` until [`unchange`](Self::unchange).
-    pub(crate) fn change(&mut self, span: HostSpan) {
-        self.changes.push(span);
+    /// Changes of all of `spans` begin: no claim may begin in them, nor another change, until
+    /// [`unchange`](Self::unchange).
+    ///
+    /// Two at a time would undo each other's registrations. All spans of one call come together, so
+    /// that no two calls wait for each other.
+    pub(crate) fn change(&mut self, spans: &[HostSpan]) -> Result<(), Busy> {
+        if spans.iter().any(|span| self.is_changing(*span)) {
+            return Err(Busy);
+        }
+        self.changes.extend(spans);
+        Ok(())
     }
 
-    /// The bracket over `span` closes.
-    pub(crate) fn unchange(&mut self, span: HostSpan) {
-        if let Some(index) = self.changes.iter().position(|change| *change == span) {
-            self.changes.swap_remove(index);
+    /// The changes of `spans` end.
+    pub(crate) fn unchange(&mut self, spans: &[HostSpan]) {
+        for span in spans {
+            if let Some(index) = self.changes.iter().position(|change| change == span) {
+                self.changes.swap_remove(index);
+            }
         }
+    }
+
+    /// Pages of `span` stay home until [`release_hold`](Self::release_hold). Changes may go on.
+    pub(crate) fn hold(&mut self, span: HostSpan) {
+        self.holds.push(span);
+    }
+
+    /// One hold of `span` ends.
+    pub(crate) fn release_hold(&mut self, span: HostSpan) {
+        if let Some(index) = self.holds.iter().position(|hold| *hold == span) {
+            self.holds.swap_remove(index);
+        }
+    }
+
+    /// Whether part of `span` is being changed.
+    pub(crate) fn is_changing(&self, span: HostSpan) -> bool {
+        self.changes.iter().any(|change| change.overlaps(span))
     }
 }
 

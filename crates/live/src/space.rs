@@ -27,7 +27,7 @@ use crate::level::{Level, LiveConfig, OpenError};
 use crate::mappings::Remembered;
 use crate::migrate::LiveMigration;
 use crate::reader::{self, Departures, Pool, Reader};
-use crate::residency::{Piece, Residency, State, everything};
+use crate::residency::{Busy, Piece, Residency, State, everything};
 use crate::staging::Staging;
 use crate::stall::ReaderState;
 use crate::sys::futex;
@@ -220,6 +220,39 @@ impl LiveSpace {
         futex::wake(&self.changed);
     }
 
+    /// Announces changes of all of `spans`, once no other change overlaps them.
+    pub(crate) fn begin_change(&self, spans: &[HostSpan]) {
+        loop {
+            let seen = self.changed.load(Ordering::Acquire);
+            if self.residency.lock().change(spans).is_ok() {
+                return;
+            }
+            futex::wait(&self.changed, seen, None, Reason::Travel);
+        }
+    }
+
+    /// The changes are made.
+    pub(crate) fn end_change(&self, spans: &[HostSpan]) {
+        self.residency.lock().unchange(spans);
+        self.announce_change();
+    }
+
+    /// Watches a whole mapping before a device may use any of it. Waits while part of it is being
+    /// changed, which takes the registrations of all of it out.
+    pub(crate) fn watch_mapping(&self, vma: &Vma) {
+        loop {
+            let seen = self.changed.load(Ordering::Acquire);
+            match self.watch.ensure(vma, &self.residency) {
+                Ok(fresh) => {
+                    return if fresh {
+                        self.look_for_guards(vma);
+                    };
+                }
+                Err(Busy) => futex::wait(&self.changed, seen, None, Reason::Travel),
+            }
+        }
+    }
+
     /// Waits until nothing in `span` travels.
     pub(crate) fn wait_settled(&self, span: HostSpan) {
         loop {
@@ -323,7 +356,7 @@ impl LiveSpace {
             if !vma.allows(request.access) {
                 return Err(Failed::Permission(at).into());
             }
-            self.ensure_watched(&vma);
+            self.watch_mapping(&vma);
             let vma = self.between_guards(vma, at);
             if !vma.read {
                 return Err(Failed::BadPage(at).into());

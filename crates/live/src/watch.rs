@@ -18,7 +18,7 @@ use gpusvm::seam::mm::Vma;
 use rustix::io::Errno;
 
 use crate::env::LiveEnv;
-use crate::residency::Residency;
+use crate::residency::{Busy, Residency};
 use crate::spans::SpanSet;
 use crate::sys::advise;
 use crate::sys::pagemap::PageMap;
@@ -60,16 +60,27 @@ impl Watch {
     /// Watches a whole mapping before a device may use any of it. Cheap when it is watched already.
     ///
     /// Returns whether some of it was not watched before.
-    pub(crate) fn ensure(&self, vma: &Vma) -> bool {
+    ///
+    /// # Errors
+    /// `Busy` where part of it is being changed. The table is asked under this lock: a bracket takes
+    /// out what is registered after it has announced itself.
+    pub(crate) fn ensure(
+        &self,
+        vma: &Vma,
+        residency: &Mutex<LiveEnv, Residency>,
+    ) -> Result<bool, Busy> {
         let sets = self.sets.lock();
         if sets.watched.covers(vma.span) {
-            return false;
+            return Ok(false);
         }
         let fresh = sets.registered.without(vma.span);
         // A touch can wait for a reader, and readers take the lock.
         drop(sets);
         fresh.into_iter().for_each(|part| self.root(part));
         let mut sets = self.sets.lock();
+        if residency.lock().is_changing(vma.span) {
+            return Err(Busy);
+        }
         sets.watched.insert(vma.span);
         publish_hull(&sets.watched);
         // Calls that began before the hull grew may still be changing the mapping: let them end.
@@ -81,7 +92,7 @@ impl Watch {
         {
             sets.registered.insert(vma.span);
         }
-        true
+        Ok(true)
     }
 
     /// Writes to a mapping that nobody has written to, in its first page, which stays zero.

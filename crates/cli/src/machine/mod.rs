@@ -255,10 +255,12 @@ impl Machine {
         check_ours()?;
         let node = self.nodes.get(place.device).ok_or(Stop::NoUnit)?;
         let asid = node.asid(place.vm).ok_or(Stop::NoUnit)?;
-        let dispatch = Dispatch::new(kernel, groups, asid);
-        thread::run_scoped(self.unit_count(), &|unit| node.gpu().run(&dispatch, unit))
-            .into_iter()
-            .collect()
+        let order = Order::new(kernel, groups, asid);
+        thread::run_scoped(self.unit_count(), &|unit| {
+            node.gpu().run(&order.dispatch, unit)
+        })
+        .into_iter()
+        .collect()
     }
 
     fn unit_count(&self) -> usize {
@@ -288,23 +290,23 @@ impl Machine {
         check_ours()?;
         let node = self.first();
         let asid = node.asid(0).ok_or(Stop::NoUnit)?;
-        let dispatch = Dispatch::new(kernel, groups, asid);
+        let order = Order::new(kernel, groups, asid);
+        let Order { dispatch, ended } = &*order;
         let units = self.unit_count();
-        let ended = AtomicU32::new(0);
         let play = |unit: usize| {
             if unit < units {
-                let result = node.gpu().run(&dispatch, unit);
+                let result = node.gpu().run(dispatch, unit);
                 ended.fetch_add(1, Ordering::Release);
-                Park::wake(&*self.env, &ended);
+                Park::wake(&*self.env, ended);
                 return result;
             }
             loop {
-                watch(&dispatch);
+                watch(dispatch);
                 let seen = ended.load(Ordering::Acquire);
                 if usize::try_from(seen).is_ok_and(|ended| ended == units) {
                     return Ok(());
                 }
-                Park::wait(&*self.env, &ended, seen, Some(WATCH_NS));
+                Park::wait(&*self.env, ended, seen, Some(WATCH_NS));
             }
         };
         thread::run_scoped(units + 1, &play).into_iter().collect()
@@ -318,8 +320,8 @@ impl Machine {
     pub fn launch_on(&self, unit: usize, kernel: &dyn Kernel) -> Result<(), Stop> {
         check_ours()?;
         let node = self.first();
-        let dispatch = Dispatch::new(kernel, 1, node.asid(0).ok_or(Stop::NoUnit)?);
-        thread::run(|| node.gpu().run(&dispatch, unit))
+        let order = Order::new(kernel, 1, node.asid(0).ok_or(Stop::NoUnit)?);
+        thread::run(|| node.gpu().run(&order.dispatch, unit))
     }
 
     /// Tells what the units of the first device are doing, also while the machine is being closed.
@@ -438,6 +440,25 @@ impl Drop for Machine {
         });
         self.env.stop_worker();
         self.nodes.iter().for_each(Node::part);
+    }
+}
+
+/// What units look at between two tries of an access, in the runtime's memory: on the caller's stack
+/// it could be in the very range that the access needs, and each look would call the range home
+/// again.
+struct Order<'k> {
+    dispatch: Dispatch<'k>,
+    /// Units that have ended.
+    ended: AtomicU32,
+}
+
+impl<'k> Order<'k> {
+    fn new(kernel: &'k dyn Kernel, groups: u32, asid: u32) -> Box<Self> {
+        let _runtime_memory = RuntimeScope::enter();
+        Box::new(Self {
+            dispatch: Dispatch::new(kernel, groups, asid),
+            ended: AtomicU32::new(0),
+        })
     }
 }
 

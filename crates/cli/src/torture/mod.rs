@@ -436,6 +436,7 @@ impl Play<'_> {
             watchdog::say(&report::explain(self.world, &finding, &self.repeat));
         }
         watchdog::say(&report::tables(self.world, stats));
+        watchdog::say(&report::counters(stats));
         watchdog::say(&format!(
             "gpusvm: torture: nothing moves; repeat: {}",
             self.repeat

@@ -123,6 +123,14 @@ pub(super) fn tables(world: &World, stats: &DeviceStats) -> String {
     format!("{done}\n{found}")
 }
 
+/// The device's counters that are not zero.
+pub(super) fn counters(stats: &DeviceStats) -> String {
+    let counters = Counter::ALL.iter().map(|c| (c.name(), stats.total(*c)));
+    let some = counters.filter(|(_, value)| *value > 0);
+    some.map(|(name, value)| format!("{name}: {value}\n"))
+        .collect()
+}
+
 /// The first thing that was wrong, and how to see it again.
 pub(super) fn explain(world: &World, finding: &Finding, repeat: &str) -> String {
     let mut text = String::new();

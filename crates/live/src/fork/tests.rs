@@ -71,7 +71,7 @@ fn nothing_leaves_while_a_fork_goes_on() {
     each(|bench, huge| {
         let (map, span) = filled(huge, 5);
         bench.space.before_fork();
-        assert!(bench.send(span).is_err(), "a change is going on");
+        assert!(bench.send(span).is_err(), "pages are held");
         bench.space.after_fork();
         bench.send(span).expect("it is over");
         bench.space.after_fork();

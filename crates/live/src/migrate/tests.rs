@@ -162,3 +162,22 @@ fn mapping_that_was_cut_before_its_first_write_is_one_again_when_it_is_let_go() 
     land.resize(whole, 8 << 20)
         .expect("the system grows what is one mapping");
 }
+
+#[test]
+fn mapping_is_not_watched_in_the_middle_of_a_change() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(4 << 20).expect("there is room");
+    land.map(land.span(), Huge::Never).expect("a hole");
+    let vma = bench.space.vma_around(land.span().start());
+    let vma = vma.expect("it is mapped");
+    let part = HostSpan::at(vma.span.start().plus(PAGE), PAGE);
+    bench.space.begin_change(&[part]);
+    let watch = || bench.space.watch.ensure(&vma, &bench.space.residency);
+    assert_eq!(watch(), Err(Busy));
+    assert!(!bench.space.watch.is_watched(vma.span));
+    bench.space.end_change(&[part]);
+    assert_eq!(watch(), Ok(true));
+    assert!(bench.space.watch.is_watched(part));
+}

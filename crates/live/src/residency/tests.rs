@@ -36,11 +36,12 @@ fn resident(id: u64, start: u64, end: u64) -> Residency {
 #[test]
 fn claims_exclude_each_other_and_bracketed_changes() {
     let mut table = Residency::default();
-    table.change(pages(4, 6));
+    assert_eq!(table.change(&[pages(4, 6)]), Ok(()));
+    assert_eq!(table.change(&[pages(0, 1), pages(5, 9)]), Err(Busy));
     assert_eq!(table.claim(pages(0, 5)), Err(Busy));
     assert_eq!(table.claim(pages(0, 4)), Ok(()));
     assert_eq!(table.claim(pages(3, 4)), Err(Busy));
-    table.unchange(pages(4, 6));
+    table.unchange(&[pages(4, 6)]);
     assert_eq!(table.claim(pages(4, 6)), Ok(()));
 }
 
