@@ -6,7 +6,8 @@
 //!   armed piece disarms the piece, and the kernel fills the page itself.
 //! * An **event** is news of a change that no bracket saw: bracketed calls take their span out of
 //!   userfaultfd first. It is late by nature, and counted. Events are handled one after the other,
-//!   in the order in which they came.
+//!   in the order in which they came, and a fault on device memory waits for the events that
+//!   concern it: the thread that made the change may be the one that faults next.
 //!
 //! **Somebody can always read.** Bringing pages home and taking note of an event both invalidate,
 //! and an invalidation waits for device units, which may themselves wait at a hole in host memory
@@ -149,8 +150,8 @@ struct Turns {
     stopping: bool,
     /// What was read and waits for a thread.
     work: VecDeque<Queued>,
-    /// A thread handles an event: the next one waits.
-    in_event: bool,
+    /// What the event concerns that a thread is handling: the next one waits.
+    in_event: Option<Concern>,
     deferred: Deferred,
 }
 
@@ -246,23 +247,48 @@ impl Pool {
     /// Whether every event that was read has been handled.
     pub(crate) fn is_settled(&self) -> bool {
         let turns = self.turns.lock();
-        !turns.in_event && !turns.work.iter().any(|queued| is_event(&queued.message))
+        turns.in_event.is_none() && !turns.work.iter().any(|queued| is_event(&queued.message))
     }
 
-    /// An event has been handled: the next one may be.
+    /// An event has been handled: the next one may be, and the faults that waited for it.
     fn event_is_over(&self) {
-        self.turns.lock().in_event = false;
+        self.turns.lock().in_event = None;
+        self.call_one();
     }
 }
 
 impl Turns {
     /// The first message that can be handled now.
     fn take(&mut self) -> Option<Queued> {
-        let ready = |queued: &Queued| !(self.in_event && is_event(&queued.message));
-        let index = self.work.iter().position(ready)?;
+        let index = (self.work.iter()).position(|queued| self.is_ready(&queued.message))?;
         let queued = self.work.remove(index)?;
-        self.in_event |= is_event(&queued.message);
+        if is_event(&queued.message) {
+            self.in_event = Some(concern(&queued.message));
+        }
         Some(queued)
+    }
+
+    /// Whether a message need not wait for an event.
+    fn is_ready(&self, message: &Message) -> bool {
+        let Message::Fault { at } = message else {
+            return self.in_event.is_none();
+        };
+        let concerns = |concern: &Concern| concern.iter().any(|span| span.contains(*at));
+        let pending = self.work.iter().map(|queued| concern(&queued.message));
+        !pending.chain(self.in_event).any(|event| concerns(&event))
+    }
+}
+
+/// What an event concerns: at most two spans.
+type Concern = [HostSpan; 2];
+
+/// The spans of an event; empty ones for a fault.
+fn concern(message: &Message) -> Concern {
+    let nothing = HostSpan::at(HostVa::new(0), 0);
+    match message {
+        Message::Unmap(span) | Message::Remove(span) => [*span, nothing],
+        Message::Remap { from, to } => [*from, HostSpan::at(*to, from.bytes())],
+        Message::Fault { .. } | Message::Fork(_) | Message::None => [nothing; 2],
     }
 }
 

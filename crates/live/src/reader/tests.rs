@@ -5,12 +5,12 @@ use std::thread;
 use gpusvm::addr::PAGE_2M;
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::mm::{AddressSpace, InvalidationSink};
-use gpusvm_abi::bus::SystemBus;
+use gpusvm_abi::bus::{SystemBus, VramStore};
 
 use crate::sys::fault_copy::LiveBus;
 use crate::sys::futex::now_ns;
 use crate::sys::mapping::{AnonMapping, Huge};
-use crate::sys::territory::{Leave, Territory};
+use crate::sys::territory::{Advise, Leave, Territory};
 use crate::sys::vram::VramMode;
 use crate::toy::Bench;
 
@@ -148,4 +148,45 @@ fn moved_mapping_takes_its_pages_along_and_what_stays_behind_is_empty() {
     bench.space.settle_events();
     assert_eq!(byte(span.start().plus(PAGE)), 0);
     assert_eq!(byte(span.end()), 1);
+}
+
+#[test]
+fn discarded_memory_reads_as_zero_at_once_although_nobody_saw_it() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(4 << 20).expect("there is room");
+    let span = filled(&land, 1);
+    for _ in 0..100 {
+        fill(span, 1);
+        bench.vram.discard(0, span.bytes());
+        bench.send(span).expect("plain memory migrates");
+        land.advise(span, Advise::Discard).expect("mapped");
+        assert_eq!(byte(span.start().plus(PAGE)), 0);
+        bench.space.settle_events();
+    }
+}
+
+#[test]
+fn fault_waits_for_the_events_that_concern_it_and_for_no_others() {
+    let span = |n: u64| HostSpan::at(HostVa::new(n * PAGE_2M), PAGE_2M);
+    let fault = |n: u64| Message::Fault {
+        at: span(n).start(),
+    };
+    let mut turns = Turns::default();
+    let queue = |turns: &mut Turns, message| turns.work.push_back(Queued { message, number: 0 });
+    let moved = Message::Remap {
+        from: span(3),
+        to: span(5).start(),
+    };
+    for message in [fault(1), fault(5), fault(2), Message::Unmap(span(1)), moved] {
+        queue(&mut turns, message);
+    }
+    let mut next = || turns.take().map(|queued| format!("{:?}", queued.message));
+    assert_eq!(next(), Some(format!("{:?}", fault(2))));
+    assert_eq!(next(), Some(format!("{:?}", Message::Unmap(span(1)))));
+    assert_eq!(next(), None, "one event at a time, and both faults wait");
+    turns.in_event = None;
+    let mut next = || turns.take().map(|queued| format!("{:?}", queued.message));
+    assert_eq!(next(), Some(format!("{:?}", fault(1))));
 }
