@@ -247,10 +247,10 @@ impl LiveSpace {
             };
             match moved.error {
                 // Something holds a huge page that would have to be split: it stays where it is.
-                None | Some(Errno::AGAIN) if patience.is_over(stayed) => {
+                None | Some(Errno::AGAIN | Errno::NOENT) if patience.is_over(stayed) => {
                     return Err(Refused::Mapping);
                 }
-                None => {}
+                None | Some(Errno::NOENT) => {}
                 Some(Errno::AGAIN) => rustix::thread::sched_yield(),
                 Some(Errno::BUSY) => return Err(Refused::NotExclusive),
                 Some(_) if stayed > rest.start() => {}
@@ -261,15 +261,14 @@ impl LiveSpace {
     }
 
     /// The first page that a MOVE from `from` has left behind. The page tables decide, not the
-    /// call's answer, which is wrong both ways at times: MOVE skips holes, and what looks like one
-    /// while the kernel joins or splits a huge page need not be one; and a MOVE that has moved a
-    /// huge page may go over it once more and then report `EEXIST` and nothing moved. Nothing else
-    /// can put pages there or take them away. Wrong answers are counted.
+    /// call's answer: MOVE ends at a hole, and may report `EEXIST` and nothing moved after it has
+    /// moved all (see [`Uffd::move_pages`]). Nothing else can put pages there or take them away.
+    /// Wrong answers are counted.
     fn stayed(&self, from: HostSpan, error: Option<Errno>) -> Option<HostVa> {
         let stayed = self.pagemap.first_populated(from);
         match (stayed, error) {
             (Some(span), None) => self.emit(&Event::MoveMisreported { span }),
-            (None, Some(errno)) if errno != Errno::AGAIN => {
+            (None, Some(errno)) if !matches!(errno, Errno::AGAIN | Errno::NOENT) => {
                 self.emit(&Event::MoveMisreported { span: from });
             }
             _ => {}
@@ -351,10 +350,10 @@ impl LiveSpace {
             };
             let next = match moved.error {
                 // Something holds a huge page that would have to be split: it is copied.
-                None | Some(Errno::AGAIN) if patience.is_over(stayed) => {
+                None | Some(Errno::AGAIN | Errno::NOENT) if patience.is_over(stayed) => {
                     self.settle_page(leg.user_at(stayed), stayed, Errno::AGAIN, &mut lost)
                 }
-                None => stayed,
+                None | Some(Errno::NOENT) => stayed,
                 // There are unread events: another thread reads them.
                 Some(Errno::AGAIN) => {
                     rustix::thread::sched_yield();

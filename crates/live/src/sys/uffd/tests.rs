@@ -1,5 +1,7 @@
 use super::*;
 use crate::sys::mapping::{AnonMapping, Huge};
+use crate::sys::territory::{Advise, Territory};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use rustix::event::{EventfdFlags, eventfd};
 
 /// A descriptor, or the reason why this machine has none.
@@ -77,6 +79,62 @@ fn move_onto_present_pages_is_refused_and_says_how_far_it_came() {
             error: Some(Errno::EXIST)
         }
     );
+}
+
+#[test]
+fn move_stops_at_a_hole() {
+    let Some(uffd) = open() else { return };
+    let mut from = AnonMapping::new(16 << 10, Huge::Never).expect("16K can be mapped");
+    let to = AnonMapping::new(16 << 10, Huge::Never).expect("16K can be mapped");
+    from.bytes_mut()[0] = 1;
+    from.bytes_mut()[8192] = 1;
+    uffd.register(span_of(&to), RegisterMode::WriteProtect)
+        .expect("anonymous memory registers");
+    let first = uffd.move_pages(span_of(&to).start(), span_of(&from));
+    assert_eq!(first.bytes, 4096);
+    let rest = HostSpan::new(span_of(&from).start().plus(4096), span_of(&from).end());
+    let second = uffd.move_pages(span_of(&to).start().plus(4096), rest);
+    assert_eq!((second.bytes, second.error), (0, Some(Errno::NOENT)));
+}
+
+#[test]
+fn move_of_pages_that_are_dropped_meanwhile_ends() {
+    const BYTES: u64 = 8 << 10;
+    const ROUNDS: usize = 40_000;
+    let Some(uffd) = open() else { return };
+    let land = Territory::reserve(2 * BYTES).expect("there is room");
+    let from = HostSpan::at(land.span().start(), BYTES);
+    let to = HostSpan::at(from.end(), BYTES);
+    land.map(from, Huge::Never).expect("a hole");
+    land.map(to, Huge::Never).expect("a hole");
+    uffd.register(to, RegisterMode::WriteProtect)
+        .expect("anonymous memory registers");
+    let (stop, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                land.advise(from, Advise::Discard).expect("mapped");
+            }
+        });
+        scope.spawn(|| {
+            for _ in 0..ROUNDS {
+                land.advise(from, Advise::Populate).expect("mapped");
+                let _any = uffd.move_pages(to.start(), from);
+                land.advise(to, Advise::Discard).expect("mapped");
+                rounds.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let end = crate::sys::futex::now_ns() + 20_000_000_000;
+        while rounds.load(Ordering::Relaxed) < ROUNDS {
+            // A thread that is stuck in the call would keep the scope from ending.
+            let late = crate::sys::futex::now_ns() > end;
+            if late {
+                std::process::abort();
+            }
+            std::thread::yield_now();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
 }
 
 #[test]
