@@ -2,12 +2,16 @@
 //! bug within its time.
 
 use std::process::{Command, Output};
+use std::sync::{Mutex, PoisonError};
 
 const SECONDS: &str = "5";
 
 /// Runs torture; says why not and answers `None` where the machine has no userfaultfd.
 #[expect(clippy::print_stdout, reason = "a test's own output")]
 fn torture(more: &[&str]) -> Option<Output> {
+    // Side by side they would share the processors, and find less in the same time.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut command = Command::new(env!("CARGO_BIN_EXE_gpusvm"));
     let output = command.args(["run", "torture"]).args(more).output();
     let output = output.expect("the program runs");

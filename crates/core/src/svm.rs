@@ -35,6 +35,9 @@ use crate::seam::mm::{
 };
 use crate::seam::{Platform, Seams};
 
+/// How long a fault with the planted bug rests where an invalidation does most harm.
+const PLANTED_PAUSE: Ns = Ns(300_000);
+
 /// What a driver does with the bindings of ranges. Every call comes with the notifier lock held:
 /// no allocation, no host call, no lock but leaves.
 pub trait Bindings: Send + Sync + 'static {
@@ -184,6 +187,11 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         };
         self.seams.space.fault_in(&request, &mut runs)?;
         self.seams.env.yield_point(Point::AfterFaultIn);
+        if self.skip_recheck.load(Ordering::Relaxed) {
+            // What the missing check would notice has to happen now: more of it does.
+            let now = self.seams.env.now();
+            self.seams.env.sleep_until(now.after(PLANTED_PAUSE));
+        }
         if !in_one_place(&runs) {
             return Err(Stale::MixedPlacement.into());
         }

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use crate::space::LiveSpace;
 use crate::staging::{Kind, Left, Slot};
 use crate::sys::fault_copy;
-use crate::sys::uffd::{Holes, Uffd};
+use crate::sys::uffd::Uffd;
 
 /// Why pages did not leave.
 pub(crate) enum Refused {
@@ -160,16 +160,16 @@ impl LiveSpace {
         let mut patience = Patience::new();
         loop {
             let to = leg.parked_at(rest.start());
-            let moved = self.staging.uffd.move_pages(to, rest, Holes::Skip);
+            let moved = self.staging.uffd.move_pages(to, rest);
             let Some(stayed) = self.stayed(rest, moved.error) else {
                 return Ok(());
             };
             match moved.error {
                 // Something holds a huge page that would have to be split: it stays where it is.
-                None | Some(Errno::AGAIN) if patience.is_over(stayed) => {
+                None | Some(Errno::AGAIN | Errno::NOENT) if patience.is_over(stayed) => {
                     return Err(Refused::Mapping);
                 }
-                None => {}
+                None | Some(Errno::NOENT) => {}
                 Some(Errno::AGAIN) => rustix::thread::sched_yield(),
                 Some(Errno::BUSY) => return Err(Refused::NotExclusive),
                 Some(_) if stayed > rest.start() => {}
@@ -180,15 +180,14 @@ impl LiveSpace {
     }
 
     /// The first page that a MOVE from `from` has left behind. The page tables decide, not the
-    /// call's answer, which is wrong both ways at times: MOVE skips holes, and what looks like one
-    /// while the kernel joins or splits a huge page need not be one; and a MOVE that has moved a
-    /// huge page may go over it once more and then report `EEXIST` and nothing moved. Nothing else
-    /// can put pages there or take them away. Wrong answers are counted.
+    /// call's answer: MOVE ends at a hole, and may report `EEXIST` and nothing moved after it has
+    /// moved all (see [`Uffd::move_pages`]). Nothing else can put pages there or take them away.
+    /// Wrong answers are counted.
     fn stayed(&self, from: HostSpan, error: Option<Errno>) -> Option<HostVa> {
         let stayed = self.first_populated(from);
         match (stayed, error) {
             (Some(span), None) => self.emit(&Event::MoveMisreported { span }),
-            (None, Some(errno)) if errno != Errno::AGAIN => {
+            (None, Some(errno)) if !matches!(errno, Errno::AGAIN | Errno::NOENT) => {
                 self.emit(&Event::MoveMisreported { span: from });
             }
             _ => {}
@@ -207,14 +206,11 @@ impl LiveSpace {
         }
     }
 
-    /// Moves all pages of a leg out of a slot that a copy has filled, into the mapping. There are
-    /// no holes, so that the answer can be believed. False where something is in the way.
+    /// Moves all pages of a leg out of a slot that a copy has filled, into the mapping. Success says
+    /// that there was no hole, so that it can be believed. False where something is in the way.
     pub(crate) fn come_in_whole(&self, leg: &Leg) -> bool {
         let parked = leg.parked_span();
-        let moved = self
-            .watch
-            .uffd
-            .move_pages(leg.user.start(), parked, Holes::Refuse);
+        let moved = self.watch.uffd.move_pages(leg.user.start(), parked);
         moved.error.is_none()
     }
 
@@ -226,16 +222,16 @@ impl LiveSpace {
         let mut patience = Patience::new();
         while !rest.is_empty() {
             let to = leg.user_at(rest.start());
-            let moved = self.watch.uffd.move_pages(to, rest, Holes::Skip);
+            let moved = self.watch.uffd.move_pages(to, rest);
             let Some(stayed) = self.stayed(rest, moved.error) else {
                 break;
             };
             let next = match moved.error {
                 // Something holds a huge page that would have to be split: it is copied.
-                None | Some(Errno::AGAIN) if patience.is_over(stayed) => {
+                None | Some(Errno::AGAIN | Errno::NOENT) if patience.is_over(stayed) => {
                     self.settle_page(leg.user_at(stayed), stayed, Errno::AGAIN, &mut lost)
                 }
-                None => stayed,
+                None | Some(Errno::NOENT) => stayed,
                 // There are unread events: another thread reads them.
                 Some(Errno::AGAIN) => {
                     rustix::thread::sched_yield();

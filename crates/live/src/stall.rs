@@ -8,8 +8,10 @@ use core::time::Duration;
 use std::fs;
 
 use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm_abi::bus::SystemBus;
 
 use crate::space::LiveSpace;
+use crate::sys::fault_copy::{self, LiveBus};
 use crate::sys::futex;
 use crate::sys::procmap::ProcMap;
 use crate::sys::waits::{self, Reason, Sleeper};
@@ -63,6 +65,7 @@ struct Found {
 /// All threads of the process. Allocates and reads files: for threads of the runtime.
 #[must_use]
 pub fn threads() -> Vec<ThreadState> {
+    fault_copy::install();
     let sleepers = waits::sleepers();
     let mut found: Vec<Found> = thread_ids().into_iter().map(look_at).collect();
     let stacks: Vec<_> = found
@@ -77,19 +80,33 @@ pub fn threads() -> Vec<ThreadState> {
 }
 
 fn wait_of(sleeper: &Sleeper, stacks: &[(u32, Option<HostSpan>)]) -> Wait {
+    // The lock may have changed hands since the thread fell asleep.
+    let mark = match sleeper.reason {
+        Reason::Lock => holder_of(sleeper.word),
+        _ => sleeper.holder,
+    };
     let marked = |stack: HostSpan| {
         let end = |at: HostVa| usize::try_from(at.get()).unwrap_or(0);
-        futex::is_marked(sleeper.holder, end(stack.start())..end(stack.end()))
+        futex::is_marked(mark, end(stack.start())..end(stack.end()))
     };
     let holder = stacks
         .iter()
-        .filter(|_| sleeper.holder != 0)
+        .filter(|_| mark != 0)
         .find(|(_, stack)| stack.is_some_and(marked));
     Wait {
         reason: sleeper.reason,
         word: sleeper.word,
         holder: holder.map(|(id, _)| *id),
         since: Duration::from_nanos(futex::now_ns().saturating_sub(sleeper.since_ns)),
+    }
+}
+
+/// The mark of who holds the lock at `word` right now, 0 where there is none any more.
+fn holder_of(word: u64) -> u32 {
+    let mut now = [0; 4];
+    match LiveBus.read(word, &mut now) {
+        Ok(()) => futex::mark_in(u32::from_ne_bytes(now)),
+        Err(_gone) => 0,
     }
 }
 

@@ -112,6 +112,11 @@ fn mark_of(address: usize) -> u32 {
     u32::try_from(page).unwrap_or(0)
 }
 
+/// The mark in the word of a lock.
+pub(crate) const fn mark_in(word: u32) -> u32 {
+    word >> MARK_SHIFT
+}
+
 /// Bits of a mark.
 const MARK_BITS: u32 = u32::BITS - MARK_SHIFT;
 

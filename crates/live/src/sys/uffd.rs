@@ -82,7 +82,6 @@ const OP_MOVE: Opcode = opcode::read_write::<Transfer>(TYPE, 5);
 const REGISTER_MISSING: u64 = 1;
 const REGISTER_WP: u64 = 2;
 const DONTWAKE: u64 = 1;
-const ALLOW_SRC_HOLES: u64 = 2;
 
 /// Whose faults are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,15 +154,6 @@ pub(crate) enum RegisterMode {
     WriteProtect,
     /// Missing pages raise faults, too.
     MissingAndWriteProtect,
-}
-
-/// What a MOVE does where there is no page to move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Holes {
-    /// Goes on behind it.
-    Skip,
-    /// Stops with `ENOENT`: success means that every page has moved.
-    Refuse,
 }
 
 /// How far a COPY or MOVE came.
@@ -274,13 +264,15 @@ impl Uffd {
         unsafe { ioctl(&self.fd, call) }
     }
 
-    /// Moves the pages of `from` to `to`, which must be registered here and empty. Nobody is woken.
-    pub(crate) fn move_pages(&self, to: HostVa, from: HostSpan, holes: Holes) -> Moved {
-        let mode = match holes {
-            Holes::Skip => DONTWAKE | ALLOW_SRC_HOLES,
-            Holes::Refuse => DONTWAKE,
-        };
-        let mut arg = transfer(to, from, mode);
+    /// Moves the pages of `from` to `to`, which must be registered here and empty, up to the first
+    /// hole: `ENOENT` where that is at the start. Nobody is woken.
+    ///
+    /// The system could skip holes, but must not be asked to: Linux 6.18 remembers that it has to
+    /// look at a page again, and does not forget it when it has. It goes over a page that it has
+    /// moved once more and reports `EEXIST`; over a page that became a hole it goes without end,
+    /// inside the call.
+    pub(crate) fn move_pages(&self, to: HostVa, from: HostSpan) -> Moved {
+        let mut arg = transfer(to, from, DONTWAKE);
         // SAFETY: UFFDIO_MOVE reads and writes `struct uffdio_move`, whose layout `Transfer` has.
         let call = unsafe { Updater::<OP_MOVE, _>::new(&mut arg) };
         // SAFETY: the pages keep their content; accesses to `from` are the callers' to order, who

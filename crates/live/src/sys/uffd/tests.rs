@@ -1,5 +1,7 @@
 use super::*;
 use crate::sys::mapping::{AnonMapping, Huge};
+use crate::sys::territory::{Advise, Territory};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use rustix::event::{EventfdFlags, eventfd};
 
 /// A descriptor, or the reason why this machine has none.
@@ -40,7 +42,7 @@ fn moved_pages_keep_their_content_both_ways() {
     uffd.register(there, RegisterMode::WriteProtect)
         .expect("anonymous memory registers");
     assert_eq!(
-        uffd.move_pages(there.start(), here, Holes::Skip),
+        uffd.move_pages(there.start(), here),
         Moved {
             bytes: 2 << 20,
             error: None
@@ -48,33 +50,13 @@ fn moved_pages_keep_their_content_both_ways() {
     );
     assert_eq!(away.words()[1000], 1001);
     assert_eq!(
-        uffd.move_pages(here.start(), there, Holes::Refuse),
+        uffd.move_pages(here.start(), there),
         Moved {
             bytes: 2 << 20,
             error: None
         }
     );
     assert_eq!(home.words()[1000], 1001);
-}
-
-#[test]
-fn move_over_a_hole_skips_it_or_says_so() {
-    let Some(uffd) = open() else { return };
-    let mut from = AnonMapping::new(12 << 10, Huge::Never).expect("12K can be mapped");
-    let to = AnonMapping::new(12 << 10, Huge::Never).expect("12K can be mapped");
-    (from.bytes_mut()[0], from.bytes_mut()[8192]) = (1, 3);
-    uffd.register(span_of(&to), RegisterMode::WriteProtect)
-        .expect("anonymous memory registers");
-    let first = uffd.move_pages(span_of(&to).start(), span_of(&from), Holes::Refuse);
-    assert_eq!(first.bytes, 4096);
-    assert!(first.error.is_some());
-    let rest = HostSpan::new(span_of(&from).start().plus(4096), span_of(&from).end());
-    let second = uffd.move_pages(span_of(&to).start().plus(4096), rest, Holes::Skip);
-    assert_eq!(second.error, None);
-    assert_eq!(
-        (to.bytes()[0], to.bytes()[4096], to.bytes()[8192]),
-        (1, 0, 3)
-    );
 }
 
 #[test]
@@ -86,10 +68,10 @@ fn move_onto_present_pages_is_refused_and_says_how_far_it_came() {
     to.bytes_mut()[8192] = 9;
     uffd.register(span_of(&to), RegisterMode::WriteProtect)
         .expect("anonymous memory registers");
-    let first = uffd.move_pages(span_of(&to).start(), span_of(&from), Holes::Skip);
+    let first = uffd.move_pages(span_of(&to).start(), span_of(&from));
     assert_eq!(first.bytes, 8192);
     let rest = HostSpan::new(span_of(&from).start().plus(8192), span_of(&from).end());
-    let second = uffd.move_pages(span_of(&to).start().plus(8192), rest, Holes::Skip);
+    let second = uffd.move_pages(span_of(&to).start().plus(8192), rest);
     assert_eq!(
         second,
         Moved {
@@ -97,6 +79,62 @@ fn move_onto_present_pages_is_refused_and_says_how_far_it_came() {
             error: Some(Errno::EXIST)
         }
     );
+}
+
+#[test]
+fn move_stops_at_a_hole() {
+    let Some(uffd) = open() else { return };
+    let mut from = AnonMapping::new(16 << 10, Huge::Never).expect("16K can be mapped");
+    let to = AnonMapping::new(16 << 10, Huge::Never).expect("16K can be mapped");
+    from.bytes_mut()[0] = 1;
+    from.bytes_mut()[8192] = 1;
+    uffd.register(span_of(&to), RegisterMode::WriteProtect)
+        .expect("anonymous memory registers");
+    let first = uffd.move_pages(span_of(&to).start(), span_of(&from));
+    assert_eq!(first.bytes, 4096);
+    let rest = HostSpan::new(span_of(&from).start().plus(4096), span_of(&from).end());
+    let second = uffd.move_pages(span_of(&to).start().plus(4096), rest);
+    assert_eq!((second.bytes, second.error), (0, Some(Errno::NOENT)));
+}
+
+#[test]
+fn move_of_pages_that_are_dropped_meanwhile_ends() {
+    const BYTES: u64 = 8 << 10;
+    const ROUNDS: usize = 40_000;
+    let Some(uffd) = open() else { return };
+    let land = Territory::reserve(2 * BYTES).expect("there is room");
+    let from = HostSpan::at(land.span().start(), BYTES);
+    let to = HostSpan::at(from.end(), BYTES);
+    land.map(from, Huge::Never).expect("a hole");
+    land.map(to, Huge::Never).expect("a hole");
+    uffd.register(to, RegisterMode::WriteProtect)
+        .expect("anonymous memory registers");
+    let (stop, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                land.advise(from, Advise::Discard).expect("mapped");
+            }
+        });
+        scope.spawn(|| {
+            for _ in 0..ROUNDS {
+                land.advise(from, Advise::Populate).expect("mapped");
+                let _any = uffd.move_pages(to.start(), from);
+                land.advise(to, Advise::Discard).expect("mapped");
+                rounds.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let end = crate::sys::futex::now_ns() + 20_000_000_000;
+        while rounds.load(Ordering::Relaxed) < ROUNDS {
+            // A thread that is stuck in the call would keep the scope from ending.
+            let late = crate::sys::futex::now_ns() > end;
+            if late {
+                std::process::abort();
+            }
+            std::thread::yield_now();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
 }
 
 #[test]
