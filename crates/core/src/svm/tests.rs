@@ -172,7 +172,25 @@ fn world() -> World {
     }
 }
 
+impl Drop for World {
+    /// As a driver does: without ranges nobody watches, and nobody refers to anybody.
+    fn drop(&mut self) {
+        self.svm.close(&mut self.owner);
+        while let Some(dead) = self.svm.pop_garbage(&mut self.owner) {
+            self.remove(&dead);
+        }
+        while let Some(range) = self.svm.any_range(&mut self.owner) {
+            self.remove(&range);
+        }
+    }
+}
+
 impl World {
+    fn remove(&mut self, range: &RangeRef) -> Option<()> {
+        self.svm
+            .remove_range(&mut self.owner, range, |_binding, _held| ())
+    }
+
     fn range(&mut self, at: u64) -> RangeRef {
         let find = FindRange {
             at: HostVa::new(BASE + at),
@@ -304,9 +322,7 @@ fn partly_unmapped_range_is_collected_once_and_never_bound_again() {
         world.svm.pop_garbage(&mut world.owner).is_none(),
         "queued once"
     );
-    world
-        .svm
-        .remove_range(&mut world.owner, &dead, |_binding, _held| ());
+    world.remove(&dead);
     assert_eq!(world.svm.range_count(), 0);
     let fresh = world.range(0);
     world
@@ -327,14 +343,9 @@ fn range_that_died_meanwhile_is_left_to_the_collector() {
     }
     // A fault that finds its mapping gone wants to remove its range; it is in the middle of the
     // garbage list by then.
-    let removed = world
-        .svm
-        .remove_range(&mut world.owner, &ranges[1], |_binding, _held| ());
-    assert!(removed.is_none());
+    assert!(world.remove(&ranges[1]).is_none());
     while let Some(dead) = world.svm.pop_garbage(&mut world.owner) {
-        world
-            .svm
-            .remove_range(&mut world.owner, &dead, |_binding, _held| ());
+        world.remove(&dead);
     }
     assert_eq!(world.svm.range_count(), 0, "none is lost from the list");
 }
