@@ -29,7 +29,6 @@ use crate::migrate::LiveMigration;
 use crate::reader::{self, Departures, Pool, Reader};
 use crate::residency::{Busy, Piece, Residency, State, everything};
 use crate::staging::Staging;
-use crate::stall::ReaderState;
 use crate::sys::futex;
 use crate::sys::pagemap::PageMap;
 use crate::sys::procmap::ProcMap;
@@ -166,19 +165,6 @@ impl LiveSpace {
         }
         while !self.pool.is_settled() {
             rustix::thread::sched_yield();
-        }
-    }
-
-    /// What the fault readers are doing right now.
-    #[must_use]
-    pub fn reader_state(&self) -> ReaderState {
-        let (led, idle, queued) = self.pool.state();
-        ReaderState {
-            reading: self.reader_round.load(Ordering::Relaxed) & 1 == 1,
-            led,
-            idle,
-            queued,
-            last_fault: HostVa::new(self.reader_at.load(Ordering::Relaxed)),
         }
     }
 

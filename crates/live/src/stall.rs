@@ -4,6 +4,7 @@
 //! system tells about threads. A holder is found by the stack on which it took the lock, which may
 //! be a bracket's.
 
+use core::sync::atomic::Ordering;
 use core::time::Duration;
 use std::fs;
 
@@ -83,7 +84,7 @@ fn wait_of(sleeper: &Sleeper, stacks: &[(u32, Option<HostSpan>)]) -> Wait {
     // The lock may have changed hands since the thread fell asleep.
     let mark = match sleeper.reason {
         Reason::Lock => holder_of(sleeper.word),
-        _ => sleeper.holder,
+        _ => 0,
     };
     let marked = |stack: HostSpan| {
         let end = |at: HostVa| usize::try_from(at.get()).unwrap_or(0);
@@ -158,6 +159,19 @@ pub fn lies_in<T>(object: &T, word: u64) -> bool {
 }
 
 impl LiveSpace {
+    /// What the fault readers are doing right now.
+    #[must_use]
+    pub fn reader_state(&self) -> ReaderState {
+        let (led, idle, queued) = self.pool.state();
+        ReaderState {
+            reading: self.reader_round.load(Ordering::Relaxed) & 1 == 1,
+            led,
+            idle,
+            queued,
+            last_fault: HostVa::new(self.reader_at.load(Ordering::Relaxed)),
+        }
+    }
+
     /// Which part of the host the word at `word` belongs to.
     #[must_use]
     pub fn name_of(&self, word: u64) -> Option<&'static str> {

@@ -88,7 +88,7 @@ impl RawFutexMutex {
             if now == FREE {
                 return;
             }
-            wait_for(&self.0, next, None, (Reason::Lock, next >> MARK_SHIFT));
+            wait(&self.0, next, None, Reason::Lock);
             now = self.0.load(Ordering::Relaxed);
         }
     }
@@ -130,12 +130,7 @@ pub(crate) fn is_marked(mark: u32, stack: core::ops::Range<usize>) -> bool {
 
 /// Sleeps while `*word == seen`, at most `timeout` where given. May return early.
 pub(crate) fn wait(word: &AtomicU32, seen: u32, timeout: Option<Duration>, reason: Reason) {
-    wait_for(word, seen, timeout, (reason, 0));
-}
-
-fn wait_for(word: &AtomicU32, seen: u32, timeout: Option<Duration>, why: (Reason, u32)) {
-    let (reason, holder) = why;
-    let _seen_by_reports = Waiting::enter(reason, core::ptr::from_ref(word).addr(), holder);
+    let _seen_by_reports = Waiting::enter(reason, core::ptr::from_ref(word).addr());
     let timeout = timeout.map(|time| Timespec {
         tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(time.subsec_nanos()),

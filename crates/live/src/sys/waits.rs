@@ -77,8 +77,6 @@ pub(crate) struct Sleeper {
     pub(crate) reason: Reason,
     /// Address of what it sleeps on.
     pub(crate) word: u64,
-    /// Who holds it, as a mark of [`futex`]; 0 for unknown.
-    pub(crate) holder: u32,
     /// When it began, in nanoseconds of the monotonic clock.
     pub(crate) since_ns: u64,
 }
@@ -87,7 +85,6 @@ struct Place {
     thread: AtomicU32,
     reason: AtomicU32,
     word: AtomicU64,
-    holder: AtomicU32,
     since: AtomicU64,
 }
 
@@ -97,14 +94,13 @@ pub(crate) struct Waiting(Option<usize>);
 
 impl Waiting {
     /// Enters the calling thread, which is about to sleep on the word at `word`.
-    pub(crate) fn enter(reason: Reason, word: usize, holder: u32) -> Self {
+    pub(crate) fn enter(reason: Reason, word: usize) -> Self {
         let id = thread::current_id();
         let index = TABLE.iter().position(|place| place.take(id));
         if let Some(place) = index.map(|index| &TABLE[index]) {
             place.reason.store(reason as u32, Ordering::Relaxed);
             let word = u64::try_from(word).unwrap_or(0);
             place.word.store(word, Ordering::Relaxed);
-            place.holder.store(holder, Ordering::Relaxed);
             // Last: a place without a time is not complete.
             place.since.store(futex::now_ns(), Ordering::Release);
         }
@@ -127,7 +123,6 @@ impl Place {
             thread: AtomicU32::new(NOBODY),
             reason: AtomicU32::new(0),
             word: AtomicU64::new(0),
-            holder: AtomicU32::new(0),
             since: AtomicU64::new(0),
         }
     }
@@ -148,7 +143,6 @@ impl Place {
             thread,
             reason: *Reason::ALL.get(reason)?,
             word: self.word.load(Ordering::Relaxed),
-            holder: self.holder.load(Ordering::Relaxed),
             since_ns,
         })
     }
@@ -171,12 +165,9 @@ mod tests {
     #[test]
     fn sleeper_is_seen_from_entering_to_leaving() {
         assert!(mine().is_none());
-        let waiting = Waiting::enter(Reason::Travel, 0x1234, 7);
+        let waiting = Waiting::enter(Reason::Travel, 0x1234);
         let seen = mine().expect("there are places");
-        assert_eq!(
-            (seen.reason, seen.word, seen.holder),
-            (Reason::Travel, 0x1234, 7)
-        );
+        assert_eq!((seen.reason, seen.word), (Reason::Travel, 0x1234));
         drop(waiting);
         assert!(mine().is_none());
     }
