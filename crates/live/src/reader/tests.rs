@@ -3,6 +3,7 @@ use core::sync::atomic::AtomicBool;
 use std::thread;
 
 use gpusvm::addr::PAGE_2M;
+use gpusvm::error::{Interrupted, Stale};
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::mm::{AddressSpace, InvalidationSink};
 use gpusvm_abi::bus::{SystemBus, VramStore};
@@ -160,7 +161,10 @@ fn discarded_memory_reads_as_zero_at_once_although_nobody_saw_it() {
     for _ in 0..100 {
         fill(span, 1);
         bench.vram.discard(0, span.bytes());
-        bench.send(span).expect("plain memory migrates");
+        // What the last round touched may still be on its way.
+        while bench.send(span) == Err(Interrupted::Stale(Stale::PagesBusy)) {
+            thread::yield_now();
+        }
         land.advise(span, Advise::Discard).expect("mapped");
         assert_eq!(byte(span.start().plus(PAGE)), 0);
         bench.space.settle_events();
