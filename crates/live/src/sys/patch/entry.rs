@@ -20,6 +20,15 @@ const STACK_SHIFT: u32 = 16;
 const STACK: usize = 1 << STACK_SHIFT;
 const GUARD: usize = 4096;
 
+/// The call that sets a thread's signal mask, and what it can do.
+const RT_SIGPROCMASK: i32 = 14;
+const SIG_BLOCK: i32 = 0;
+const SIG_SETMASK: i32 = 2;
+/// All signals but SIGBUS (7) and SIGSEGV (11): a copy of the hook's may fault, and a blocked fault
+/// kills.
+#[unsafe(link_section = ".data")]
+static ALL_BUT_FAULTS: AtomicU64 = AtomicU64::new(!(1 << 6 | 1 << 10));
+
 /// Stacks that are free, one bit each.
 #[unsafe(link_section = ".data")]
 static FREE: AtomicU64 = AtomicU64::new(0);
@@ -120,6 +129,32 @@ global_asm!(
     "5:  pop rcx",
     "    lock dec qword ptr [rcx]",
     "    push rax",
+    "    push rdi",
+    "    push rsi",
+    "    push rdx",
+    "    push r10",
+    "    push rax",
+    // Signals wait from here on. The former mask goes where rsp points; its page may go away
+    // between the store and the call, which then has to be made again.
+    "9:  mov [rsp], rax",
+    "    mov eax, {sigprocmask}",
+    "    mov edi, {block}",
+    "    xor esi, esi",
+    "    mov rdx, rsp",
+    "    mov r10d, 8",
+    "    syscall",
+    "    test eax, eax",
+    "    jnz 9b",
+    "    mov eax, {sigprocmask}",
+    "    mov edi, {block}",
+    "    lea rsi, [rip + {all_but_faults}]",
+    "    xor edx, edx",
+    "    mov r10d, 8",
+    "    syscall",
+    "    mov r10, [rsp + 8]",
+    "    mov rdx, [rsp + 16]",
+    "    mov rsi, [rsp + 24]",
+    "    mov rdi, [rsp + 32]",
     "6:  mov rax, [rip + {free}]",
     "    test rax, rax",
     "    jz 7f",
@@ -145,7 +180,7 @@ global_asm!(
     "    push rdx",
     "    push rsi",
     "    push rdi",
-    "    push qword ptr [r11]",
+    "    push qword ptr [r11 + 40]",
     "    mov rbx, rsp",
     "    sub rsp, [rip + {xsave_bytes}]",
     "    and rsp, -64",
@@ -181,7 +216,25 @@ global_asm!(
     "    pop rcx",
     "    mov rsp, [rsp]",
     "    lock bts [rip + {free}], rcx",
-    "    lea rsp, [rsp + 8]",
+    // On the thread's own stack again, where signals that waited are handled: such a handler may
+    // need more room than a bracket's stack has, and may never return.
+    "    mov [rsp + 40], rax",
+    "12: mov rax, [rsp]",
+    "    mov [rsp], rax",
+    "    mov eax, {sigprocmask}",
+    "    mov edi, {set}",
+    "    mov rsi, rsp",
+    "    xor edx, edx",
+    "    mov r10d, 8",
+    "    syscall",
+    "    test eax, eax",
+    "    jnz 12b",
+    "    pop rcx",
+    "    pop r10",
+    "    pop rdx",
+    "    pop rsi",
+    "    pop rdi",
+    "    pop rax",
     "    pop rcx",
     "    lea rsp, [rsp + 128]",
     "    jmp rcx",
@@ -193,6 +246,10 @@ global_asm!(
     first_top = sym FIRST_TOP,
     xsave_bytes = sym XSAVE_BYTES,
     shift = const STACK_SHIFT,
+    sigprocmask = const RT_SIGPROCMASK,
+    block = const SIG_BLOCK,
+    set = const SIG_SETMASK,
+    all_but_faults = sym ALL_BUT_FAULTS,
     dispatch = sym dispatch,
 );
 
@@ -250,31 +307,8 @@ fn map_stacks() -> Result<usize, PatchError> {
     Ok(base.expose_provenance())
 }
 
-/// All signals but SIGBUS (7) and SIGSEGV (11): a copy of the hook's may fault, and a blocked fault
-/// kills.
-const ALL_BUT_FAULTS: u64 = !(1 << 6 | 1 << 10);
-
 /// Called by the entry, on a bracket's stack, with all registers saved.
 extern "C" fn dispatch(call: &SysCall) -> isize {
-    let former = set_signal_mask(ALL_BUT_FAULTS);
-    let result = HOOK
-        .get()
-        .map_or_else(|| call.raw(), |hook| hook.call(call));
-    set_signal_mask(former);
-    result
-}
-
-/// Sets this thread's signal mask and returns the former one.
-fn set_signal_mask(mask: u64) -> u64 {
-    const RT_SIGPROCMASK: usize = 14;
-    const SIG_SETMASK: usize = 2;
-    let mut former = 0_u64;
-    let set = core::ptr::from_ref(&mask).expose_provenance();
-    let old = (&raw mut former).expose_provenance();
-    let _done = SysCall {
-        number: RT_SIGPROCMASK,
-        args: [SIG_SETMASK, set, old, 8, 0, 0],
-    }
-    .raw();
-    former
+    HOOK.get()
+        .map_or_else(|| call.raw(), |hook| hook.call(call))
 }

@@ -10,7 +10,7 @@
 //!           cmp ...        ◀─────┐
 //!   stub:   eax = 11, rcx = "go back there", jump to the entry
 //!   entry:  outside the watched hull?  syscall, back                      (fast path)
-//!           else: own stack, all registers saved, signals blocked, hook   (slow path)
+//!           else: signals blocked, own stack, all registers saved, hook   (slow path)
 //! ```
 //!
 //! The fast path touches what a system call may change (`rax`, `rcx`, `r11`) and two words below the
@@ -31,6 +31,7 @@ use std::sync::OnceLock;
 use rustix::io::Errno;
 
 use crate::sys::fault_copy;
+use crate::sys::futex;
 
 pub(crate) use entry::SysCall;
 pub(crate) use sites::Site;
@@ -220,6 +221,12 @@ static HIGH: AtomicU64 = AtomicU64::new(0);
 /// Calls on the fast path, per parity.
 #[unsafe(link_section = ".data")]
 static IN_FLIGHT: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+/// Those of them that nobody waits for any more.
+#[unsafe(link_section = ".data")]
+static GIVEN_UP: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+/// Longest wait for calls on the fast path: far longer than a busy system leaves a thread without a
+/// processor.
+const PATIENCE_NS: u64 = 250_000_000;
 /// Byte offset into [`IN_FLIGHT`] for calls that begin now: 0 or 8.
 #[unsafe(link_section = ".data")]
 static PARITY: AtomicU64 = AtomicU64::new(0);
@@ -232,16 +239,35 @@ pub(crate) fn set_hull(low: u64, high: u64) {
     HIGH.store(high, Ordering::SeqCst);
 }
 
-/// Waits until every call that began under a former, smaller hull is over. One caller at a time.
+/// Waits until every call that began under a former, smaller hull is over. One caller at a time,
+/// who holds nothing that fault service wants.
+///
+/// A signal's handler runs at the end of the call that it interrupts, while that call still counts;
+/// it may need a page that is away, take long, or jump out and never come back. So the wait is
+/// bounded: calls that take longer are given up. One of those that is still at work is seen by
+/// events, as a raw call is.
 pub(crate) fn wait_for_unwatched_calls() {
     fence(Ordering::SeqCst);
     for _parity in 0..2 {
         let former = PARITY.fetch_xor(8, Ordering::SeqCst);
-        let count = &IN_FLIGHT[usize::from(former != 0)];
-        while count.load(Ordering::SeqCst) != 0 {
+        let parity = usize::from(former != 0);
+        let deadline = futex::now_ns() + PATIENCE_NS;
+        while !is_quiet(parity, deadline) {
             rustix::thread::sched_yield();
         }
     }
+}
+
+/// Whether the calls of a parity are over, but for those that were given up or are given up now.
+fn is_quiet(parity: usize, deadline: u64) -> bool {
+    let (calls, given_up) = (&IN_FLIGHT[parity], &GIVEN_UP[parity]);
+    let running = calls.load(Ordering::SeqCst);
+    let quiet = running <= given_up.load(Ordering::Relaxed) || futex::now_ns() > deadline;
+    if quiet {
+        // Fewer than before: some have come to their end after all.
+        given_up.store(running, Ordering::Relaxed);
+    }
+    quiet
 }
 
 /// What `brk(to)` is about to unmap.

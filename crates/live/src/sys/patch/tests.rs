@@ -1,8 +1,10 @@
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use gpusvm::addr::HostVa;
 use lock_api::Mutex;
 
 use super::*;
+use crate::sys::arena;
 use crate::sys::futex::RawFutexMutex;
 use crate::sys::mapping::{AnonMapping, Huge, Protect};
 
@@ -22,11 +24,25 @@ impl BracketHook for Recorder {
         let at = self.count.fetch_add(1, Ordering::SeqCst);
         self.seen.lock()[at % 64] = (call.number, call.args);
         clobber_vector_registers();
+        if RAISE.load(Ordering::SeqCst) {
+            // SAFETY: the test handles it.
+            let _sent = unsafe { libc::raise(libc::SIGUSR2) };
+        }
         if call.call() == Some(Call::ProcessMadvise) {
             let _hull = iovec_hull(call.args[1], call.args[2]);
         }
         call.raw()
     }
+}
+
+/// The hook sends a signal to its thread.
+static RAISE: AtomicBool = AtomicBool::new(false);
+/// Where the handler ran.
+static HANDLED_AT: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn note_place(_signal: i32) {
+    let local = 0_u8;
+    HANDLED_AT.store((&raw const local).addr(), Ordering::SeqCst);
 }
 
 fn clobber_vector_registers() {
@@ -243,7 +259,7 @@ fn array_that_cannot_be_read_is_an_errno_and_not_the_end() {
 
 #[test]
 fn threads_allocate_exit_and_unmap_while_sites_come_and_go() {
-    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for _ in 0..3 {
             scope.spawn(|| {
@@ -267,5 +283,45 @@ fn threads_allocate_exit_and_unmap_while_sites_come_and_go() {
             });
         }
         stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn signals_that_waited_are_handled_on_the_threads_own_stack() {
+    let handler = note_place as extern "C" fn(i32) as usize;
+    // SAFETY: the handler only stores a number.
+    let former = unsafe { libc::signal(libc::SIGUSR2, handler) };
+    assert_ne!(former, libc::SIG_ERR);
+    patched(|| {
+        let mut map = AnonMapping::new(8192, Huge::Never).expect("two pages can be mapped");
+        RAISE.store(true, Ordering::SeqCst);
+        let address = map.address();
+        let calls = seen_during(address, 8192, || {
+            map.discard(0, 4096).expect("content can go");
+            // Delivered by now, and with the mask as it was.
+            assert_ne!(HANDLED_AT.load(Ordering::SeqCst), 0);
+        });
+        RAISE.store(false, Ordering::SeqCst);
+        assert_eq!(numbers(&calls), [28]);
+        let at = HANDLED_AT.load(Ordering::SeqCst);
+        let at = HostVa::new(u64::try_from(at).expect("64-bit"));
+        assert!(!arena::bracket_stacks().contains(at), "{at:?}");
+    });
+}
+
+#[test]
+fn call_that_never_comes_back_is_waited_for_once() {
+    patched(|| {
+        // As a signal's handler leaves it that jumps out of the call that it interrupts. Other
+        // tests make calls meanwhile.
+        let given_up = || GIVEN_UP[0].load(Ordering::Relaxed);
+        let stuck = &IN_FLIGHT[0];
+        stuck.fetch_add(1, Ordering::SeqCst);
+        wait_for_unwatched_calls();
+        assert_ne!(given_up(), 0);
+        stuck.fetch_sub(1, Ordering::SeqCst);
+        while given_up() != 0 {
+            wait_for_unwatched_calls();
+        }
     });
 }
