@@ -197,7 +197,10 @@ impl RunArgs {
                 Service::Inline => ServiceMode::Inline,
                 Service::Queue => ServiceMode::Queue,
             },
-            live: LiveConfig { brackets },
+            live: LiveConfig {
+                brackets,
+                ..Default::default()
+            },
             seed: self.seed,
             timeline: self.report.is_some(),
             plant_stale_tlb: self.planted == Some(Planted::Tlb),

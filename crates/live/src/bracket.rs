@@ -304,7 +304,7 @@ impl LiveSpace {
             self.bring_home(span, HomeCause::SpaceChange);
             return Vec::new();
         }
-        self.recall_settled(span, u64::MAX)
+        self.recall_settled(span, |_any| Some(u64::MAX))
     }
 
     /// Adjusts the watch to what the call did.
@@ -327,7 +327,7 @@ impl LiveSpace {
         }
         for piece in &pieces {
             self.residency.lock().put_back(piece);
-            self.arrived(piece.span);
+            self.arrived(piece.span, piece.shard);
         }
     }
 }

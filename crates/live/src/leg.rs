@@ -13,10 +13,12 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M, PageCount};
 use gpusvm::event::Event;
 use rustix::io::Errno;
 
+use crate::pool::Fate;
+use crate::shard::ShardId;
 use crate::space::LiveSpace;
 use crate::staging::{Kind, Left, Slot};
 use crate::sys::fault_copy;
-use crate::sys::uffd::Uffd;
+use crate::sys::uffd::{Moved, Uffd};
 
 /// Why pages did not leave.
 pub(crate) enum Refused {
@@ -62,11 +64,22 @@ struct Lost {
     gone: u64,
 }
 
+/// The mapping that pages left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    /// Who watches it.
+    pub(crate) shard: ShardId,
+    /// How many events the shard had read when the pages left.
+    pub(crate) left_at: u64,
+}
+
 /// Up to 2 MiB of user memory and the place outside of it where its pages stay meanwhile.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Leg {
     pub(crate) user: HostSpan,
     pub(crate) parked: HostVa,
+    /// Where the pages are from.
+    pub(crate) from: Mapping,
     pub(crate) slot: Option<Slot>,
     /// What the slot holds when the leg is over.
     pub(crate) left: Left,
@@ -74,10 +87,11 @@ pub(crate) struct Leg {
 
 impl Leg {
     /// A leg into or out of memory that is the device's.
-    pub(crate) const fn straight(user: HostSpan, parked: HostVa) -> Self {
+    pub(crate) const fn straight(user: HostSpan, from: Mapping, parked: HostVa) -> Self {
         Self {
             user,
             parked,
+            from,
             slot: None,
             left: Left::Nothing,
         }
@@ -99,11 +113,12 @@ impl Leg {
 
     /// A leg through a slot. The offset inside the slot equals the offset inside the 2 MiB block, so
     /// that huge pages stay huge.
-    pub(crate) fn through(user: HostSpan, slot: Slot) -> Self {
+    pub(crate) fn through(user: HostSpan, from: Mapping, slot: Slot) -> Self {
         let inside = user.start().get() & (PAGE_2M - 1);
         Self {
             user,
             parked: slot.at.plus(inside),
+            from,
             slot: Some(slot),
             left: Left::Little,
         }
@@ -209,9 +224,14 @@ impl LiveSpace {
     /// Moves all pages of a leg out of a slot that a copy has filled, into the mapping. Success says
     /// that there was no hole, so that it can be believed. False where something is in the way.
     pub(crate) fn come_in_whole(&self, leg: &Leg) -> bool {
-        let parked = leg.parked_span();
-        let moved = self.watch.uffd.move_pages(leg.user.start(), parked);
-        moved.error.is_none()
+        let Mapping { shard, left_at } = leg.from;
+        let _unread = self.watch.shards.hold(shard);
+        let home = Fate::home(leg.user);
+        self.pool.fate(leg.user, shard, left_at) == home
+            && self
+                .move_in(leg.from, leg.user.start(), leg.parked_span())
+                .error
+                .is_none()
     }
 
     /// Moves parked pages of one leg into the mapping. What no longer fits there is dropped, as
@@ -221,26 +241,11 @@ impl LiveSpace {
         let mut rest = leg.parked_span();
         let mut patience = Patience::new();
         while !rest.is_empty() {
-            let to = leg.user_at(rest.start());
-            let moved = self.watch.uffd.move_pages(to, rest);
-            let Some(stayed) = self.stayed(rest, moved.error) else {
-                break;
-            };
-            let next = match moved.error {
-                // Something holds a huge page that would have to be split: it is copied.
-                None | Some(Errno::AGAIN | Errno::NOENT) if patience.is_over(stayed) => {
-                    self.settle_page(leg.user_at(stayed), stayed, Errno::AGAIN, &mut lost)
-                }
-                None | Some(Errno::NOENT) => stayed,
-                // There are unread events: another thread reads them.
-                Some(Errno::AGAIN) => {
-                    rustix::thread::sched_yield();
-                    stayed
-                }
-                // What is wrong with the rest shows when it is the first.
-                Some(_) if stayed > rest.start() => stayed,
-                Some(errno) => self.settle_page(leg.user_at(stayed), stayed, errno, &mut lost),
-            };
+            let next = self.come_in_some(leg, rest, &mut patience, &mut lost);
+            if next == rest.start() {
+                // There is news to be read, or something is over in a moment.
+                rustix::thread::sched_yield();
+            }
             rest = HostSpan::new(next, rest.end());
         }
         let span = leg.user;
@@ -258,20 +263,65 @@ impl LiveSpace {
         }
     }
 
+    /// One MOVE of the first pages of `rest`, to where they belong now; returns where to go on.
+    ///
+    /// No news is read meanwhile, and where some waits to be read, MOVE refuses. So pages never land
+    /// in a mapping that came after theirs.
+    fn come_in_some(
+        &self,
+        leg: &Leg,
+        rest: HostSpan,
+        patience: &mut Patience,
+        lost: &mut Lost,
+    ) -> HostVa {
+        let Mapping { shard, left_at } = leg.from;
+        let _unread = self.watch.shards.hold(shard);
+        let user = HostSpan::at(leg.user_at(rest.start()), rest.bytes());
+        let fate = self.pool.fate(user, shard, left_at);
+        let part = HostSpan::at(rest.start(), fate.bytes);
+        let Some(to) = fate.place else {
+            return part.end();
+        };
+        let moved = self.move_in(leg.from, to, part);
+        let Some(stayed) = self.stayed(part, moved.error) else {
+            return part.end();
+        };
+        let at = to.plus(stayed.offset_from(part.start()));
+        match moved.error {
+            // Something holds a huge page that would have to be split: it is copied.
+            None | Some(Errno::AGAIN | Errno::NOENT) if patience.is_over(stayed) => {
+                self.settle_page(leg.from, at, stayed, Errno::AGAIN, lost)
+            }
+            None | Some(Errno::AGAIN | Errno::NOENT) => stayed,
+            // What is wrong with the rest shows when it is the first.
+            Some(_) if stayed > part.start() => stayed,
+            Some(errno) => self.settle_page(leg.from, at, stayed, errno, lost),
+        }
+    }
+
+    fn move_in(&self, from: Mapping, to: HostVa, parked: HostSpan) -> Moved {
+        let uffd = self.watch.shards.uffd(from.shard);
+        uffd.move_pages(to, parked)
+    }
+
     /// Deals with one parked page that MOVE refuses; returns where to go on. A read-only mapping
     /// takes no moved pages, but it takes copies. Other content or a guard at the page's place is
     /// newer, and stays.
-    fn settle_page(&self, to: HostVa, from: HostVa, errno: Errno, lost: &mut Lost) -> HostVa {
+    fn settle_page(
+        &self,
+        mapping: Mapping,
+        to: HostVa,
+        from: HostVa,
+        errno: Errno,
+        lost: &mut Lost,
+    ) -> HostVa {
         let copied = match errno {
             Errno::EXIST => Err(errno),
-            _ => copy_in(&self.watch.uffd, to, from),
+            _ => copy_in(self.watch.shards.uffd(mapping.shard), to, from),
         };
         match copied {
             Ok(()) => {}
-            Err(Errno::AGAIN) => {
-                rustix::thread::sched_yield();
-                return from;
-            }
+            Err(Errno::AGAIN) => return from,
             Err(Errno::EXIST) => lost.conflicts += 1,
             Err(_no_mapping) => lost.gone += 1,
         }

@@ -13,6 +13,29 @@ use crate::sys::uffd::{Features, OpenMode, Uffd};
 pub struct LiveConfig {
     /// Which brackets to use.
     pub brackets: BracketChoice,
+    /// How watched memory is spread over userfaultfds.
+    pub sharding: Sharding,
+}
+
+/// How watched memory is spread over userfaultfds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sharding {
+    /// Over several by address, and staging has one of its own: events of one arena do not stall
+    /// migrations in others.
+    #[default]
+    Arenas,
+    /// One for everything: to compare.
+    None,
+}
+
+impl Sharding {
+    /// Descriptors for user memory.
+    pub(crate) const fn shards(self) -> usize {
+        match self {
+            Self::Arenas => 8,
+            Self::None => 1,
+        }
+    }
 }
 
 /// Wish about brackets.
@@ -181,22 +204,61 @@ impl fmt::Display for OpenError {
 
 impl core::error::Error for OpenError {}
 
-/// Descriptors for user memory (with events) and for staging (without), and the level they have.
-pub(crate) fn open_descriptors() -> Result<(Uffd, Uffd, UffdLevel), OpenError> {
-    // News of clones needs a privilege more than the mode does.
-    let full = Uffd::open(OpenMode::Full, Features::EVENTS.and(Features::FORK))
-        .or_else(|_forbidden| Uffd::open(OpenMode::Full, Features::EVENTS));
-    let (user, mode, level) = match full {
-        Ok(uffd) => (uffd, OpenMode::Full, UffdLevel::Full),
-        Err(first) => {
-            let uffd = Uffd::open(OpenMode::UserModeOnly, Features::EVENTS)
-                .map_err(|_second| OpenError::NoUffd(first))?;
-            (uffd, OpenMode::UserModeOnly, UffdLevel::UserModeOnly)
+/// The descriptors of a space, and the level they have.
+pub(crate) struct Descriptors {
+    /// For user memory, with events: one per shard.
+    pub(crate) user: Vec<Uffd>,
+    /// For staging and device memory.
+    pub(crate) staging: Uffd,
+    pub(crate) level: UffdLevel,
+}
+
+impl Descriptors {
+    /// Opens them at the best level that there is.
+    pub(crate) fn open(sharding: Sharding) -> Result<Self, OpenError> {
+        // News of clones needs a privilege more than the mode does.
+        let with_forks = Features::EVENTS.and(Features::FORK);
+        let attempts = [
+            (OpenMode::Full, with_forks, UffdLevel::Full),
+            (OpenMode::Full, Features::EVENTS, UffdLevel::Full),
+            (
+                OpenMode::UserModeOnly,
+                Features::EVENTS,
+                UffdLevel::UserModeOnly,
+            ),
+        ];
+        let mut refused = None;
+        for (mode, features, level) in attempts {
+            match Uffd::open(mode, features) {
+                Ok(first) if !first.features().contains(Features::MOVE) => {
+                    return Err(OpenError::NoMove);
+                }
+                Ok(first) => return Self::with(first, sharding, mode, features, level),
+                Err(errno) => refused = refused.or(Some(errno)),
+            }
         }
-    };
-    if !user.features().contains(Features::MOVE) {
-        return Err(OpenError::NoMove);
+        Err(OpenError::NoUffd(refused.unwrap_or(Errno::PERM)))
     }
-    let staging = Uffd::open(mode, Features::NONE).map_err(OpenError::NoUffd)?;
-    Ok((user, staging, level))
+
+    fn with(
+        first: Uffd,
+        sharding: Sharding,
+        mode: OpenMode,
+        features: Features,
+        level: UffdLevel,
+    ) -> Result<Self, OpenError> {
+        let staging = match sharding {
+            Sharding::Arenas => Uffd::open(mode, Features::NONE),
+            Sharding::None => first.another(),
+        };
+        let mut user = vec![first];
+        while user.len() < sharding.shards() {
+            user.push(Uffd::open(mode, features).map_err(OpenError::NoUffd)?);
+        }
+        Ok(Self {
+            user,
+            staging: staging.map_err(OpenError::NoUffd)?,
+            level,
+        })
+    }
 }

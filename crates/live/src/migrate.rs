@@ -15,8 +15,9 @@ use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrateTo, MigrationSet, VmaKind};
 
-use crate::leg::{Leg, Refused, blocks};
+use crate::leg::{Leg, Mapping, Refused, blocks};
 use crate::residency::{Busy, DevicePage, Piece};
+use crate::shard::ShardId;
 use crate::space::LiveSpace;
 use crate::staging::Left;
 use crate::sys::advise;
@@ -39,7 +40,7 @@ enum Way {
     Out {
         span: HostSpan,
         allocation: AllocationRef,
-        left_at: u64,
+        from: Mapping,
     },
     Home {
         pieces: Vec<Piece>,
@@ -101,20 +102,28 @@ impl LiveSpace {
         allocation: &AllocationRef,
         aperture: Option<HostSpan>,
     ) -> Result<Result<LiveMigration<'_>, Refused>, Interrupted> {
+        let Some(shard) = self.watch.shard_of(span) else {
+            return Ok(Err(Refused::Mapping));
+        };
+        if self.pool.has_news_of(span) {
+            return Err(Stale::PagesBusy.into());
+        }
         self.residency
             .lock()
-            .claim(span)
+            .claim(span, shard)
             .map_err(|Busy| Stale::PagesBusy)?;
         let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
         self.residency.lock().depart(span);
-        let legs = self.legs_out(span, aperture);
-        let departure = self.departures.begin();
-        let left = match self.watch.arm(span) {
+        let mut from = Mapping { shard, left_at: 0 };
+        let mut legs = self.legs_out(span, from, aperture);
+        let unread = self.watch.shards.hold_settled(shard);
+        from.left_at = *unread;
+        legs.iter_mut().for_each(|leg| leg.from = from);
+        let left = match self.watch.arm(span, shard) {
             Ok(()) => legs.iter().try_for_each(|leg| self.leave(leg)),
             Err(CannotArm) => Err(Refused::Mapping),
         };
-        let left_at = *departure;
-        drop(departure);
+        drop(unread);
         self.notifiers.end(&self.env, invalidation);
         let set = LiveMigration {
             space: self,
@@ -131,7 +140,7 @@ impl LiveSpace {
             way: Way::Out {
                 span,
                 allocation: allocation.clone(),
-                left_at,
+                from,
             },
             legs,
             done: false,
@@ -140,14 +149,14 @@ impl LiveSpace {
         Ok(left.map(|()| set))
     }
 
-    fn legs_out(&self, span: HostSpan, aperture: Option<HostSpan>) -> Vec<Leg> {
+    fn legs_out(&self, span: HostSpan, from: Mapping, aperture: Option<HostSpan>) -> Vec<Leg> {
         blocks(span)
             .map(|user| match aperture {
                 Some(home) => {
                     let parked = home.start().plus(user.start().offset_from(span.start()));
-                    Leg::straight(user, parked)
+                    Leg::straight(user, from, parked)
                 }
-                None => Leg::through(user, self.staging.take_empty(Leg::kind(user))),
+                None => Leg::through(user, from, self.staging.take_empty(Leg::kind(user))),
             })
             .collect()
     }
@@ -189,13 +198,17 @@ impl LiveSpace {
         legs: &mut Vec<Leg>,
         moves: &mut Vec<CopyMove>,
     ) {
+        let from = Mapping {
+            shard: piece.shard,
+            left_at: piece.page.left_at,
+        };
         for user in blocks(piece.span) {
             let offset = piece.page.offset + user.start().offset_from(piece.span.start());
             if let Some(home) = aperture {
-                legs.push(Leg::straight(user, home.start().plus(offset)));
+                legs.push(Leg::straight(user, from, home.start().plus(offset)));
                 continue;
             }
-            let leg = Leg::through(user, self.staging.take_full(Leg::kind(user)));
+            let leg = Leg::through(user, from, self.staging.take_full(Leg::kind(user)));
             let vram = VramSpan::at(
                 piece.page.allocation.vram().start().plus(offset),
                 user.bytes(),
@@ -209,10 +222,10 @@ impl LiveSpace {
     }
 
     /// Ends the travel of `span`: what waits for it goes on.
-    pub(crate) fn arrived(&self, span: HostSpan) {
+    pub(crate) fn arrived(&self, span: HostSpan, shard: ShardId) {
         self.announce_change();
         // An error means that the mapping is gone, and with it everybody who waited.
-        let _nobody_waits = self.watch.uffd.wake(span);
+        let _nobody_waits = self.watch.shards.uffd(shard).wake(span);
     }
 }
 
@@ -245,12 +258,12 @@ impl MigrationSet for LiveMigration<'_> {
             Way::Out {
                 span,
                 allocation,
-                left_at,
+                from,
             } => {
                 let page = DevicePage {
                     allocation: allocation.clone(),
                     offset: 0,
-                    left_at: *left_at,
+                    left_at: from.left_at,
                 };
                 for leg in &mut self.legs {
                     leg.left = match leg.user.bytes() {
@@ -259,7 +272,7 @@ impl MigrationSet for LiveMigration<'_> {
                     };
                 }
                 self.space.residency.lock().settle(*span, page);
-                self.space.arrived(*span);
+                self.space.arrived(*span, from.shard);
                 span.pages()
             }
             Way::Home { pieces } => {
@@ -272,7 +285,7 @@ impl MigrationSet for LiveMigration<'_> {
                 }
                 for piece in pieces {
                     let released = self.space.residency.lock().release(piece.span);
-                    self.space.arrived(piece.span);
+                    self.space.arrived(piece.span, piece.shard);
                     drop(released);
                 }
                 pieces.iter().map(|piece| piece.span.pages()).sum()
@@ -298,16 +311,16 @@ impl LiveMigration<'_> {
     /// Puts everything back where it was.
     fn undo(&self) {
         match &self.way {
-            Way::Out { span, .. } => {
+            Way::Out { span, from, .. } => {
                 self.legs.iter().for_each(|leg| self.space.come_in(leg));
                 let released = self.space.residency.lock().release(*span);
-                self.space.arrived(*span);
+                self.space.arrived(*span, from.shard);
                 drop(released);
             }
             Way::Home { pieces } => {
                 for piece in pieces {
                     self.space.residency.lock().put_back(piece);
-                    self.space.arrived(piece.span);
+                    self.space.arrived(piece.span, piece.shard);
                 }
             }
         }

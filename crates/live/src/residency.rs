@@ -22,6 +22,8 @@ use std::collections::BTreeMap;
 use gpusvm::addr::{HostSpan, HostVa};
 use gpusvm::seam::mm::{AllocationId, AllocationRef};
 
+use crate::shard::ShardId;
+
 /// A page of device memory: where in which allocation.
 #[derive(Clone, Debug)]
 pub(crate) struct DevicePage {
@@ -29,8 +31,7 @@ pub(crate) struct DevicePage {
     pub(crate) allocation: AllocationRef,
     /// Bytes from the allocation's start.
     pub(crate) offset: u64,
-    /// Events that had been read when the page left its mapping, see
-    /// [`Departures`](crate::reader::Departures).
+    /// Events that its mapping's shard had read when the page left, see [`shard`](crate::shard).
     pub(crate) left_at: u64,
 }
 
@@ -58,7 +59,21 @@ pub(crate) enum State {
 #[derive(Debug)]
 struct Entry {
     end: HostVa,
+    /// Where those wait who touch the span.
+    shard: ShardId,
     state: State,
+}
+
+impl Entry {
+    /// Sends a resident span travelling.
+    fn recall(&mut self, span: HostSpan, page: DevicePage) -> Piece {
+        self.state = State::Transit(Some(page.clone()));
+        Piece {
+            span,
+            page,
+            shard: self.shard,
+        }
+    }
 }
 
 /// A span of one allocation's pages.
@@ -68,6 +83,8 @@ pub(crate) struct Piece {
     pub(crate) span: HostSpan,
     /// Device page of the first address.
     pub(crate) page: DevicePage,
+    /// Where those wait who touch the span.
+    pub(crate) shard: ShardId,
 }
 
 /// Another operation holds part of the span.
@@ -85,8 +102,8 @@ pub(crate) struct Residency {
 }
 
 impl Residency {
-    /// Takes a span of host memory.
-    pub(crate) fn claim(&mut self, span: HostSpan) -> Result<(), Busy> {
+    /// Takes a span of host memory, whose mapping is watched by `shard`.
+    pub(crate) fn claim(&mut self, span: HostSpan, shard: ShardId) -> Result<(), Busy> {
         let held = self.holds.iter().any(|hold| hold.overlaps(span));
         let free = self.overlapping(span).next().is_none() && !self.is_changing(span) && !held;
         if !free {
@@ -96,6 +113,7 @@ impl Residency {
             span.start(),
             Entry {
                 end: span.end(),
+                shard,
                 state: State::Claimed,
             },
         );
@@ -126,14 +144,10 @@ impl Residency {
     pub(crate) fn recall(&mut self, id: AllocationId, origin: HostSpan) -> Vec<Piece> {
         let search = if self.moved { everything() } else { origin };
         let mut pieces = Vec::new();
-        for (span, state) in self.overlapping_mut(search) {
-            match state {
+        for (span, entry) in self.overlapping_mut(search) {
+            match &entry.state {
                 State::Resident(page) if page.allocation.id() == id => {
-                    pieces.push(Piece {
-                        span,
-                        page: page.clone(),
-                    });
-                    *state = State::Transit(Some(page.clone()));
+                    pieces.push(entry.recall(span, page.clone()));
                 }
                 State::Resident(_) | State::Claimed | State::Transit(_) => {}
             }
@@ -141,24 +155,24 @@ impl Residency {
         pieces
     }
 
-    /// Sends every resident span inside `span` travelling that left before event number `event` was
-    /// read, cutting at the borders of `span`.
-    pub(crate) fn recall_older(&mut self, span: HostSpan, event: u64) -> Result<Vec<Piece>, Busy> {
+    /// Sends every resident span inside `span` travelling that left before the event was read whose
+    /// number in each shard `event` tells, cutting at the borders of `span`.
+    pub(crate) fn recall_older(
+        &mut self,
+        span: HostSpan,
+        event: impl Fn(ShardId) -> Option<u64>,
+    ) -> Result<Vec<Piece>, Busy> {
         if self.is_travelling(span) {
             return Err(Busy);
         }
         self.cut(span.start());
         self.cut(span.end());
         let mut pieces = Vec::new();
-        for (piece, state) in self.overlapping_mut(span) {
-            if let State::Resident(page) = state
-                && page.left_at < event
+        for (piece, entry) in self.overlapping_mut(span) {
+            if let State::Resident(page) = &entry.state
+                && event(entry.shard).is_some_and(|number| page.left_at < number)
             {
-                pieces.push(Piece {
-                    span: piece,
-                    page: page.clone(),
-                });
-                *state = State::Transit(Some(page.clone()));
+                pieces.push(entry.recall(piece, page.clone()));
             }
         }
         Ok(pieces)
@@ -181,10 +195,10 @@ impl Residency {
             .any(|(_, state)| !matches!(state, State::Claimed))
     }
 
-    /// All spans that are travelling or in device memory.
-    pub(crate) fn departed(&self) -> Vec<HostSpan> {
-        self.overlapping(everything())
-            .filter(|(_, state)| !matches!(state, State::Claimed))
+    /// All spans of mappings of `shard` that are travelling or in device memory.
+    pub(crate) fn departed(&self, shard: ShardId) -> Vec<HostSpan> {
+        self.entries(everything())
+            .filter(|(_, entry)| entry.shard == shard && !matches!(entry.state, State::Claimed))
             .map(|(span, _)| span)
             .collect()
     }
@@ -205,26 +219,30 @@ impl Residency {
         })
     }
 
-    /// What the table says about the page at `at`.
-    pub(crate) fn at(&self, at: HostVa) -> Option<&State> {
-        self.overlapping(HostSpan::at(at, 1))
+    /// What the table says about the page at `at`, and where those wait who touch it.
+    pub(crate) fn at(&self, at: HostVa) -> Option<(ShardId, &State)> {
+        self.entries(HostSpan::at(at, 1))
             .next()
-            .map(|(_, state)| state)
+            .map(|(_, entry)| (entry.shard, &entry.state))
     }
 
     /// Named spans that overlap `span`, in order.
     pub(crate) fn overlapping(&self, span: HostSpan) -> impl Iterator<Item = (HostSpan, &State)> {
+        self.entries(span).map(|(span, entry)| (span, &entry.state))
+    }
+
+    fn entries(&self, span: HostSpan) -> impl Iterator<Item = (HostSpan, &Entry)> {
         let from = self.first_key(span);
         self.entries
             .range(from..span.end().max(from))
-            .map(|(start, entry)| (HostSpan::new(*start, entry.end), &entry.state))
+            .map(|(start, entry)| (HostSpan::new(*start, entry.end), entry))
     }
 
-    fn overlapping_mut(&mut self, span: HostSpan) -> impl Iterator<Item = (HostSpan, &mut State)> {
+    fn overlapping_mut(&mut self, span: HostSpan) -> impl Iterator<Item = (HostSpan, &mut Entry)> {
         let from = self.first_key(span);
         self.entries
             .range_mut(from..span.end().max(from))
-            .map(|(start, entry)| (HostSpan::new(*start, entry.end), &mut entry.state))
+            .map(|(start, entry)| (HostSpan::new(*start, entry.end), entry))
     }
 
     fn first_key(&self, span: HostSpan) -> HostVa {
@@ -251,31 +269,35 @@ impl Residency {
         };
         let tail = Entry {
             end: entry.end,
+            shard: entry.shard,
             state,
         };
         entry.end = at;
         self.entries.insert(at, tail);
     }
 
-    /// The process moved a mapping together with its entries, but not with those that left at event
-    /// number `event` or later: they are of another mapping. Nothing travels in `from`.
-    pub(crate) fn rebase(&mut self, from: HostSpan, to: HostVa, event: u64) {
+    /// The process moved a mapping of `shard` together with its entries, but not with those that left
+    /// at event number `event` or later: they are of another mapping. Nothing travels in `from`.
+    pub(crate) fn rebase(&mut self, from: HostSpan, to: HostVa, shard: ShardId, event: u64) {
         self.moved = true;
         self.cut(from.start());
         self.cut(from.end());
-        let older = |state: &State| match state {
-            State::Resident(page) => page.left_at < event,
+        let older = |entry: &Entry| match &entry.state {
+            State::Resident(page) => entry.shard == shard && page.left_at < event,
             State::Claimed | State::Transit(_) => false,
         };
         let keys: Vec<_> = self
-            .overlapping(from)
-            .filter(|(_, state)| older(state))
+            .entries(from)
+            .filter(|(_, entry)| older(entry))
             .map(|(span, _)| span)
             .collect();
         for span in keys {
             if let Some(mut entry) = self.entries.remove(&span.start()) {
                 let start = to.plus(span.start().offset_from(from.start()));
                 entry.end = start.plus(span.bytes());
+                if let State::Resident(page) = &mut entry.state {
+                    page.left_at = event;
+                }
                 self.entries.insert(start, entry);
             }
         }

@@ -23,11 +23,13 @@ use crate::attendant::Attendant;
 use crate::bracket;
 use crate::env::LiveEnv;
 use crate::fork::{self, Forks};
-use crate::level::{Level, LiveConfig, OpenError};
+use crate::level::{Descriptors, Level, LiveConfig, OpenError};
 use crate::mappings::Remembered;
 use crate::migrate::LiveMigration;
-use crate::reader::{self, Departures, Pool, Reader};
+use crate::pool::Pool;
+use crate::reader::{self, Reader};
 use crate::residency::{Busy, Piece, Residency, State, everything};
+use crate::shard::{ShardId, Shards};
 use crate::staging::Staging;
 use crate::sys::futex;
 use crate::sys::pagemap::PageMap;
@@ -59,7 +61,6 @@ pub struct LiveSpace {
     reader: Mutex<LiveEnv, Option<Reader>>,
     /// How the fault readers share their work.
     pub(crate) pool: Pool,
-    pub(crate) departures: Departures,
     /// Odd while a reader reads and sorts messages.
     pub(crate) reader_round: AtomicU32,
     /// What the last fault was about.
@@ -97,7 +98,12 @@ impl LiveSpace {
         if !arena::is_installed() {
             return Err(OpenError::NoRuntimeAllocator);
         }
-        let (user, staging, uffd_level) = crate::level::open_descriptors()?;
+        let Descriptors {
+            user,
+            staging,
+            level: uffd_level,
+        } = Descriptors::open(config.sharding)?;
+        let shards = Shards::new(user).map_err(OpenError::os("wait for userfaultfd"))?;
         let bracket = bracket::attach(config.brackets)?;
         let level = Level {
             uffd: uffd_level,
@@ -107,7 +113,7 @@ impl LiveSpace {
             env,
             notifiers: IntervalNotifiers::new(),
             residency: Mutex::<LiveEnv, _>::new(Residency::default()),
-            watch: Watch::new(user).map_err(OpenError::os("open /proc/self/pagemap"))?,
+            watch: Watch::new(shards).map_err(OpenError::os("open /proc/self/pagemap"))?,
             staging: Staging::new(staging).map_err(OpenError::os("map the staging arena"))?,
             procmap: ProcMap::open().map_err(OpenError::os("query this process's mappings"))?,
             pagemap: PageMap::open().map_err(OpenError::os("open /proc/self/pagemap"))?,
@@ -116,8 +122,7 @@ impl LiveSpace {
             forks: Forks::default(),
             attendant: Attendant::default(),
             reader: Mutex::<LiveEnv, _>::new(None),
-            departures: Departures::default(),
-            pool: Pool::new().map_err(OpenError::os("make an eventfd"))?,
+            pool: Pool::default(),
             reader_round: AtomicU32::new(0),
             reader_at: AtomicU64::new(0),
             skip_freeze: AtomicBool::new(false),
@@ -191,7 +196,7 @@ impl LiveSpace {
         self.watch.close();
         let reader = self.reader.lock().take();
         if let Some(reader) = reader {
-            reader.stop(&self.pool);
+            reader.stop(self);
         }
         self.attendant.stop();
     }
@@ -267,12 +272,16 @@ impl LiveSpace {
         }
     }
 
-    /// Waits until nothing in `span` travels and recalls what left before event number `event` was
-    /// read, to be dropped.
-    pub(crate) fn recall_settled(&self, span: HostSpan, event: u64) -> Vec<Piece> {
+    /// Waits until nothing in `span` travels and recalls, to be dropped, what left before the event was
+    /// read whose number in each shard `event` tells.
+    pub(crate) fn recall_settled(
+        &self,
+        span: HostSpan,
+        event: impl Fn(ShardId) -> Option<u64>,
+    ) -> Vec<Piece> {
         loop {
             self.wait_settled(span);
-            if let Ok(pieces) = self.residency.lock().recall_older(span, event) {
+            if let Ok(pieces) = self.residency.lock().recall_older(span, &event) {
                 return pieces;
             }
         }
@@ -282,7 +291,7 @@ impl LiveSpace {
     pub(crate) fn let_go(&self, pieces: Vec<Piece>) {
         for piece in &pieces {
             let released = self.residency.lock().release(piece.span);
-            self.arrived(piece.span);
+            self.arrived(piece.span, piece.shard);
             drop(released);
         }
     }

@@ -5,12 +5,19 @@ use std::collections::BTreeMap;
 use gpusvm::addr::{HostSpan, HostVa};
 
 /// The set.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct SpanSet {
     spans: BTreeMap<HostVa, HostVa>,
 }
 
 impl SpanSet {
+    /// An empty one.
+    pub(crate) const fn new() -> Self {
+        Self {
+            spans: BTreeMap::new(),
+        }
+    }
+
     /// Adds all of `span`.
     pub(crate) fn insert(&mut self, span: HostSpan) {
         if span.is_empty() {
@@ -118,7 +125,7 @@ mod tests {
 
     #[test]
     fn touching_spans_merge_and_removal_splits() {
-        let mut set = SpanSet::default();
+        let mut set = SpanSet::new();
         set.insert(span(10, 20));
         set.insert(span(30, 40));
         set.insert(span(20, 30));
@@ -136,7 +143,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn agrees_with_a_bitmap(ops: Vec<(bool, u8, u8)>) {
-            let mut set = SpanSet::default();
+            let mut set = SpanSet::new();
             let mut bits = [false; 300];
             for (add, start, len) in ops {
                 let (start, end) = (usize::from(start), usize::from(start) + usize::from(len % 40));

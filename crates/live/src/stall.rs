@@ -179,6 +179,7 @@ impl LiveSpace {
             (lies_in(&self.notifiers, word), "notifiers"),
             (lies_in(&self.residency, word), "residency"),
             (lies_in(&self.watch, word), "watch"),
+            (self.watch.shards.owns_lock(word), "events of a shard"),
             (lies_in(&self.staging, word), "staging"),
             (lies_in(self, word), "host"),
             (lies_in(&*self.env, word), "environment"),

@@ -2,8 +2,9 @@
 //! at (`livehost.md` sections 2 and 7).
 //!
 //! * *Watched*: some device may use the mapping. Address-space calls that touch it are bracketed.
-//! * *Registered*: watched memory that userfaultfd accepts, write-protect mode only: first touches
-//!   cost nothing, and changes that no bracket saw still raise events.
+//! * *Registered*: watched memory that userfaultfd accepts, in one of the [shards](crate::shard),
+//!   write-protect mode only: first touches cost nothing, and changes that no bracket saw still raise
+//!   events.
 //! * *Armed*: registered memory whose pages may be away: MISSING mode, faults come to the reader.
 //!
 //! Arming a piece splits the kernel's mapping in two or three. It stays armed after its pages came
@@ -19,23 +20,73 @@ use rustix::io::Errno;
 
 use crate::env::LiveEnv;
 use crate::residency::{Busy, Residency};
+use crate::shard::{ShardId, Shards};
 use crate::spans::SpanSet;
 use crate::sys::advise;
 use crate::sys::pagemap::PageMap;
 use crate::sys::patch;
-use crate::sys::uffd::{RegisterMode, Uffd};
+use crate::sys::uffd::RegisterMode;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Sets {
     watched: SpanSet,
+    shards: Vec<ShardSets>,
+}
+
+/// What one shard has. What is registered is so in one shard only: older kernels let any descriptor
+/// take it out again.
+#[derive(Debug)]
+struct ShardSets {
+    id: ShardId,
     registered: SpanSet,
     armed: SpanSet,
+}
+
+impl ShardSets {
+    const fn new(id: ShardId) -> Self {
+        Self {
+            id,
+            registered: SpanSet::new(),
+            armed: SpanSet::new(),
+        }
+    }
+
+    fn forget(&mut self, span: HostSpan) {
+        self.registered.remove(span);
+        self.armed.remove(span);
+    }
+}
+
+impl Sets {
+    fn shard(&mut self, id: ShardId) -> Option<&mut ShardSets> {
+        self.shards.iter_mut().find(|sets| sets.id == id)
+    }
+
+    /// From now on `id` has `span`. What others had there has been replaced.
+    fn own(&mut self, span: HostSpan, id: ShardId) {
+        for sets in &mut self.shards {
+            if sets.id == id {
+                sets.registered.insert(span);
+            } else {
+                sets.forget(span);
+            }
+        }
+    }
+
+    /// The parts of `span` that no shard has.
+    fn unregistered(&self, span: HostSpan) -> Vec<HostSpan> {
+        let all = self.shards.iter();
+        let mut taken = SpanSet::new();
+        all.flat_map(|sets| sets.registered.within(span))
+            .for_each(|part| taken.insert(part));
+        taken.without(span)
+    }
 }
 
 /// The registrations of one process.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    pub(crate) uffd: Uffd,
+    pub(crate) shards: Shards,
     pagemap: PageMap,
     sets: Mutex<LiveEnv, Sets>,
 }
@@ -49,11 +100,15 @@ impl Watch {
     ///
     /// # Errors
     /// As [`PageMap::open`].
-    pub(crate) fn new(uffd: Uffd) -> Result<Self, Errno> {
+    pub(crate) fn new(shards: Shards) -> Result<Self, Errno> {
+        let sets = Sets {
+            watched: SpanSet::new(),
+            shards: shards.ids().map(ShardSets::new).collect(),
+        };
         Ok(Self {
-            uffd,
+            shards,
             pagemap: PageMap::open()?,
-            sets: Mutex::<LiveEnv, _>::new(Sets::default()),
+            sets: Mutex::<LiveEnv, _>::new(sets),
         })
     }
 
@@ -73,7 +128,7 @@ impl Watch {
         if sets.watched.covers(vma.span) {
             return Ok(false);
         }
-        let fresh = sets.registered.without(vma.span);
+        let fresh = sets.unregistered(vma.span);
         // A touch can wait for a reader, and readers take the lock.
         drop(sets);
         fresh.into_iter().for_each(|part| self.root(part));
@@ -85,14 +140,31 @@ impl Watch {
         publish_hull(&sets.watched);
         // Calls that began before the hull grew may still be changing the mapping: let them end.
         patch::wait_for_unwatched_calls();
-        if self
-            .uffd
-            .register(vma.span, RegisterMode::WriteProtect)
-            .is_ok()
-        {
-            sets.registered.insert(vma.span);
-        }
+        self.enter(&mut sets, vma.span);
         Ok(true)
+    }
+
+    /// Registers a mapping where it belongs. One that has moved may have brought another shard along:
+    /// then there.
+    fn enter(&self, sets: &mut Sets, mapping: HostSpan) {
+        let first = self.shards.of(mapping.start());
+        let others = self.shards.ids().filter(|id| *id != first);
+        for id in core::iter::once(first).chain(others) {
+            let uffd = self.shards.uffd(id);
+            match uffd.register(mapping, RegisterMode::WriteProtect) {
+                Ok(()) => return sets.own(mapping, id),
+                // Somebody has it.
+                Err(Errno::BUSY) => {}
+                Err(_forbidden) => return,
+            }
+        }
+    }
+
+    /// The shard that has all of `span`.
+    pub(crate) fn shard_of(&self, span: HostSpan) -> Option<ShardId> {
+        let sets = self.sets.lock();
+        let found = sets.shards.iter().find(|sets| sets.registered.covers(span));
+        found.map(|sets| sets.id)
     }
 
     /// Writes to a mapping that nobody has written to, in its first page, which stays zero.
@@ -107,32 +179,38 @@ impl Watch {
         }
     }
 
-    /// Arms a span, so that a touch of a missing page waits for a reader.
+    /// Arms a span that `shard` has, so that a touch of a missing page waits for a reader.
     ///
     /// The system is told even where the span is armed already: an event that was not read yet may
     /// have ended that.
-    pub(crate) fn arm(&self, span: HostSpan) -> Result<(), CannotArm> {
+    pub(crate) fn arm(&self, span: HostSpan, shard: ShardId) -> Result<(), CannotArm> {
         let mut sets = self.sets.lock();
+        let sets = sets.shard(shard).ok_or(CannotArm)?;
         if !sets.registered.covers(span) {
             return Err(CannotArm);
         }
-        self.uffd
+        self.shards
+            .uffd(shard)
             .register(span, RegisterMode::MissingAndWriteProtect)
             .map_err(|_errno| CannotArm)?;
         sets.armed.insert(span);
         Ok(())
     }
 
-    /// A thread waits at the missing page at `at`, which is host memory: lets it have zeros. The
-    /// block around it is disarmed, so that the kernel fills its pages from now on; where some of
-    /// its pages are away, this one page is filled.
+    /// A thread waits in `shard` at the missing page at `at`, which is host memory: lets it have
+    /// zeros. The block around it is disarmed, so that the kernel fills its pages from now on; where
+    /// some of its pages are away, this one page is filled.
     ///
     /// The residency table is asked under this lock, and a migration arms under this lock only
     /// after it has marked its span as travelling: so a block is never disarmed, nor a page filled,
     /// under a migration.
-    pub(crate) fn disarm(&self, at: HostVa, residency: &Mutex<LiveEnv, Residency>) {
+    pub(crate) fn disarm(&self, at: HostVa, shard: ShardId, residency: &Mutex<LiveEnv, Residency>) {
         let mut sets = self.sets.lock();
+        let uffd = self.shards.uffd(shard);
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
+        let Some(sets) = sets.shard(shard) else {
+            return;
+        };
         let Some(piece) = sets
             .armed
             .within(block)
@@ -145,16 +223,13 @@ impl Watch {
         if residency.lock().has_departed(piece) {
             if !residency.lock().has_departed(HostSpan::at(at, PAGE)) {
                 // Refused where the page has come meanwhile: the thread finds it.
-                let _filled = self.uffd.zero_page(at);
+                let _filled = uffd.zero_page(at);
             }
             return;
         }
         sets.armed.remove(piece);
-        let whole = self.uffd.unregister(piece).is_ok()
-            && self
-                .uffd
-                .register(piece, RegisterMode::WriteProtect)
-                .is_ok();
+        let whole = uffd.unregister(piece).is_ok()
+            && uffd.register(piece, RegisterMode::WriteProtect).is_ok();
         if !whole {
             sets.registered.remove(piece);
         }
@@ -164,26 +239,30 @@ impl Watch {
     /// mappings. Returns what [`resume`](Self::resume) needs.
     pub(crate) fn suspend(&self, span: HostSpan) -> Suspended {
         let mut sets = self.sets.lock();
-        let registered = sets.registered.within(span);
-        let armed = sets.armed.within(span);
-        for piece in &registered {
-            // A refusal means that the mapping has changed unseen; the events then tell.
-            if self.uffd.unregister(*piece).is_ok() {
-                sets.registered.remove(*piece);
-                sets.armed.remove(*piece);
+        let mut suspended = Suspended::default();
+        for sets in &mut sets.shards {
+            let pieces = sets.registered.within(span);
+            let armed = sets.armed.within(span);
+            for piece in &pieces {
+                // A refusal means that the mapping has changed unseen; the events then tell.
+                if self.shards.uffd(sets.id).unregister(*piece).is_ok() {
+                    sets.forget(*piece);
+                }
             }
+            let owned = |piece| (sets.id, piece);
+            suspended.registered.extend(pieces.into_iter().map(owned));
+            suspended.armed.extend(armed.into_iter().map(owned));
         }
-        Suspended { registered, armed }
+        suspended
     }
 
     /// Registers again what [`suspend`](Self::suspend) took out, as far as it still exists.
     pub(crate) fn resume(&self, suspended: &Suspended) {
         let mut sets = self.sets.lock();
-        for piece in &suspended.registered {
-            if self
-                .uffd
-                .register(*piece, RegisterMode::WriteProtect)
-                .is_ok()
+        for (id, piece) in &suspended.registered {
+            let uffd = self.shards.uffd(*id);
+            if uffd.register(*piece, RegisterMode::WriteProtect).is_ok()
+                && let Some(sets) = sets.shard(*id)
             {
                 sets.registered.insert(*piece);
             }
@@ -193,9 +272,9 @@ impl Watch {
     /// Arms again what was armed, where pages are still away after a call that failed.
     pub(crate) fn rearm(&self, suspended: &Suspended) {
         self.resume(suspended);
-        for piece in &suspended.armed {
+        for (id, piece) in &suspended.armed {
             // Not armed means that the mapping is gone, and with it the pages.
-            let _gone = self.arm(*piece);
+            let _gone = self.arm(*piece, *id);
         }
     }
 
@@ -203,42 +282,39 @@ impl Watch {
     pub(crate) fn forget(&self, span: HostSpan) {
         let mut sets = self.sets.lock();
         sets.watched.remove(span);
-        sets.registered.remove(span);
-        sets.armed.remove(span);
+        sets.shards.iter_mut().for_each(|sets| sets.forget(span));
         publish_hull(&sets.watched);
     }
 
-    /// As [`forget`](Self::forget) after a change that was seen late: what is mapped there by now is
-    /// no longer registered either. What is in `kept` has been armed since, and stays.
-    pub(crate) fn forget_late(&self, span: HostSpan, kept: &[HostSpan]) {
+    /// As [`forget`](Self::forget) after a change that `shard` told of late: what is mapped there by
+    /// now is no longer registered there either. What is in `kept` has been armed since, and stays; so
+    /// does what other shards have.
+    pub(crate) fn forget_late(&self, span: HostSpan, shard: ShardId, kept: &[HostSpan]) {
         let mut sets = self.sets.lock();
-        let mut keep = SpanSet::default();
-        kept.iter().for_each(|kept| keep.insert(*kept));
+        let mut keep = SpanSet::new();
+        let others = sets.shards.iter().filter(|sets| sets.id != shard);
+        others
+            .flat_map(|sets| sets.registered.within(span))
+            .chain(kept.iter().copied())
+            .for_each(|part| keep.insert(part));
         for gap in keep.without(span) {
             // Refused where nothing is mapped.
-            let _gone = self.uffd.unregister(gap);
+            let _gone = self.shards.uffd(shard).unregister(gap);
             sets.watched.remove(gap);
-            sets.registered.remove(gap);
-            sets.armed.remove(gap);
+            if let Some(sets) = sets.shard(shard) {
+                sets.forget(gap);
+            }
         }
         publish_hull(&sets.watched);
     }
 
-    /// A mapping moved together with its registration.
-    pub(crate) fn moved(&self, from: HostSpan, to: HostVa) {
+    /// A mapping moved together with its registration in `shard`.
+    pub(crate) fn moved(&self, from: HostSpan, to: HostVa, shard: ShardId) {
         let mut sets = self.sets.lock();
-        let Sets {
-            watched,
-            registered,
-            armed,
-        } = &mut *sets;
-        for set in [watched, registered, armed] {
-            let pieces = set.within(from);
-            set.remove(from);
-            for piece in pieces {
-                let start = to.plus(piece.start().offset_from(from.start()));
-                set.insert(HostSpan::at(start, piece.bytes()));
-            }
+        rebase(&mut sets.watched, from, to);
+        if let Some(sets) = sets.shard(shard) {
+            rebase(&mut sets.registered, from, to);
+            rebase(&mut sets.armed, from, to);
         }
         publish_hull(&sets.watched);
     }
@@ -255,19 +331,28 @@ impl Watch {
 
     /// Whether arming may have cut a mapping inside `block`.
     pub(crate) fn may_be_cut(&self, block: HostSpan) -> bool {
-        self.sets.lock().armed.overlaps(block)
+        let sets = self.sets.lock();
+        sets.shards.iter().any(|sets| sets.armed.overlaps(block))
     }
 
     /// The watched stretch around `span`: what must be taken out to make its mappings whole.
     pub(crate) fn stretch(&self, span: HostSpan) -> HostSpan {
         let sets = self.sets.lock();
-        let reach = HostSpan::new(
-            HostVa::new(span.start().get().saturating_sub(PAGE)),
-            span.end().plus(PAGE),
-        );
-        sets.registered
-            .overlapping_whole(reach)
-            .fold(span, HostSpan::join)
+        let mut stretch = span;
+        loop {
+            let reach = HostSpan::new(
+                HostVa::new(stretch.start().get().saturating_sub(PAGE)),
+                stretch.end().plus(PAGE),
+            );
+            let pieces = sets.shards.iter();
+            let longer = pieces
+                .flat_map(|sets| sets.registered.overlapping_whole(reach))
+                .fold(stretch, HostSpan::join);
+            if longer == stretch {
+                return stretch;
+            }
+            stretch = longer;
+        }
     }
 
     /// Ends all registrations.
@@ -279,10 +364,20 @@ impl Watch {
 }
 
 /// What a bracket took out of userfaultfd.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Suspended {
-    registered: Vec<HostSpan>,
-    armed: Vec<HostSpan>,
+    registered: Vec<(ShardId, HostSpan)>,
+    armed: Vec<(ShardId, HostSpan)>,
+}
+
+/// Moves what is in `from` to `to`.
+fn rebase(set: &mut SpanSet, from: HostSpan, to: HostVa) {
+    let pieces = set.within(from);
+    set.remove(from);
+    for piece in pieces {
+        let start = to.plus(piece.start().offset_from(from.start()));
+        set.insert(HostSpan::at(start, piece.bytes()));
+    }
 }
 
 fn publish_hull(watched: &SpanSet) {

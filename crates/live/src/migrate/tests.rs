@@ -40,7 +40,10 @@ fn round_trip(mode: VramMode, answers: Answers) {
     };
     if answers == Answers::False {
         bench.space.staging.uffd.misreport_moves();
-        bench.space.watch.uffd.misreport_moves();
+        let shards = &bench.space.watch.shards;
+        for shard in shards.ids() {
+            shards.uffd(shard).misreport_moves();
+        }
     }
     for huge in [Huge::Advise, Huge::Never] {
         let (map, span) = filled(huge);
@@ -132,7 +135,9 @@ fn content_that_came_meanwhile_wins_and_is_counted() {
     let newer = [7_u8; 4096];
     let at = span.start().plus(PAGE_2M + 5 * PAGE);
     let from = HostVa::new(u64::try_from(newer.as_ptr().addr()).expect("64-bit"));
-    let copied = bench.space.watch.uffd.copy(at, HostSpan::at(from, PAGE));
+    let watch = &bench.space.watch;
+    let shard = watch.shard_of(span).expect("it is watched");
+    let copied = watch.shards.uffd(shard).copy(at, HostSpan::at(from, PAGE));
     assert_eq!(copied.error, None);
     assert_eq!(map.words()[0], 1, "the touch brings all home");
     let word = usize::try_from((PAGE_2M + 5 * PAGE) / 8).expect("64-bit");

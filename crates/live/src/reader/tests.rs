@@ -100,6 +100,11 @@ fn byte(at: HostVa) -> u8 {
     one[0]
 }
 
+/// The last page of a span.
+fn last(span: HostSpan) -> HostVa {
+    span.start().plus(span.bytes() - PAGE)
+}
+
 #[test]
 fn memory_that_was_mapped_anew_unseen_is_armed_again_before_its_pages_leave() {
     let Some(bench) = Bench::open(VramMode::Adopt) else {
@@ -172,25 +177,64 @@ fn discarded_memory_reads_as_zero_at_once_although_nobody_saw_it() {
 }
 
 #[test]
-fn fault_waits_for_the_events_that_concern_it_and_for_no_others() {
-    let span = |n: u64| HostSpan::at(HostVa::new(n * PAGE_2M), PAGE_2M);
-    let fault = |n: u64| Message::Fault {
-        at: span(n).start(),
+fn content_that_is_gone_does_not_come_home_before_the_news_is_handled() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
     };
-    let mut turns = Turns::default();
-    let queue = |turns: &mut Turns, message| turns.work.push_back(Queued { message, number: 0 });
-    let moved = Message::Remap {
-        from: span(3),
-        to: span(5).start(),
+    let land = Territory::reserve(4 << 20).expect("there is room");
+    let span = filled(&land, 1);
+    bench.send(span).expect("plain memory migrates");
+    // The handler waits for this change to end.
+    bench.space.begin_change(&[span]);
+    let half = HostSpan::at(span.start().plus(PAGE), PAGE_2M);
+    land.advise(half, Advise::Discard).expect("mapped");
+    bench.space.bring_home(span, HomeCause::SpaceChange);
+    let ends = [span.start(), half.start(), last(half), half.end()].map(byte);
+    bench.space.end_change(&[span]);
+    assert_eq!(ends, [1, 0, 0, 1]);
+    bench.space.settle_events();
+    assert_eq!(byte(half.end()), 1);
+    assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn late_news_of_one_shard_takes_nothing_from_a_mapping_of_another() {
+    /// Mappings that start so far apart are of neighbouring shards.
+    const APART: u64 = 64 << 20;
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
     };
-    for message in [fault(1), fault(5), fault(2), Message::Unmap(span(1)), moved] {
-        queue(&mut turns, message);
-    }
-    let mut next = || turns.take().map(|queued| format!("{:?}", queued.message));
-    assert_eq!(next(), Some(format!("{:?}", fault(2))));
-    assert_eq!(next(), Some(format!("{:?}", Message::Unmap(span(1)))));
-    assert_eq!(next(), None, "one event at a time, and both faults wait");
-    turns.in_event = None;
-    let mut next = || turns.take().map(|queued| format!("{:?}", queued.message));
-    assert_eq!(next(), Some(format!("{:?}", fault(1))));
+    let land = Territory::reserve(2 * APART).expect("there is room");
+    let place = HostSpan::at(land.span().start().plus(APART), 2 * PAGE_2M);
+    let watch = &bench.space.watch;
+    land.map(place, Huge::Never).expect("a hole");
+    fill(place, 1);
+    bench.send(place).expect("plain memory migrates");
+    assert_eq!(byte(place.start()), 1, "home again");
+    let old = watch.shard_of(place).expect("it is watched");
+    let unread = watch.shards.hold(old);
+    thread::scope(|scope| {
+        scope.spawn(|| land.unmap_raw(place).expect("it is mapped"));
+        let is_there = || {
+            let found = bench.space.procmap.query(place.start()).ok().flatten();
+            found.is_some_and(|map| map.span.contains(place.start()))
+        };
+        while is_there() {
+            thread::yield_now();
+        }
+        // The place is used again while the news of its end is unread.
+        let whole = HostSpan::new(land.span().start(), place.end());
+        land.map(whole, Huge::Never).expect("a hole");
+        fill(place, 2);
+        bench.send(place).expect("plain memory migrates");
+        assert_ne!(watch.shard_of(place), Some(old));
+        drop(unread);
+    });
+    bench.space.settle_events();
+    assert!(
+        bench.space.residency.lock().has_departed(place),
+        "still away"
+    );
+    assert_eq!(byte(place.start()), 2);
+    assert_eq!(byte(last(place)), 2);
 }

@@ -10,10 +10,13 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::sys::atfork::NotForChildren;
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
+use message::{RawMessage, decode};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Setter, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
+
+pub(crate) use message::Message;
 
 const TYPE: u8 = 0xAA;
 /// Value of the handshake's `api` field.
@@ -60,17 +63,6 @@ struct ZeroPage {
     done: i64,
 }
 
-/// `struct uffd_msg`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawMessage {
-    event: u8,
-    reserved: [u8; 7],
-    arg: [u64; 3],
-}
-
-const _: () = assert!(size_of::<RawMessage>() == 32);
-
 const OP_API: Opcode = opcode::read_write::<Handshake>(TYPE, 0x3F);
 const OP_REGISTER: Opcode = opcode::read_write::<Register>(TYPE, 0);
 const OP_UNREGISTER: Opcode = opcode::read::<RawRange>(TYPE, 1);
@@ -99,6 +91,8 @@ pub(crate) struct Features(u64);
 impl Features {
     /// None.
     pub(crate) const NONE: Self = Self(0);
+    /// Faults become SIGBUS at the faulting thread instead of messages.
+    pub(crate) const SIGBUS: Self = Self(1 << 7);
     /// News of mremap, of content that is dropped, and of munmap.
     pub(crate) const EVENTS: Self = Self(1 << 2 | 1 << 3 | 1 << 6);
     /// News of clones, with a descriptor of the child's memory.
@@ -165,31 +159,6 @@ pub(crate) struct Moved {
     pub(crate) error: Option<Errno>,
 }
 
-/// One message.
-#[derive(Debug)]
-pub(crate) enum Message {
-    /// An empty place in a batch.
-    None,
-    /// A thread waits for the page at `at`.
-    Fault {
-        /// Faulting address.
-        at: HostVa,
-    },
-    /// A span was unmapped.
-    Unmap(HostSpan),
-    /// A span moved.
-    Remap {
-        /// Where it was.
-        from: HostSpan,
-        /// Where it starts now.
-        to: HostVa,
-    },
-    /// The content of a span is about to be dropped.
-    Remove(HostSpan),
-    /// The process forked; the child's memory.
-    Fork(Uffd),
-}
-
 /// A userfaultfd descriptor.
 #[derive(Debug)]
 pub(crate) struct Uffd {
@@ -223,6 +192,15 @@ impl Uffd {
             #[cfg(test)]
             misreports: false.into(),
         }
+    }
+
+    /// Another descriptor of the same userfaultfd.
+    ///
+    /// # Errors
+    /// The process has no descriptor left.
+    pub(crate) fn another(&self) -> Result<Self, Errno> {
+        let fd = rustix::io::fcntl_dupfd_cloexec(&self.fd, 0)?;
+        Ok(Self::over(fd, self.available))
     }
 
     /// Everything that the kernel offers.
@@ -305,8 +283,12 @@ impl Uffd {
 
     /// Fills the missing page at `at` with zeros. Nobody is woken.
     pub(crate) fn zero_page(&self, at: HostVa) -> Result<(), Errno> {
+        self.fill(HostSpan::at(at, PAGE))
+    }
+
+    fn fill(&self, span: HostSpan) -> Result<(), Errno> {
         let mut arg = ZeroPage {
-            range: raw(HostSpan::at(at, PAGE)),
+            range: raw(span),
             mode: DONTWAKE,
             done: 0,
         };
@@ -315,6 +297,14 @@ impl Uffd {
         let call = unsafe { Updater::<OP_ZEROPAGE, _>::new(&mut arg) };
         // SAFETY: as for `copy`.
         unsafe { ioctl(&self.fd, call) }
+    }
+
+    /// Whether some change of registered memory has begun of which the news has not been read. Until
+    /// it is read, nothing can be put into registered memory.
+    pub(crate) fn is_changing(&self) -> bool {
+        let nothing = HostSpan::at(HostVa::new(0), 0);
+        // Of all that is wrong with filling no page, this is looked at first.
+        self.fill(nothing) == Err(Errno::AGAIN)
     }
 
     /// Waits for a message, for `stop` to become readable, or for the timeout. Returns whether
@@ -455,34 +445,6 @@ fn outcome(done: i64, result: Result<(), Errno>) -> Moved {
     }
 }
 
-fn decode(bytes: &[u8]) -> Message {
-    let word = |n: usize| {
-        let at = n * 8;
-        bytes
-            .get(at..at + 8)
-            .and_then(|b| b.try_into().ok())
-            .map_or(0, u64::from_ne_bytes)
-    };
-    let span = |start, end| HostSpan::new(HostVa::new(start), HostVa::new(end));
-    match bytes.first() {
-        Some(0x12) => Message::Fault {
-            at: HostVa::new(word(2)),
-        },
-        Some(0x13) => {
-            let fd = i32::try_from(word(1) & 0xffff_ffff).unwrap_or(-1);
-            // SAFETY: the kernel made this descriptor for the reader of the message, which is us.
-            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-            Message::Fork(Uffd::over(fd, Features::NONE))
-        }
-        Some(0x14) => Message::Remap {
-            from: HostSpan::at(HostVa::new(word(1)), word(3)),
-            to: HostVa::new(word(2)),
-        },
-        Some(0x15) => Message::Remove(span(word(1), word(2))),
-        Some(0x16) => Message::Unmap(span(word(1), word(2))),
-        _ => Message::None,
-    }
-}
-
+mod message;
 #[cfg(test)]
 mod tests;
