@@ -26,6 +26,8 @@ pub(crate) enum Refused {
     NotExclusive,
     /// The mapping is of a kind that does not let pages go.
     Mapping,
+    /// News has to be read first.
+    News,
 }
 
 /// How often a MOVE is tried that gets nowhere. The system says "try again" for what is over in a
@@ -180,6 +182,7 @@ impl LiveSpace {
                 return Ok(());
             };
             match moved.error {
+                Some(Errno::AGAIN) if self.staging.uffd.is_changing() => return Err(Refused::News),
                 // Something holds a huge page that would have to be split: it stays where it is.
                 None | Some(Errno::AGAIN | Errno::NOENT) if patience.is_over(stayed) => {
                     return Err(Refused::Mapping);

@@ -24,7 +24,7 @@ pub enum Sharding {
     /// migrations in others.
     #[default]
     Arenas,
-    /// One for everything: to compare.
+    /// One for everything, staging too: to compare.
     None,
 }
 

@@ -85,6 +85,7 @@ impl LiveSpace {
         match self.try_out(span, &allocation, aperture)? {
             Ok(set) => return Ok(set),
             Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
+            Err(Refused::News) => return Err(Stale::PagesBusy.into()),
             Err(Refused::NotExclusive) => {}
         }
         // A write fault makes fork-shared pages exclusive; pinned ones stay refused.

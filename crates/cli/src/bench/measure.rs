@@ -37,6 +37,11 @@ fn huge(bytes: usize) -> Result<AnonMapping, BenchError> {
     Ok(map)
 }
 
+fn touch_byte(map: &mut AnonMapping, at: usize) {
+    let byte = &mut map.bytes_mut()[at];
+    *byte = byte.wrapping_add(1);
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
     Out,
@@ -57,7 +62,7 @@ pub(super) fn migrate(samples: &mut Samples, mode: VramMode, way: Way) -> Result
     let mut sample = || {
         let out = machine.send(span_of(&data, 2 << 20))?;
         let (out, home) = (exact(out.0), exact(machine.evict_all().0));
-        data.bytes_mut()[0] += 1;
+        touch_byte(&mut data, 0);
         let copy = time(|| to.bytes_mut().copy_from_slice(from.bytes()));
         match way {
             Way::Out => samples.add(out, copy),
@@ -69,6 +74,24 @@ pub(super) fn migrate(samples: &mut Samples, mode: VramMode, way: Way) -> Result
     thread::run(|| (0..400).try_for_each(|_| sample())).map_err(BenchError::Refused)
 }
 
+/// The first migration of small pages, copying: memory that the process has just filled.
+pub(super) fn migrate_small(samples: &mut Samples) -> Result<(), BenchError> {
+    let machine = machine(VramMode::Copy)?;
+    let (from, mut to) = (huge(MIB2)?, huge(MIB2)?);
+    let mut sample = || {
+        let mut data = AnonMapping::new(2 * MIB2, Huge::Never).map_err(BenchError::Io)?;
+        data.bytes_mut().fill(1);
+        let start = data.address().next_multiple_of(2 << 20);
+        let out = machine
+            .send(HostSpan::at(HostVa::new(start), 2 << 20))
+            .map_err(BenchError::Refused)?;
+        let copy = time(|| to.bytes_mut().copy_from_slice(from.bytes()));
+        samples.add(exact(out.0), copy);
+        Ok(())
+    };
+    thread::run(|| (0..100).try_for_each(|_| sample()))
+}
+
 /// A CPU touch of a single page on the device, against a touch of a page that a bare loop serves.
 pub(super) fn fault_back_4k(samples: &mut Samples) -> Result<(), BenchError> {
     let machine = machine(VramMode::Copy)?;
@@ -77,7 +100,7 @@ pub(super) fn fault_back_4k(samples: &mut Samples) -> Result<(), BenchError> {
     data.bytes_mut().fill(1);
     let mut sample = || {
         machine.send(span_of(&data, 4 << 10))?;
-        let fault = time(|| data.bytes_mut()[8] += 1);
+        let fault = time(|| touch_byte(&mut data, 8));
         bare.drop_page();
         samples.add(fault, time(|| bare.touch()));
         Ok(())
@@ -94,7 +117,7 @@ pub(super) fn fault_back_2m(samples: &mut Samples) -> Result<(), BenchError> {
     let mut sample = |n| {
         let part = (n % CYCLE) * MIB2..(n % CYCLE + 1) * MIB2;
         machine.send(span_of(&data, 2 << 20))?;
-        let fault = time(|| data.bytes_mut()[MIB2 / 2] += 1);
+        let fault = time(|| touch_byte(&mut data, MIB2 / 2));
         let cold = time(|| to.bytes_mut()[part.clone()].copy_from_slice(&from.bytes()[part]));
         samples.add(fault, cold);
         Ok(())
@@ -103,7 +126,7 @@ pub(super) fn fault_back_2m(samples: &mut Samples) -> Result<(), BenchError> {
 }
 
 /// A kernel that stores one word.
-struct Touch(u64);
+pub(super) struct Touch(pub(super) u64);
 
 impl Kernel for Touch {
     fn run(&self, _group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {

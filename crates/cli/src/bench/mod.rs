@@ -4,6 +4,7 @@
 //! is reported with the middle half of the pairs' own ratios as spread. Absolute times are shown to
 //! be read, not compared: they belong to this machine and this minute.
 
+mod churn;
 mod measure;
 
 use std::fmt;
@@ -58,7 +59,7 @@ impl fmt::Display for Bound {
     }
 }
 
-const ROWS: [Row; 9] = [
+const ROWS: [Row; 11] = [
     Row {
         name: "migrate-out",
         about: "2 MiB to the device, copying / memcpy",
@@ -76,6 +77,18 @@ const ROWS: [Row; 9] = [
         about: "2 MiB out and back, zero-copy / two memcpys",
         bound: Bound::AtMost(0.15),
         measure: |s| measure::migrate(s, VramMode::Adopt, Way::Pair),
+    },
+    Row {
+        name: "migrate-small",
+        about: "2 MiB of small pages to the device, first time / memcpy",
+        bound: Bound::AtMost(2.8),
+        measure: measure::migrate_small,
+    },
+    Row {
+        name: "migrate-churn",
+        about: "2 MiB out and back beside a stream of events, sharded / not",
+        bound: Bound::AtMost(0.4),
+        measure: churn::migrate,
     },
     Row {
         name: "fault-back-4k",
