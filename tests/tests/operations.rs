@@ -215,6 +215,7 @@ fn each(scenario: impl Fn(&Stage)) {
                 migration,
                 live: LiveConfig {
                     brackets: BracketChoice::Patched,
+                    ..LiveConfig::default()
                 },
                 ..Default::default()
             };

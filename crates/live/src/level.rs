@@ -11,8 +11,30 @@ use crate::sys::uffd::{Features, OpenMode, Uffd};
 /// How a [`LiveSpace`](crate::LiveSpace) is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LiveConfig {
+    /// Which faults of the CPU to serve.
+    pub level: LevelChoice,
     /// Which brackets to use.
     pub brackets: BracketChoice,
+}
+
+/// Wish about faults.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LevelChoice {
+    /// The best that the system allows.
+    #[default]
+    Best,
+    /// This one, or an error.
+    Forced(FaultLevel),
+}
+
+impl LevelChoice {
+    /// Whether `level` will do.
+    const fn takes(self, level: FaultLevel) -> bool {
+        match self {
+            Self::Best => true,
+            Self::Forced(only) => only as u8 == level as u8,
+        }
+    }
 }
 
 /// Wish about brackets.
@@ -27,22 +49,34 @@ pub enum BracketChoice {
     Events,
 }
 
-/// What userfaultfd allows.
+/// Which touches of memory that is away are served. Best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UffdLevel {
+pub enum FaultLevel {
     /// Faults of the CPU in user and in kernel mode are served.
     Full,
     /// Faults in user mode are served; system calls on memory that is away answer `EFAULT`.
     UserModeOnly,
 }
 
-impl UffdLevel {
+impl FaultLevel {
     /// Name, as reports show it.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Full => "full",
             Self::UserModeOnly => "user-mode-only",
+        }
+    }
+
+    /// What to do where the system refuses it.
+    const fn remedy(self) -> &'static str {
+        match self {
+            Self::Full => {
+                "run as root, set vm.unprivileged_userfaultfd=1, or take level user-mode-only"
+            }
+            Self::UserModeOnly => {
+                "allow the system call userfaultfd in the container's seccomp profile"
+            }
         }
     }
 
@@ -98,8 +132,8 @@ impl BracketLevel {
 /// What is in use.
 #[derive(Debug)]
 pub struct Level {
-    /// Faults.
-    pub uffd: UffdLevel,
+    /// Touches of memory that is away.
+    pub faults: FaultLevel,
     /// Address-space changes.
     pub bracket: BracketLevel,
 }
@@ -123,6 +157,13 @@ pub enum OpenError {
     NoRuntimeAllocator,
     /// userfaultfd is refused.
     NoUffd(Errno),
+    /// A level was insisted on that the system refuses.
+    NoLevel {
+        /// Which.
+        level: FaultLevel,
+        /// The system's answer.
+        errno: Errno,
+    },
     /// userfaultfd has no `UFFDIO_MOVE`.
     NoMove,
     /// Patching was insisted on and failed.
@@ -170,6 +211,12 @@ impl fmt::Display for OpenError {
                 "userfaultfd is refused ({errno}): run as root, set vm.unprivileged_userfaultfd=1, \
                  or allow the system call in the container's seccomp profile"
             ),
+            Self::NoLevel { level, errno } => write!(
+                f,
+                "level {} is refused ({errno}): {}",
+                level.name(),
+                level.remedy()
+            ),
             Self::NoMove => f.write_str(
                 "userfaultfd has no UFFDIO_MOVE: a Linux kernel of at least 6.8 is needed",
             ),
@@ -182,21 +229,43 @@ impl fmt::Display for OpenError {
 impl core::error::Error for OpenError {}
 
 /// Descriptors for user memory (with events) and for staging (without), and the level they have.
-pub(crate) fn open_descriptors() -> Result<(Uffd, Uffd, UffdLevel), OpenError> {
-    // News of clones needs a privilege more than the mode does.
-    let full = Uffd::open(OpenMode::Full, Features::EVENTS.and(Features::FORK))
-        .or_else(|_forbidden| Uffd::open(OpenMode::Full, Features::EVENTS));
-    let (user, mode, level) = match full {
-        Ok(uffd) => (uffd, OpenMode::Full, UffdLevel::Full),
-        Err(first) => {
-            let uffd = Uffd::open(OpenMode::UserModeOnly, Features::EVENTS)
-                .map_err(|_second| OpenError::NoUffd(first))?;
-            (uffd, OpenMode::UserModeOnly, UffdLevel::UserModeOnly)
-        }
-    };
+pub(crate) fn open_descriptors(choice: LevelChoice) -> Result<(Uffd, Uffd, FaultLevel), OpenError> {
+    let (user, mode, level) = open_user(choice)?;
     if !user.features().contains(Features::MOVE) {
         return Err(OpenError::NoMove);
     }
     let staging = Uffd::open(mode, Features::NONE).map_err(OpenError::NoUffd)?;
     Ok((user, staging, level))
+}
+
+/// The descriptor for user memory, of the best level that `choice` takes and the system gives.
+fn open_user(choice: LevelChoice) -> Result<(Uffd, OpenMode, FaultLevel), OpenError> {
+    let mut refused = None;
+    for level in [FaultLevel::Full, FaultLevel::UserModeOnly] {
+        if !choice.takes(level) {
+            continue;
+        }
+        let (opened, mode) = match level {
+            FaultLevel::Full => (open_full(), OpenMode::Full),
+            FaultLevel::UserModeOnly => {
+                let mode = OpenMode::UserModeOnly;
+                (Uffd::open(mode, Features::EVENTS), mode)
+            }
+        };
+        match opened {
+            Ok(uffd) => return Ok((uffd, mode, level)),
+            // The first refusal names the privilege that helps most.
+            Err(errno) => refused = refused.or(Some((level, errno))),
+        }
+    }
+    Err(match (choice, refused) {
+        (LevelChoice::Forced(_), Some((level, errno))) => OpenError::NoLevel { level, errno },
+        (_, refused) => OpenError::NoUffd(refused.map_or(Errno::NOSYS, |(_, errno)| errno)),
+    })
+}
+
+/// News of clones needs a privilege more than the mode does.
+fn open_full() -> Result<Uffd, Errno> {
+    Uffd::open(OpenMode::Full, Features::EVENTS.and(Features::FORK))
+        .or_else(|_forbidden| Uffd::open(OpenMode::Full, Features::EVENTS))
 }

@@ -49,7 +49,9 @@ mod watch;
 mod yardstick;
 
 pub use env::LiveEnv;
-pub use level::{BracketChoice, BracketLevel, Level, LiveConfig, OpenError, UffdLevel};
+pub use level::{
+    BracketChoice, BracketLevel, FaultLevel, Level, LevelChoice, LiveConfig, OpenError,
+};
 pub use migrate::LiveMigration;
 pub use space::LiveSpace;
 pub use stall::{ReaderState, ThreadState, Wait, lies_in, threads};

@@ -97,12 +97,9 @@ impl LiveSpace {
         if !arena::is_installed() {
             return Err(OpenError::NoRuntimeAllocator);
         }
-        let (user, staging, uffd_level) = crate::level::open_descriptors()?;
+        let (user, staging, faults) = crate::level::open_descriptors(config.level)?;
         let bracket = bracket::attach(config.brackets)?;
-        let level = Level {
-            uffd: uffd_level,
-            bracket,
-        };
+        let level = Level { faults, bracket };
         let space = Arc::new(Self {
             env,
             notifiers: IntervalNotifiers::new(),
