@@ -175,6 +175,10 @@ pub enum Level {
     Full,
     /// Those by the program.
     UserModeOnly,
+    /// Those by the program on allocations of its own, without userfaultfd.
+    Mprotect,
+    /// None, without userfaultfd: nothing migrates by itself.
+    Explicit,
 }
 
 /// How address-space changes are seen.
@@ -225,6 +229,8 @@ impl LiveArgs {
                 Level::Best => LevelChoice::Best,
                 Level::Full => LevelChoice::Forced(FaultLevel::Full),
                 Level::UserModeOnly => LevelChoice::Forced(FaultLevel::UserModeOnly),
+                Level::Mprotect => LevelChoice::Forced(FaultLevel::Mprotect),
+                Level::Explicit => LevelChoice::Forced(FaultLevel::Explicit),
             },
             brackets: match self.brackets {
                 Brackets::Best => BracketChoice::Best,

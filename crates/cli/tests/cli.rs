@@ -183,6 +183,33 @@ fn assert_level(level: &str) {
 fn forced_level_is_the_one_in_use_and_named() {
     assert_level("full");
     assert_level("user-mode-only");
+    assert_level("mprotect");
+    assert_level("explicit");
+}
+
+#[test]
+fn data_migrates_without_userfaultfd_where_it_may() {
+    let moved = |level: &str| {
+        let args = ["run", "stream", "--size", "24M", "--vram", "6M", "--json"];
+        let run = output(&[&args[..], &["--level", level]].concat());
+        let object: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+        assert_eq!(object["verified"], true, "{level}");
+        object["stats"]["svm_device_copy_kb"].as_u64()
+    };
+    if refused(&output(&["info", "--level", "mprotect"])) {
+        return;
+    }
+    assert!(
+        moved("mprotect") > Some(16 << 10),
+        "all arrays, more than once"
+    );
+    assert_eq!(moved("explicit"), Some(0));
+}
+
+#[test]
+fn brackets_that_a_level_cannot_have_are_told() {
+    let said = text(&output(&["info", "--level", "mprotect", "--brackets", "events"]).stderr);
+    assert!(said.contains("take other brackets"), "{said}");
 }
 
 #[test]

@@ -28,9 +28,10 @@ use gpusvm::seam::env::Mutex;
 use gpusvm::seam::mm::InvalidateReason;
 
 use crate::env::LiveEnv;
-use crate::level::{BracketChoice, BracketLevel, OpenError};
+use crate::level::{BracketChoice, BracketLevel, FaultLevel, OpenError};
 use crate::residency::{Piece, everything};
 use crate::space::LiveSpace;
+use crate::sys::heap;
 use crate::sys::patch::{self, BracketHook, Call, Patches, SysCall};
 use crate::watch::Suspended;
 
@@ -50,9 +51,16 @@ static SERVICE: Service = Service {
 ///
 /// # Errors
 /// [`OpenError::AlreadyOpen`], or the reason why patching failed where `choice` insists on it.
-pub(crate) fn attach(choice: BracketChoice) -> Result<BracketLevel, OpenError> {
+pub(crate) fn attach(choice: BracketChoice, faults: FaultLevel) -> Result<BracketLevel, OpenError> {
     if SERVICE.space.lock().strong_count() > 0 {
         return Err(OpenError::AlreadyOpen);
+    }
+    if !faults.has_uffd() {
+        if choice == BracketChoice::Events {
+            return Err(OpenError::NoEvents(faults));
+        }
+        // The heap's own changes come by this way.
+        patch::lead_calls(&SERVICE).map_err(OpenError::CannotPatch)?;
     }
     if choice == BracketChoice::Events {
         return Ok(BracketLevel::Events { why: None });
@@ -67,6 +75,7 @@ pub(crate) fn attach(choice: BracketChoice) -> Result<BracketLevel, OpenError> {
             Ok(BracketLevel::Patched)
         }
         Err(why) if choice == BracketChoice::Patched => Err(OpenError::CannotPatch(why)),
+        Err(why) if !faults.has_uffd() => Ok(BracketLevel::Owner { why }),
         Err(why) => Ok(BracketLevel::Events { why: Some(why) }),
     }
 }
@@ -84,6 +93,7 @@ pub(crate) fn current_space() -> Option<Arc<LiveSpace>> {
 /// Brackets work for nobody; the system-call sites get their own bytes back.
 pub(crate) fn leave_service() {
     *SERVICE.space.lock() = Weak::new();
+    patch::lead_no_calls();
     let patches = SERVICE.patches.lock().take();
     if let Some(patches) = patches {
         patches.restore();
@@ -300,7 +310,9 @@ impl LiveSpace {
     /// Nothing in the span travels, and nothing in it is away but what is returned: recalled, to be
     /// dropped.
     fn clear_the_way(&self, span: HostSpan, effect: Effect) -> Vec<Piece> {
-        if !effect.destroys() {
+        // Advice that drops private pages keeps those of the heap, which are a file's.
+        let keeps = effect == Effect::Clear && heap::overlaps(span);
+        if !effect.destroys() || keeps {
             self.bring_home(span, HomeCause::SpaceChange);
             return Vec::new();
         }

@@ -4,6 +4,7 @@ use core::fmt;
 
 use rustix::io::Errno;
 
+use crate::sys::heap;
 use crate::sys::patch::PatchError;
 use crate::sys::thread::SpawnError;
 use crate::sys::uffd::{Features, OpenMode, Uffd};
@@ -56,15 +57,28 @@ pub enum FaultLevel {
     Full,
     /// Faults in user mode are served; system calls on memory that is away answer `EFAULT`.
     UserModeOnly,
+    /// Without userfaultfd: memory of the program's allocator is closed while it is away, and a touch
+    /// is served by a signal handler.
+    Mprotect,
+    /// Without userfaultfd and signals: memory of the program's allocator migrates by calls of the
+    /// program only, and must be called home before it is touched.
+    Explicit,
 }
 
 impl FaultLevel {
+    /// Whether pages leave and return by userfaultfd, rather than through the migratable heap.
+    pub(crate) const fn has_uffd(self) -> bool {
+        matches!(self, Self::Full | Self::UserModeOnly)
+    }
+
     /// Name, as reports show it.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Full => "full",
             Self::UserModeOnly => "user-mode-only",
+            Self::Mprotect => "mprotect",
+            Self::Explicit => "explicit",
         }
     }
 
@@ -77,6 +91,9 @@ impl FaultLevel {
             Self::UserModeOnly => {
                 "allow the system call userfaultfd in the container's seccomp profile"
             }
+            Self::Mprotect | Self::Explicit => {
+                "allow the system call memfd_create, and 512 GiB of address space (ulimit -v)"
+            }
         }
     }
 
@@ -88,6 +105,16 @@ impl FaultLevel {
             Self::UserModeOnly => {
                 "system calls on memory that is on a device fail with EFAULT; touch it first. \
                  Children of a raw clone read zeros there"
+            }
+            Self::Mprotect => {
+                "only allocations of 64 KiB and more that this program makes by its allocator after \
+                 the level was chosen migrate, by copying; children do not have them; pages pinned \
+                 by the system must not migrate; system calls on memory that is on a device fail \
+                 with EFAULT"
+            }
+            Self::Explicit => {
+                "as level mprotect, and nothing migrates by itself: a touch of memory that the \
+                 program has sent to a device and not brought home is a SIGSEGV"
             }
         }
     }
@@ -103,6 +130,11 @@ pub enum BracketLevel {
         /// Why not better; `None` where it was asked for.
         why: Option<PatchError>,
     },
+    /// Where the program's allocator makes them: there is no userfaultfd that would tell of others.
+    Owner {
+        /// Why not better.
+        why: PatchError,
+    },
 }
 
 impl BracketLevel {
@@ -112,6 +144,7 @@ impl BracketLevel {
         match self {
             Self::Patched => "patched",
             Self::Events { .. } => "events",
+            Self::Owner { .. } => "owner",
         }
     }
 
@@ -124,6 +157,10 @@ impl BracketLevel {
             }
             Self::Events { .. } => {
                 "changes are seen after they happened; mprotect is not seen at all"
+            }
+            Self::Owner { .. } => {
+                "changes other than by the program's allocator are not seen: a device uses what is \
+                 mapped where it was told to"
             }
         }
     }
@@ -166,6 +203,8 @@ pub enum OpenError {
     },
     /// userfaultfd has no `UFFDIO_MOVE`.
     NoMove,
+    /// Events were insisted on at a level that has none.
+    NoEvents(FaultLevel),
     /// Patching was insisted on and failed.
     CannotPatch(PatchError),
     /// A step failed.
@@ -220,6 +259,11 @@ impl fmt::Display for OpenError {
             Self::NoMove => f.write_str(
                 "userfaultfd has no UFFDIO_MOVE: a Linux kernel of at least 6.8 is needed",
             ),
+            Self::NoEvents(level) => write!(
+                f,
+                "level {} has no userfaultfd whose events could be read: take other brackets",
+                level.name()
+            ),
             Self::CannotPatch(why) => write!(f, "{why}"),
             Self::Os { step, errno } => write!(f, "cannot {step}: {errno}"),
         }
@@ -228,40 +272,78 @@ impl fmt::Display for OpenError {
 
 impl core::error::Error for OpenError {}
 
-/// Descriptors for user memory (with events) and for staging (without), and the level they have.
-pub(crate) fn open_descriptors(choice: LevelChoice) -> Result<(Uffd, Uffd, FaultLevel), OpenError> {
-    let (user, mode, level) = open_user(choice)?;
-    if !user.features().contains(Features::MOVE) {
-        return Err(OpenError::NoMove);
+/// Finds the level that `config` gives here, and lets this program's allocator make allocations that
+/// migrate at that level: call it before the data is allocated, and open the space with the same
+/// configuration. At levels with userfaultfd all memory migrates, and this changes nothing.
+///
+/// # Errors
+/// As [`LiveSpace::open`](crate::LiveSpace::open), where a level is insisted on.
+pub fn allocate_for(config: &LiveConfig) -> Result<FaultLevel, OpenError> {
+    let (_user, _staging, level) = open_descriptors(config.level)?;
+    if level.has_uffd() {
+        heap::stop_allocating();
+    } else {
+        heap::start_allocating();
     }
-    let staging = Uffd::open(mode, Features::NONE).map_err(OpenError::NoUffd)?;
-    Ok((user, staging, level))
+    Ok(level)
 }
 
-/// The descriptor for user memory, of the best level that `choice` takes and the system gives.
-fn open_user(choice: LevelChoice) -> Result<(Uffd, OpenMode, FaultLevel), OpenError> {
+/// Descriptors for user memory (with events) and for staging (without), and the level they have.
+/// Levels without userfaultfd have descriptors that refuse everything.
+pub(crate) fn open_descriptors(choice: LevelChoice) -> Result<(Uffd, Uffd, FaultLevel), OpenError> {
+    const LADDER: [FaultLevel; 4] = [
+        FaultLevel::Full,
+        FaultLevel::UserModeOnly,
+        FaultLevel::Mprotect,
+        FaultLevel::Explicit,
+    ];
     let mut refused = None;
-    for level in [FaultLevel::Full, FaultLevel::UserModeOnly] {
-        if !choice.takes(level) {
-            continue;
-        }
-        let (opened, mode) = match level {
-            FaultLevel::Full => (open_full(), OpenMode::Full),
-            FaultLevel::UserModeOnly => {
-                let mode = OpenMode::UserModeOnly;
-                (Uffd::open(mode, Features::EVENTS), mode)
-            }
-        };
-        match opened {
-            Ok(uffd) => return Ok((uffd, mode, level)),
+    for level in LADDER.into_iter().filter(|level| choice.takes(*level)) {
+        match try_level(level) {
+            Ok((user, staging)) => return Ok((user, staging, level)),
             // The first refusal names the privilege that helps most.
-            Err(errno) => refused = refused.or(Some((level, errno))),
+            Err(why) => refused = refused.or(Some((level, why))),
         }
     }
     Err(match (choice, refused) {
-        (LevelChoice::Forced(_), Some((level, errno))) => OpenError::NoLevel { level, errno },
-        (_, refused) => OpenError::NoUffd(refused.map_or(Errno::NOSYS, |(_, errno)| errno)),
+        (_, None) => OpenError::NoMove,
+        (_, Some((_, Refusal::NoMove))) => OpenError::NoMove,
+        (LevelChoice::Forced(_), Some((level, Refusal::Os(errno)))) => {
+            OpenError::NoLevel { level, errno }
+        }
+        (LevelChoice::Best, Some((_, Refusal::Os(errno)))) => OpenError::NoUffd(errno),
     })
+}
+
+/// Why a level cannot be had.
+#[derive(Clone, Copy, Debug)]
+enum Refusal {
+    Os(Errno),
+    NoMove,
+}
+
+impl From<Errno> for Refusal {
+    fn from(errno: Errno) -> Self {
+        Self::Os(errno)
+    }
+}
+
+fn try_level(level: FaultLevel) -> Result<(Uffd, Uffd), Refusal> {
+    let (user, mode) = match level {
+        FaultLevel::Full => (open_full()?, OpenMode::Full),
+        FaultLevel::UserModeOnly => {
+            let mode = OpenMode::UserModeOnly;
+            (Uffd::open(mode, Features::EVENTS)?, mode)
+        }
+        FaultLevel::Mprotect | FaultLevel::Explicit => {
+            heap::prepare()?;
+            return Ok((Uffd::none()?, Uffd::none()?));
+        }
+    };
+    if !user.features().contains(Features::MOVE) {
+        return Err(Refusal::NoMove);
+    }
+    Ok((user, Uffd::open(mode, Features::NONE)?))
 }
 
 /// News of clones needs a privilege more than the mode does.

@@ -53,7 +53,7 @@ const BATCH: usize = 16;
 /// Faults that can wait for their deadline; more are woken early and come again.
 const DEFERRED: usize = 64;
 /// How long a page that could not be brought home rests before the next try.
-const LOST_RETRY: Ns = Ns::from_millis(10);
+pub(crate) const LOST_RETRY: Ns = Ns::from_millis(10);
 
 /// The running readers.
 #[derive(Debug, Default)]
