@@ -8,6 +8,7 @@ use std::thread;
 use gpusvm::addr::{HostSpan, HostVa};
 use gpusvm_abi::bus::{AtomicOp, SystemBus};
 use gpusvm_cli::machine::{Machine, MachineConfig};
+use gpusvm_live::thread::run as thread_run;
 use gpusvm_live::{AnonMapping, FaultLevel, Huge, LevelChoice, LiveBus, LiveConfig, allocate_for};
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 use gpusvm_tests::skipped;
@@ -150,7 +151,7 @@ fn neither_side_loses_a_write_while_pages_go_back_and_forth() {
         // The driver leaves alone what the CPU wants back at once. This does not.
         scope.spawn(|| {
             let whole = HostSpan::at(HostVa::new(at), 2 << 20);
-            gpusvm_live::thread::run(|| {
+            thread_run(|| {
                 while !stop.load(Ordering::Relaxed) {
                     // Refused while the pages are on their way.
                     let _refused = machine.send(whole);
@@ -187,6 +188,63 @@ fn system_call_on_away_memory_is_an_error_and_loses_nothing() {
         assert_eq!(map.words()[0], 2, "a touch brings it home");
         assert!(writer.write(&map.bytes()[..4096]).is_ok());
         drop(reader);
+        machine.close();
+    }
+}
+
+fn whole(map: &AnonMapping) -> HostSpan {
+    let span = span_of(map);
+    HostSpan::new(HostVa::new(span.start), HostVa::new(span.end))
+}
+
+#[test]
+fn explicit_migration_goes_out_and_comes_home_by_calls_alone() {
+    let _turn = turn();
+    let Some(machine) = machine_at(FaultLevel::Explicit) else {
+        return;
+    };
+    let map = filled(4 * MIB, 3);
+    add_one(&machine, &map);
+    assert_eq!(sent(&machine), 0, "devices use memory where it is");
+    assert!(map.words().iter().all(|word| *word == 4));
+    for round in 1..4 {
+        let there = thread_run(|| machine.vm().prefetch(whole(&map)));
+        assert_eq!(there, Ok(whole(&map).pages()));
+        assert_eq!(sent(&machine), round * 4096);
+        add_one(&machine, &map);
+        // Nobody serves a touch: never a wrong byte, but none at all.
+        let mut word = [0; 8];
+        let touched = LiveBus.read(map.address() + 8192, &mut word);
+        assert!(touched.is_err());
+        assert_eq!(sent(&machine), round * 4096);
+        thread_run(|| machine.space().bring_span_home(whole(&map)));
+        assert!(map.words().iter().all(|word| *word == 4 + round));
+    }
+    assert_eq!(machine.stats().total(Counter::CpuFaultCount), 0);
+    drop(map);
+    assert_nothing_leaks(&machine);
+    machine.close();
+}
+
+#[test]
+fn prefetch_moves_what_can_move_at_every_level() {
+    let _turn = turn();
+    let best = FaultLevel::Full;
+    for level in [best, FaultLevel::UserModeOnly, FaultLevel::Mprotect] {
+        let Some(machine) = machine_at(level) else {
+            continue;
+        };
+        let map = filled(3 * MIB, 3);
+        let span = whole(&map);
+        let there = thread_run(|| machine.vm().prefetch(span));
+        assert_eq!(there, Ok(span.pages()), "{}", level.name());
+        add_one(&machine, &map);
+        assert!(map.words().iter().all(|word| *word == 4));
+        let nowhere = HostSpan::at(HostVa::new(0x1000), 4096);
+        assert!(thread_run(|| machine.vm().prefetch(nowhere)).is_err());
+        drop(map);
+        assert_goes_on(&machine);
+        assert_nothing_leaks(&machine);
         machine.close();
     }
 }
