@@ -184,10 +184,12 @@ pub enum Level {
 /// How address-space changes are seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Brackets {
-    /// Patched, or events where patching is impossible.
+    /// Patched; where that is impossible by symbols, or events.
     Best,
     /// By patched system-call sites, or not at all.
     Patched,
+    /// By symbols of this program in place of the C library's.
+    Symbols,
     /// By userfaultfd events, after they happened.
     Events,
 }
@@ -235,6 +237,7 @@ impl LiveArgs {
             brackets: match self.brackets {
                 Brackets::Best => BracketChoice::Best,
                 Brackets::Patched => BracketChoice::Patched,
+                Brackets::Symbols => BracketChoice::Symbols,
                 Brackets::Events => BracketChoice::Events,
             },
         }

@@ -207,6 +207,24 @@ fn data_migrates_without_userfaultfd_where_it_may() {
 }
 
 #[test]
+fn forced_brackets_are_those_in_use_and_named() {
+    for brackets in ["patched", "symbols", "events"] {
+        let args = ["run", "stream", "--size", "24M", "--vram", "6M", "--json"];
+        let run = output(&[&args[..], &["--brackets", brackets]].concat());
+        if refused(&run) {
+            return;
+        }
+        let object: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+        assert_eq!(object["verified"], true, "{brackets}");
+        assert_eq!(object["host"]["bracket"], brackets);
+        assert_eq!(object["config"]["brackets"], brackets);
+        let info = output(&["info", "--json", "--brackets", brackets]);
+        let object: Value = serde_json::from_slice(&info.stdout).expect("one JSON object");
+        assert_eq!(object["host"]["bracket"], brackets);
+    }
+}
+
+#[test]
 fn brackets_that_a_level_cannot_have_are_told() {
     let said = text(&output(&["info", "--level", "mprotect", "--brackets", "events"]).stderr);
     assert!(said.contains("take other brackets"), "{said}");

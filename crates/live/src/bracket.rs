@@ -32,7 +32,8 @@ use crate::level::{BracketChoice, BracketLevel, FaultLevel, OpenError};
 use crate::residency::{Piece, everything};
 use crate::space::LiveSpace;
 use crate::sys::heap;
-use crate::sys::patch::{self, BracketHook, Call, Patches, SysCall};
+use crate::sys::patch::{self, BracketHook, Call, PatchError, Patches, SysCall};
+use crate::sys::symbols;
 use crate::watch::Suspended;
 
 /// The space that brackets work for. The one piece of process-wide state: patched code has no
@@ -47,10 +48,10 @@ static SERVICE: Service = Service {
     patches: Mutex::<LiveEnv, _>::new(None),
 };
 
-/// Patches the system-call sites as far as `choice` asks for it and the process allows it.
+/// Sees to it that calls come by here as far as `choice` asks for it and the process allows it.
 ///
 /// # Errors
-/// [`OpenError::AlreadyOpen`], or the reason why patching failed where `choice` insists on it.
+/// [`OpenError::AlreadyOpen`], or the reason why what `choice` insists on cannot be had.
 pub(crate) fn attach(choice: BracketChoice, faults: FaultLevel) -> Result<BracketLevel, OpenError> {
     if SERVICE.space.lock().strong_count() > 0 {
         return Err(OpenError::AlreadyOpen);
@@ -62,22 +63,40 @@ pub(crate) fn attach(choice: BracketChoice, faults: FaultLevel) -> Result<Bracke
         // The heap's own changes come by this way.
         patch::lead_calls(&SERVICE).map_err(OpenError::CannotPatch)?;
     }
-    if choice == BracketChoice::Events {
-        return Ok(BracketLevel::Events { why: None });
+    match choice {
+        BracketChoice::Events => Ok(BracketLevel::Events { why: None }),
+        BracketChoice::Symbols => lead_symbols(None)?.ok_or(OpenError::NoSymbols),
+        BracketChoice::Patched => patch_sites()
+            .map(|()| BracketLevel::Patched)
+            .map_err(OpenError::CannotPatch),
+        BracketChoice::Best => match patch_sites() {
+            Ok(()) => Ok(BracketLevel::Patched),
+            Err(why) => Ok(lead_symbols(Some(why.clone()))?.unwrap_or_else(|| {
+                if faults.has_uffd() {
+                    BracketLevel::Events { why: Some(why) }
+                } else {
+                    BracketLevel::Owner { why }
+                }
+            })),
+        },
     }
+}
+
+fn patch_sites() -> Result<(), PatchError> {
     let mut patches = SERVICE.patches.lock();
-    if patches.is_some() {
-        return Ok(BracketLevel::Patched);
+    if patches.is_none() {
+        *patches = Some(patch::install(&SERVICE)?);
     }
-    match patch::install(&SERVICE) {
-        Ok(installed) => {
-            *patches = Some(installed);
-            Ok(BracketLevel::Patched)
-        }
-        Err(why) if choice == BracketChoice::Patched => Err(OpenError::CannotPatch(why)),
-        Err(why) if !faults.has_uffd() => Ok(BracketLevel::Owner { why }),
-        Err(why) => Ok(BracketLevel::Events { why: Some(why) }),
+    Ok(())
+}
+
+/// Lets the program's symbols lead here, if there are any.
+fn lead_symbols(why: Option<PatchError>) -> Result<Option<BracketLevel>, OpenError> {
+    if !symbols::are_exported() {
+        return Ok(None);
     }
+    patch::lead_calls(&SERVICE).map_err(OpenError::CannotPatch)?;
+    Ok(Some(BracketLevel::Symbols { why }))
 }
 
 /// From now on brackets work for `space`.

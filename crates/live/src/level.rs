@@ -41,11 +41,14 @@ impl LevelChoice {
 /// Wish about brackets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BracketChoice {
-    /// Patched system-call sites, or events where the process cannot be patched.
+    /// Patched system-call sites; where the process cannot be patched symbols, and without them
+    /// events.
     #[default]
     Best,
     /// Patched system-call sites, or an error.
     Patched,
+    /// Symbols of this program, or an error.
+    Symbols,
     /// Events only.
     Events,
 }
@@ -125,6 +128,11 @@ impl FaultLevel {
 pub enum BracketLevel {
     /// Before they happen, by patched system-call sites.
     Patched,
+    /// Before they happen, by symbols of this program that stand for those of the C library.
+    Symbols {
+        /// Why not better; `None` where it was asked for.
+        why: Option<PatchError>,
+    },
     /// After they happened, by userfaultfd events.
     Events {
         /// Why not better; `None` where it was asked for.
@@ -143,6 +151,7 @@ impl BracketLevel {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Patched => "patched",
+            Self::Symbols { .. } => "symbols",
             Self::Events { .. } => "events",
             Self::Owner { .. } => "owner",
         }
@@ -154,6 +163,10 @@ impl BracketLevel {
         match self {
             Self::Patched => {
                 "raw system calls that bypass libc are seen late, by events, and counted"
+            }
+            Self::Symbols { .. } => {
+                "calls inside the C library, those of free() among them, and raw system calls are \
+                 seen late, by events, and counted; without userfaultfd they are not seen"
             }
             Self::Events { .. } => {
                 "changes are seen after they happened; mprotect is not seen at all"
@@ -203,6 +216,8 @@ pub enum OpenError {
     },
     /// userfaultfd has no `UFFDIO_MOVE`.
     NoMove,
+    /// Symbols were insisted on, and the program's are not those that its libraries find.
+    NoSymbols,
     /// Events were insisted on at a level that has none.
     NoEvents(FaultLevel),
     /// Patching was insisted on and failed.
@@ -258,6 +273,10 @@ impl fmt::Display for OpenError {
             ),
             Self::NoMove => f.write_str(
                 "userfaultfd has no UFFDIO_MOVE: a Linux kernel of at least 6.8 is needed",
+            ),
+            Self::NoSymbols => f.write_str(
+                "this program does not export the C library's address-space calls: build it with \
+                 gpusvm-live's feature `symbols`, or take other brackets",
             ),
             Self::NoEvents(level) => write!(
                 f,

@@ -22,6 +22,7 @@ pub(crate) mod probe;
 pub(crate) mod procmap;
 pub(crate) mod signals;
 pub(crate) mod stack;
+pub(crate) mod symbols;
 pub(crate) mod territory;
 pub mod thread;
 pub(crate) mod uffd;
