@@ -370,3 +370,6 @@ fn open_full() -> Result<Uffd, Errno> {
     Uffd::open(OpenMode::Full, Features::EVENTS.and(Features::FORK))
         .or_else(|_forbidden| Uffd::open(OpenMode::Full, Features::EVENTS))
 }
+
+#[cfg(test)]
+mod tests;

@@ -209,6 +209,7 @@ impl LiveSpace {
                 continue;
             }
             let leg = if heap::contains(user.start()) {
+                heap::occupy(user);
                 Leg::closed(user)
             } else {
                 Leg::through(user, self.staging.take_full(Leg::kind(user)))
@@ -299,7 +300,7 @@ impl MigrationSet for LiveMigration<'_> {
                         _ => Left::Little,
                     };
                     if matches!(leg.road, Road::Closed) {
-                        heap::punch(leg.user);
+                        heap::vacate(leg.user);
                     }
                 }
                 self.space.residency.lock().settle(*span, page);
@@ -349,6 +350,10 @@ impl LiveMigration<'_> {
                 drop(released);
             }
             Way::Home { pieces } => {
+                let closed = |leg: &&Leg| matches!(leg.road, Road::Closed);
+                for leg in self.legs.iter().filter(closed) {
+                    heap::vacate(leg.user);
+                }
                 for piece in pieces {
                     self.space.residency.lock().put_back(piece);
                     self.space.arrived(piece.span);

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! The view of a page that is away is closed (`PROT_NONE`), so nobody writes to what is being copied,
-//! and the page is taken out of the file. The same offset leads from one to the other, so a look at
+//! and after a while the page is taken out of the file. The same offset leads from one to the other, so a look at
 //! an address needs no lock.
 //!
 //! Blocks are whole pages; their owner alone unmaps them. Children have none of this memory.
@@ -20,6 +20,7 @@ use core::alloc::Layout;
 use core::ffi::c_void;
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
@@ -39,6 +40,8 @@ use crate::sys::patch::{Call, SysCall};
 
 /// Address space set aside for each of the two mappings.
 const BYTES: u64 = 256 << 30;
+/// Most spans, of up to 2 MiB each, that keep their pages while they are away.
+const KEPT: usize = 32;
 /// Smallest allocation of the program that comes from here: below it pages would be wasted, and
 /// ranges below 64 KiB do not migrate anyway.
 pub(crate) const LEAST: usize = 64 << 10;
@@ -63,6 +66,8 @@ struct Heap {
     inode: u64,
     /// Free stretches of the view. Leaf lock.
     free: lock_api::Mutex<RawFutexMutex, SpanSet>,
+    /// Spans that are away and still have pages, oldest first. Leaf lock.
+    kept: lock_api::Mutex<RawFutexMutex, VecDeque<HostSpan>>,
     _alias: OwnedSpan,
 }
 
@@ -89,6 +94,7 @@ pub(crate) fn prepare() -> Result<(), Errno> {
         file,
         inode,
         free: lock_api::Mutex::new(free),
+        kept: lock_api::Mutex::new(VecDeque::new()),
         _alias: OwnedSpan::declare(alias).ok_or(Errno::NOMEM)?,
     };
     if HEAP.set(heap).is_ok() {
@@ -208,6 +214,7 @@ pub(crate) fn give(start: *mut u8, size: usize) {
     let _in_runtime = RuntimeScope::enter();
     let span = HostSpan::at(HostVa::new(start.expose_provenance() as u64), bytes);
     unmap(span);
+    occupy(span);
     punch(span);
     heap.free.lock().insert(span);
 }
@@ -259,8 +266,31 @@ fn protect(span: HostSpan, access: MprotectFlags) -> Result<(), Errno> {
     unsafe { mprotect(pointer(span.start()), length(span.bytes()), access) }
 }
 
+/// The content of `span` is elsewhere now. Its pages stay for a while: most of what leaves comes back,
+/// and making pages anew takes several times as long as filling them.
+pub(crate) fn vacate(span: HostSpan) {
+    let Some(heap) = HEAP.get() else {
+        return;
+    };
+    let mut kept = heap.kept.lock();
+    kept.push_back(span);
+    if kept.len() > KEPT
+        && let Some(oldest) = kept.pop_front()
+    {
+        // Under the lock: whoever fills the span again asks for it first.
+        punch(oldest);
+    }
+}
+
+/// The pages of `span` are about to be filled, or to go: they are no longer dropped behind one's back.
+pub(crate) fn occupy(span: HostSpan) {
+    if let Some(heap) = HEAP.get() {
+        heap.kept.lock().retain(|kept| !kept.overlaps(span));
+    }
+}
+
 /// Drops the pages of `span`.
-pub(crate) fn punch(span: HostSpan) {
+fn punch(span: HostSpan) {
     let alias = pointer(alias_of(span.start()));
     // SAFETY: the callers have the content elsewhere, or nobody wants it.
     let _kept = unsafe { madvise(alias, length(span.bytes()), Advice::LinuxRemove) };
@@ -322,6 +352,29 @@ mod tests {
         assert_eq!(unsafe { at.wrapping_add(8192).read_volatile() }, 6);
         give(at, 1 << 20);
         assert_eq!(first_data(span), None, "its pages are free");
+    }
+
+    #[test]
+    fn pages_of_what_is_away_are_kept_for_the_latest_only() {
+        const PART: u64 = 4096;
+        let parts = KEPT + 3;
+        let (at, span) = taken(parts * 4096);
+        let part = |n: usize| HostSpan::at(span.start().plus(n as u64 * PART), PART);
+        // SAFETY: the whole block.
+        unsafe { at.write_bytes(3, parts * 4096) };
+        (0..parts).for_each(|n| vacate(part(n)));
+        // Other tests may have some in between.
+        assert!((0..3).all(|n| first_data(part(n)).is_none()), "the oldest");
+        assert!(first_data(part(parts - 1)).is_some(), "the latest");
+        occupy(part(parts - 1));
+        let (other, other_span) = taken(4096);
+        // SAFETY: inside the block.
+        unsafe { other.write_volatile(1) };
+        (0..=KEPT).for_each(|_| vacate(other_span));
+        assert!(first_data(part(parts - 1)).is_some(), "in use again");
+        assert!(first_data(part(parts - 2)).is_none());
+        give(other, 4096);
+        give(at, parts * 4096);
     }
 
     #[test]
