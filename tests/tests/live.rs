@@ -370,7 +370,7 @@ fn changes_are_followed_by_events_where_sites_are_not_patched() {
     let _turn = turn();
     let live = LiveConfig {
         brackets: BracketChoice::Events,
-        ..Default::default()
+        ..LiveConfig::default()
     };
     let Some(machine) = start(MachineConfig {
         live,

@@ -215,7 +215,7 @@ fn each(scenario: impl Fn(&Stage)) {
                 migration,
                 live: LiveConfig {
                     brackets: BracketChoice::Patched,
-                    ..Default::default()
+                    ..LiveConfig::default()
                 },
                 ..Default::default()
             };

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::machine::{MachineConfig, ServiceMode};
 use crate::size;
-use gpusvm_live::{BracketChoice, LiveConfig, VramMode};
+use gpusvm_live::{BracketChoice, FaultLevel, LevelChoice, LiveConfig, VramMode};
 
 /// GPU shared virtual memory in user space.
 #[derive(Debug, Parser)]
@@ -35,7 +35,7 @@ pub enum Command {
         gpusvm run torture --seconds 60 --seed 7  whatever a process can do, at once")]
     Run(RunArgs),
     /// Show what this machine and kernel allow, and what follows for you.
-    Info(OutputArgs),
+    Info(InfoArgs),
     /// Measure against yardsticks taken in the same run, as ratios.
     #[command(after_help = "Examples:\n  gpusvm bench\n  gpusvm bench migrate-out --json")]
     Bench(BenchArgs),
@@ -47,6 +47,28 @@ pub struct OutputArgs {
     /// Print one JSON object instead of text.
     #[arg(long)]
     pub json: bool,
+}
+
+/// What is asked of the live host.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct LiveArgs {
+    /// Which touches of memory that is on the device are served.
+    #[arg(long, value_enum, default_value_t = Level::Best)]
+    pub level: Level,
+    /// How address-space changes are seen.
+    #[arg(long, value_enum, default_value_t = Brackets::Best)]
+    pub brackets: Brackets,
+}
+
+/// Options of `info`.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct InfoArgs {
+    /// The host's levels.
+    #[command(flatten)]
+    pub live: LiveArgs,
+    /// How results are shown.
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// Options of `run`.
@@ -75,9 +97,9 @@ pub struct RunArgs {
     /// Where faults are served: on the faulting unit, or by a thread.
     #[arg(long, value_enum, default_value_t = Service::Inline)]
     pub fault_service: Service,
-    /// How address-space changes are seen.
-    #[arg(long, value_enum, default_value_t = Brackets::Best)]
-    pub brackets: Brackets,
+    /// The host's levels.
+    #[command(flatten)]
+    pub live: LiveArgs,
     /// Seed of everything random.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
@@ -144,13 +166,30 @@ pub enum Service {
     Queue,
 }
 
+/// Which touches of memory that is on the device are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Level {
+    /// The best that the system allows.
+    Best,
+    /// Those by the program and by system calls.
+    Full,
+    /// Those by the program.
+    UserModeOnly,
+    /// Those by the program on allocations of its own, without userfaultfd.
+    Mprotect,
+    /// None, without userfaultfd: nothing migrates by itself.
+    Explicit,
+}
+
 /// How address-space changes are seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Brackets {
-    /// Patched, or events where patching is impossible.
+    /// Patched; where that is impossible by symbols, or events.
     Best,
     /// By patched system-call sites, or not at all.
     Patched,
+    /// By symbols of this program in place of the C library's.
+    Symbols,
     /// By userfaultfd events, after they happened.
     Events,
 }
@@ -173,19 +212,43 @@ impl fmt::Display for OneLine<'_> {
     }
 }
 
+/// The name of an option's value, as it is written on the command line.
+#[must_use]
+pub fn value_name(value: impl ValueEnum) -> Option<String> {
+    Some(value.to_possible_value()?.get_name().to_owned())
+}
+
 fn parse_size(text: &str) -> Result<u64, String> {
     size::parse(text).map_err(|error| error.to_string())
+}
+
+impl LiveArgs {
+    /// The host's configuration.
+    #[must_use]
+    pub fn config(self) -> LiveConfig {
+        LiveConfig {
+            level: match self.level {
+                Level::Best => LevelChoice::Best,
+                Level::Full => LevelChoice::Forced(FaultLevel::Full),
+                Level::UserModeOnly => LevelChoice::Forced(FaultLevel::UserModeOnly),
+                Level::Mprotect => LevelChoice::Forced(FaultLevel::Mprotect),
+                Level::Explicit => LevelChoice::Forced(FaultLevel::Explicit),
+            },
+            brackets: match self.brackets {
+                Brackets::Best => BracketChoice::Best,
+                Brackets::Patched => BracketChoice::Patched,
+                Brackets::Symbols => BracketChoice::Symbols,
+                Brackets::Events => BracketChoice::Events,
+            },
+            ..LiveConfig::default()
+        }
+    }
 }
 
 impl RunArgs {
     /// The machine that these options ask for, with `vram` bytes of device memory.
     #[must_use]
     pub fn machine(&self, vram: u64) -> MachineConfig {
-        let brackets = match self.brackets {
-            Brackets::Best => BracketChoice::Best,
-            Brackets::Patched => BracketChoice::Patched,
-            Brackets::Events => BracketChoice::Events,
-        };
         MachineConfig {
             vram,
             units: self.threads,
@@ -197,10 +260,7 @@ impl RunArgs {
                 Service::Inline => ServiceMode::Inline,
                 Service::Queue => ServiceMode::Queue,
             },
-            live: LiveConfig {
-                brackets,
-                ..Default::default()
-            },
+            live: self.live.config(),
             seed: self.seed,
             timeline: self.report.is_some(),
             plant_stale_tlb: self.planted == Some(Planted::Tlb),

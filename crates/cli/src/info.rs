@@ -1,27 +1,58 @@
 //! `gpusvm info`: what this machine and kernel allow, and what follows for the user.
 
+use std::fmt;
 use std::io::{self, Write};
 use std::sync::Arc;
 
 use gpusvm_live::{Facts, LiveConfig, LiveEnv, LiveSpace, RuntimeScope, probe, thread};
 use serde_json::{Value, json};
 
-use crate::args::OutputArgs;
+use crate::args::InfoArgs;
 use crate::size;
 use crate::table::Table;
 
 /// Prints the facts, and the levels that a live space would have here.
 ///
 /// # Errors
-/// Standard output is closed.
-pub fn info(output: OutputArgs, out: &mut dyn Write) -> io::Result<()> {
+/// A level that is insisted on cannot be had, or standard output is closed.
+pub fn info(args: InfoArgs, out: &mut dyn Write) -> Result<(), InfoError> {
     let facts = probe();
-    let levels = levels();
-    if output.json {
-        return writeln!(out, "{:#}", as_json(&facts, &levels));
+    let config = args.live.config();
+    let levels = match levels(&config) {
+        Err(why) if config != LiveConfig::default() => return Err(InfoError::Refused(why)),
+        levels => levels,
+    };
+    print(args, &facts, &levels, out).map_err(|_closed| InfoError::Output)
+}
+
+/// `info` failed.
+#[derive(Debug)]
+pub enum InfoError {
+    /// What was insisted on cannot be had; why.
+    Refused(String),
+    /// Standard output is closed.
+    Output,
+}
+
+impl fmt::Display for InfoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(why) => f.write_str(why),
+            Self::Output => f.write_str("standard output is closed"),
+        }
+    }
+}
+
+impl std::error::Error for InfoError {}
+
+type Levels = Result<[String; 4], String>;
+
+fn print(args: InfoArgs, facts: &Facts, levels: &Levels, out: &mut dyn Write) -> io::Result<()> {
+    if args.output.json {
+        return writeln!(out, "{:#}", as_json(facts, levels));
     }
     let mut table = Table::new(&["what", "here"]);
-    for (what, here) in rows(&facts) {
+    for (what, here) in rows(facts) {
         table.row(vec![what.to_owned(), here]);
     }
     writeln!(out, "{table}")?;
@@ -32,7 +63,7 @@ pub fn info(output: OutputArgs, out: &mut dyn Write) -> io::Result<()> {
         }
         Err(why) => writeln!(out, "a live space cannot be opened here: {why}")?,
     }
-    for advice in advice(&facts) {
+    for advice in advice(facts) {
         writeln!(out, "note: {advice}")?;
     }
     Ok(())
@@ -75,15 +106,15 @@ fn rows(facts: &Facts) -> Vec<(&'static str, String)> {
 }
 
 /// Names and limits of the fault level and the bracket level, found by opening a space.
-fn levels() -> Result<[String; 4], String> {
+fn levels(config: &LiveConfig) -> Levels {
     let open = || {
         let env = LiveEnv::new(0);
-        let space = LiveSpace::open(&LiveConfig::default(), Arc::clone(&env), Arc::new(()))
+        let space = LiveSpace::open(config, Arc::clone(&env), Arc::new(()))
             .map_err(|error| error.to_string())?;
         let level = space.level();
         let names = [
-            level.uffd.name(),
-            level.uffd.limits(),
+            level.faults.name(),
+            level.faults.limits(),
             level.bracket.name(),
             level.bracket.limits(),
         ];
@@ -114,7 +145,7 @@ fn advice(facts: &Facts) -> Vec<&'static str> {
     advice
 }
 
-fn as_json(facts: &Facts, levels: &Result<[String; 4], String>) -> Value {
+fn as_json(facts: &Facts, levels: &Levels) -> Value {
     let host = match levels {
         Ok([level, fault_limits, bracket, bracket_limits]) => json!({
             "kind": "live", "level": level, "bracket": bracket,

@@ -25,7 +25,7 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error, error.exit_code()),
         },
-        Command::Info(output) => match info::info(output, &mut out) {
+        Command::Info(args) => match info::info(args, &mut out) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error, 1),
         },

@@ -7,7 +7,7 @@ use gpusvm_live::Level;
 use gpusvm_xe::stats::{Counter, DeviceStats};
 use serde_json::{Map, Value, json};
 
-use crate::args::RunArgs;
+use crate::args::{RunArgs, value_name};
 use crate::size;
 use crate::timeline::{Columns, Timeline};
 
@@ -88,11 +88,11 @@ impl Picture {
 pub fn host_json(level: &Level, facts: &gpusvm_live::Facts) -> Value {
     json!({
         "kind": "live",
-        "level": level.uffd.name(),
+        "level": level.faults.name(),
         "bracket": level.bracket.name(),
         "thp": facts.thp,
         "kernel": facts.kernel,
-        "not_covered": [level.uffd.limits(), level.bracket.limits()],
+        "not_covered": [level.faults.limits(), level.bracket.limits()],
     })
 }
 
@@ -105,6 +105,8 @@ pub fn config_json(args: &RunArgs, size: u64, vram: u64) -> Value {
         "threads": args.threads,
         "migration": format!("{:?}", args.migration).to_lowercase(),
         "fault_service": format!("{:?}", args.fault_service).to_lowercase(),
+        "level": value_name(args.live.level),
+        "brackets": value_name(args.live.brackets),
         "seed": args.seed,
         "input": args.input.as_ref().map(|path| path.display().to_string()),
     })

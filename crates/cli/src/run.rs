@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use gpusvm_abi::bus::Park;
-use gpusvm_live::{LiveEnv, RuntimeScope, memory_available, probe};
+use gpusvm_live::{LiveEnv, RuntimeScope, allocate_for, memory_available, probe};
 
 use crate::args::RunArgs;
 use crate::folder::{self, Folder, FolderError};
@@ -209,6 +209,9 @@ fn run_one(
         seed: args.seed,
         input: args.input.clone(),
     };
+    // Where only the program's own allocations migrate, the data has to be some.
+    let refused = |error| RunError::Machine(MachineError::Host(error));
+    allocate_for(&args.live.config()).map_err(refused)?;
     let mut data = workload.prepare(&order).map_err(RunError::Prepare)?;
     let machine = Machine::start(args.machine(vram)).map_err(RunError::Machine)?;
     let clock = Stopwatch::start();

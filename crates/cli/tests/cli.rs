@@ -162,6 +162,97 @@ fn user_without_privilege_gets_the_lower_level_or_a_reason() {
     assert_eq!(limits, Some(2), "a level says what it does not cover");
 }
 
+/// Asserts that a run at `level` verifies and names it, and that `info` does.
+fn assert_level(level: &str) {
+    let size = ["--size", "24M", "--vram", "6M", "--json"];
+    let run = output(&[&["run", "stream", "--level", level][..], &size].concat());
+    if refused(&run) {
+        return;
+    }
+    let object: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+    assert_eq!(object["verified"], true);
+    assert_eq!(object["host"]["level"], level);
+    assert_eq!(object["config"]["level"], level);
+    let info = output(&["info", "--json", "--level", level]);
+    let object: Value = serde_json::from_slice(&info.stdout).expect("one JSON object");
+    assert_eq!(object["host"]["level"], level);
+    assert!(object["host"]["not_covered"][0].is_string());
+}
+
+#[test]
+fn forced_level_is_the_one_in_use_and_named() {
+    assert_level("full");
+    assert_level("user-mode-only");
+    assert_level("mprotect");
+    assert_level("explicit");
+}
+
+#[test]
+fn data_migrates_without_userfaultfd_where_it_may() {
+    let moved = |level: &str| {
+        let args = ["run", "stream", "--size", "24M", "--vram", "6M", "--json"];
+        let run = output(&[&args[..], &["--level", level]].concat());
+        let object: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+        assert_eq!(object["verified"], true, "{level}");
+        object["stats"]["svm_device_copy_kb"].as_u64()
+    };
+    if refused(&output(&["info", "--level", "mprotect"])) {
+        return;
+    }
+    assert!(
+        moved("mprotect") > Some(16 << 10),
+        "all arrays, more than once"
+    );
+    assert_eq!(moved("explicit"), Some(0));
+}
+
+#[test]
+fn forced_brackets_are_those_in_use_and_named() {
+    for brackets in ["patched", "symbols", "events"] {
+        let args = ["run", "stream", "--size", "24M", "--vram", "6M", "--json"];
+        let run = output(&[&args[..], &["--brackets", brackets]].concat());
+        if refused(&run) {
+            return;
+        }
+        let object: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+        assert_eq!(object["verified"], true, "{brackets}");
+        assert_eq!(object["host"]["bracket"], brackets);
+        assert_eq!(object["config"]["brackets"], brackets);
+        let info = output(&["info", "--json", "--brackets", brackets]);
+        let object: Value = serde_json::from_slice(&info.stdout).expect("one JSON object");
+        assert_eq!(object["host"]["bracket"], brackets);
+    }
+}
+
+#[test]
+fn brackets_that_a_level_cannot_have_are_told() {
+    let said = text(&output(&["info", "--level", "mprotect", "--brackets", "events"]).stderr);
+    assert!(said.contains("take other brackets"), "{said}");
+}
+
+#[test]
+fn forced_level_that_is_refused_is_told_in_one_line() {
+    for what in [&["run", "stream", "--size", "24M"][..], &["info"]] {
+        let mut command = gpusvm(&[what, &["--level", "full"]].concat());
+        let output = match command.uid(NOBODY).gid(NOBODY).output() {
+            Ok(output) => output,
+            Err(error) => {
+                println!("skipped: another user cannot run the command: {error}");
+                return;
+            }
+        };
+        if output.status.success() {
+            println!("skipped: every user may have the level here");
+            return;
+        }
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains("level full is refused"), "{said}");
+        assert!(said.contains("take level user-mode-only"), "{said}");
+    }
+}
+
 #[test]
 fn unreadable_input_is_told_to_a_user_without_privilege() {
     use std::os::unix::fs::PermissionsExt;

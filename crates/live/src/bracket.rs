@@ -28,10 +28,12 @@ use gpusvm::seam::env::Mutex;
 use gpusvm::seam::mm::InvalidateReason;
 
 use crate::env::LiveEnv;
-use crate::level::{BracketChoice, BracketLevel, OpenError};
+use crate::level::{BracketChoice, BracketLevel, FaultLevel, OpenError};
 use crate::residency::{Piece, everything};
 use crate::space::LiveSpace;
-use crate::sys::patch::{self, BracketHook, Call, Patches, SysCall};
+use crate::sys::heap;
+use crate::sys::patch::{self, BracketHook, Call, PatchError, Patches, SysCall};
+use crate::sys::symbols;
 use crate::watch::Suspended;
 
 /// The space that brackets work for. The one piece of process-wide state: patched code has no
@@ -46,29 +48,55 @@ static SERVICE: Service = Service {
     patches: Mutex::<LiveEnv, _>::new(None),
 };
 
-/// Patches the system-call sites as far as `choice` asks for it and the process allows it.
+/// Sees to it that calls come by here as far as `choice` asks for it and the process allows it.
 ///
 /// # Errors
-/// [`OpenError::AlreadyOpen`], or the reason why patching failed where `choice` insists on it.
-pub(crate) fn attach(choice: BracketChoice) -> Result<BracketLevel, OpenError> {
+/// [`OpenError::AlreadyOpen`], or the reason why what `choice` insists on cannot be had.
+pub(crate) fn attach(choice: BracketChoice, faults: FaultLevel) -> Result<BracketLevel, OpenError> {
     if SERVICE.space.lock().strong_count() > 0 {
         return Err(OpenError::AlreadyOpen);
     }
-    if choice == BracketChoice::Events {
-        return Ok(BracketLevel::Events { why: None });
-    }
-    let mut patches = SERVICE.patches.lock();
-    if patches.is_some() {
-        return Ok(BracketLevel::Patched);
-    }
-    match patch::install(&SERVICE) {
-        Ok(installed) => {
-            *patches = Some(installed);
-            Ok(BracketLevel::Patched)
+    if !faults.has_uffd() {
+        if choice == BracketChoice::Events {
+            return Err(OpenError::NoEvents(faults));
         }
-        Err(why) if choice == BracketChoice::Patched => Err(OpenError::CannotPatch(why)),
-        Err(why) => Ok(BracketLevel::Events { why: Some(why) }),
+        // The heap's own changes come by this way.
+        patch::lead_calls(&SERVICE).map_err(OpenError::CannotPatch)?;
     }
+    match choice {
+        BracketChoice::Events => Ok(BracketLevel::Events { why: None }),
+        BracketChoice::Symbols => lead_symbols(None)?.ok_or(OpenError::NoSymbols),
+        BracketChoice::Patched => patch_sites()
+            .map(|()| BracketLevel::Patched)
+            .map_err(OpenError::CannotPatch),
+        BracketChoice::Best => match patch_sites() {
+            Ok(()) => Ok(BracketLevel::Patched),
+            Err(why) => Ok(lead_symbols(Some(why.clone()))?.unwrap_or_else(|| {
+                if faults.has_uffd() {
+                    BracketLevel::Events { why: Some(why) }
+                } else {
+                    BracketLevel::Owner { why }
+                }
+            })),
+        },
+    }
+}
+
+fn patch_sites() -> Result<(), PatchError> {
+    let mut patches = SERVICE.patches.lock();
+    if patches.is_none() {
+        *patches = Some(patch::install(&SERVICE)?);
+    }
+    Ok(())
+}
+
+/// Lets the program's symbols lead here, if there are any.
+fn lead_symbols(why: Option<PatchError>) -> Result<Option<BracketLevel>, OpenError> {
+    if !symbols::are_exported() {
+        return Ok(None);
+    }
+    patch::lead_calls(&SERVICE).map_err(OpenError::CannotPatch)?;
+    Ok(Some(BracketLevel::Symbols { why }))
 }
 
 /// From now on brackets work for `space`.
@@ -84,6 +112,7 @@ pub(crate) fn current_space() -> Option<Arc<LiveSpace>> {
 /// Brackets work for nobody; the system-call sites get their own bytes back.
 pub(crate) fn leave_service() {
     *SERVICE.space.lock() = Weak::new();
+    patch::lead_no_calls();
     let patches = SERVICE.patches.lock().take();
     if let Some(patches) = patches {
         patches.restore();
@@ -300,7 +329,9 @@ impl LiveSpace {
     /// Nothing in the span travels, and nothing in it is away but what is returned: recalled, to be
     /// dropped.
     fn clear_the_way(&self, span: HostSpan, effect: Effect) -> Vec<Piece> {
-        if !effect.destroys() {
+        // Advice that drops private pages keeps those of the heap, which are a file's.
+        let keeps = effect == Effect::Clear && heap::overlaps(span);
+        if !effect.destroys() || keeps {
             self.bring_home(span, HomeCause::SpaceChange);
             return Vec::new();
         }

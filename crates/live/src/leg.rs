@@ -1,8 +1,11 @@
-//! Legs: how up to 2 MiB of pages leave a mapping and come back, by `UFFDIO_MOVE`.
+//! Legs: how up to 2 MiB of pages leave a mapping and come back.
 //!
 //! ```text
 //!   mapping  ── leave ──▶  parked: device memory, or a staging slot  ── come in ──▶  mapping
+//!   view     ── close ──▶  parked: the alias of the same pages       ── open ──────▶  view
 //! ```
+//!
+//! The first kind goes by `UFFDIO_MOVE`; the second one is for the [`heap`], without userfaultfd.
 //!
 //! Nothing in here knows what a leg is for. The page tables decide what has moved, not the system's
 //! answers: see `LiveSpace::stayed`.
@@ -18,6 +21,7 @@ use crate::shard::ShardId;
 use crate::space::LiveSpace;
 use crate::staging::{Kind, Left, Slot};
 use crate::sys::fault_copy;
+use crate::sys::heap;
 use crate::sys::uffd::{Moved, Uffd};
 
 /// Why pages did not leave.
@@ -75,6 +79,17 @@ pub(crate) struct Mapping {
     pub(crate) left_at: u64,
 }
 
+/// By which way pages leave and return.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Road {
+    /// A MOVE into memory that is the device's.
+    Straight,
+    /// A MOVE into a slot, from which they are copied.
+    Through(Slot),
+    /// They stay where they are and are copied; their view is closed meanwhile.
+    Closed,
+}
+
 /// Up to 2 MiB of user memory and the place outside of it where its pages stay meanwhile.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Leg {
@@ -82,7 +97,7 @@ pub(crate) struct Leg {
     pub(crate) parked: HostVa,
     /// Where the pages are from.
     pub(crate) from: Mapping,
-    pub(crate) slot: Option<Slot>,
+    pub(crate) road: Road,
     /// What the slot holds when the leg is over.
     pub(crate) left: Left,
 }
@@ -94,8 +109,27 @@ impl Leg {
             user,
             parked,
             from,
-            slot: None,
+            road: Road::Straight,
             left: Left::Nothing,
+        }
+    }
+
+    /// A leg of memory of the heap.
+    pub(crate) fn closed(user: HostSpan, from: Mapping) -> Self {
+        Self {
+            user,
+            from,
+            parked: heap::alias_of(user.start()),
+            road: Road::Closed,
+            left: Left::Nothing,
+        }
+    }
+
+    /// The slot that it passes through.
+    pub(crate) const fn slot(&self) -> Option<Slot> {
+        match self.road {
+            Road::Through(slot) => Some(slot),
+            Road::Straight | Road::Closed => None,
         }
     }
 
@@ -121,7 +155,7 @@ impl Leg {
             user,
             parked: slot.at.plus(inside),
             from,
-            slot: Some(slot),
+            road: Road::Through(slot),
             left: Left::Little,
         }
     }
@@ -155,6 +189,9 @@ impl LiveSpace {
     /// Moves the pages of a leg out of the mapping. Its place outside is empty at first, so on
     /// refusal whatever is there has to come back.
     pub(crate) fn leave(&self, leg: &Leg) -> Result<(), Refused> {
+        if matches!(leg.road, Road::Closed) {
+            return heap::close(leg.user).map_err(|_too_many_mappings| Refused::Mapping);
+        }
         if self.skip_freeze.load(Ordering::Relaxed) {
             return self.leave_unfrozen(leg);
         }
@@ -240,6 +277,9 @@ impl LiveSpace {
     /// Moves parked pages of one leg into the mapping. What no longer fits there is dropped, as
     /// the kernel drops a device page whose mapping is gone.
     pub(crate) fn come_in(&self, leg: &Leg) {
+        if matches!(leg.road, Road::Closed) {
+            return self.reopen(leg);
+        }
         let mut lost = Lost::default();
         let mut rest = leg.parked_span();
         let mut patience = Patience::new();
@@ -305,6 +345,22 @@ impl LiveSpace {
     fn move_in(&self, from: Mapping, to: HostVa, parked: HostSpan) -> Moved {
         let uffd = self.watch.shards.uffd(from.shard);
         uffd.move_pages(to, parked)
+    }
+
+    /// Gives the view of a leg back. Refused for want of mappings, which another thread may give
+    /// back, and for good where the block is gone.
+    fn reopen(&self, leg: &Leg) {
+        let mut patience = Patience::new();
+        while heap::open(leg.user).is_err() {
+            if patience.is_over(leg.user.start()) {
+                self.emit(&Event::HostGone {
+                    span: leg.user,
+                    pages: leg.user.pages(),
+                });
+                return;
+            }
+            rustix::thread::sched_yield();
+        }
     }
 
     /// Deals with one parked page that MOVE refuses; returns where to go on. A read-only mapping

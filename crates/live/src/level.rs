@@ -4,6 +4,7 @@ use core::fmt;
 
 use rustix::io::Errno;
 
+use crate::sys::heap;
 use crate::sys::patch::PatchError;
 use crate::sys::thread::SpawnError;
 use crate::sys::uffd::{Features, OpenMode, Uffd};
@@ -11,6 +12,8 @@ use crate::sys::uffd::{Features, OpenMode, Uffd};
 /// How a [`LiveSpace`](crate::LiveSpace) is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LiveConfig {
+    /// Which faults of the CPU to serve.
+    pub level: LevelChoice,
     /// Which brackets to use.
     pub brackets: BracketChoice,
     /// How watched memory is spread over userfaultfds.
@@ -38,34 +41,85 @@ impl Sharding {
     }
 }
 
+/// Wish about faults.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LevelChoice {
+    /// The best that the system allows.
+    #[default]
+    Best,
+    /// This one, or an error.
+    Forced(FaultLevel),
+}
+
+impl LevelChoice {
+    /// Whether `level` will do.
+    const fn takes(self, level: FaultLevel) -> bool {
+        match self {
+            Self::Best => true,
+            Self::Forced(only) => only as u8 == level as u8,
+        }
+    }
+}
+
 /// Wish about brackets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BracketChoice {
-    /// Patched system-call sites, or events where the process cannot be patched.
+    /// Patched system-call sites; where the process cannot be patched symbols, and without them
+    /// events.
     #[default]
     Best,
     /// Patched system-call sites, or an error.
     Patched,
+    /// Symbols of this program, or an error.
+    Symbols,
     /// Events only.
     Events,
 }
 
-/// What userfaultfd allows.
+/// Which touches of memory that is away are served. Best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UffdLevel {
+pub enum FaultLevel {
     /// Faults of the CPU in user and in kernel mode are served.
     Full,
     /// Faults in user mode are served; system calls on memory that is away answer `EFAULT`.
     UserModeOnly,
+    /// Without userfaultfd: memory of the program's allocator is closed while it is away, and a touch
+    /// is served by a signal handler.
+    Mprotect,
+    /// Without userfaultfd and signals: memory of the program's allocator migrates by calls of the
+    /// program only, and must be called home before it is touched.
+    Explicit,
 }
 
-impl UffdLevel {
+impl FaultLevel {
+    /// Whether pages leave and return by userfaultfd, rather than through the migratable heap.
+    pub(crate) const fn has_uffd(self) -> bool {
+        matches!(self, Self::Full | Self::UserModeOnly)
+    }
+
     /// Name, as reports show it.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Full => "full",
             Self::UserModeOnly => "user-mode-only",
+            Self::Mprotect => "mprotect",
+            Self::Explicit => "explicit",
+        }
+    }
+
+    /// What to do where the system refuses it.
+    const fn remedy(self) -> &'static str {
+        match self {
+            Self::Full => {
+                "run as root, set vm.unprivileged_userfaultfd=1, or take level user-mode-only"
+            }
+            Self::UserModeOnly => {
+                "allow the system call userfaultfd in the container's seccomp profile"
+            }
+            Self::Mprotect | Self::Explicit => {
+                "allow the system call memfd_create, and 512 GiB of address space (ulimit -v)"
+            }
         }
     }
 
@@ -78,6 +132,16 @@ impl UffdLevel {
                 "system calls on memory that is on a device fail with EFAULT; touch it first. \
                  Children of a raw clone read zeros there"
             }
+            Self::Mprotect => {
+                "only allocations of 64 KiB and more that this program makes by its allocator after \
+                 the level was chosen migrate, by copying; children do not have them; pages pinned \
+                 by the system must not migrate; system calls on memory that is on a device fail \
+                 with EFAULT"
+            }
+            Self::Explicit => {
+                "as level mprotect, and nothing migrates by itself: a touch of memory that the \
+                 program has sent to a device and not brought home is a SIGSEGV"
+            }
         }
     }
 }
@@ -87,10 +151,20 @@ impl UffdLevel {
 pub enum BracketLevel {
     /// Before they happen, by patched system-call sites.
     Patched,
+    /// Before they happen, by symbols of this program that stand for those of the C library.
+    Symbols {
+        /// Why not better; `None` where it was asked for.
+        why: Option<PatchError>,
+    },
     /// After they happened, by userfaultfd events.
     Events {
         /// Why not better; `None` where it was asked for.
         why: Option<PatchError>,
+    },
+    /// Where the program's allocator makes them: there is no userfaultfd that would tell of others.
+    Owner {
+        /// Why not better.
+        why: PatchError,
     },
 }
 
@@ -100,7 +174,9 @@ impl BracketLevel {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Patched => "patched",
+            Self::Symbols { .. } => "symbols",
             Self::Events { .. } => "events",
+            Self::Owner { .. } => "owner",
         }
     }
 
@@ -111,8 +187,16 @@ impl BracketLevel {
             Self::Patched => {
                 "raw system calls that bypass libc are seen late, by events, and counted"
             }
+            Self::Symbols { .. } => {
+                "calls inside the C library, those of free() among them, and raw system calls are \
+                 seen late, by events, and counted; without userfaultfd they are not seen"
+            }
             Self::Events { .. } => {
                 "changes are seen after they happened; mprotect is not seen at all"
+            }
+            Self::Owner { .. } => {
+                "changes other than by the program's allocator are not seen: a device uses what is \
+                 mapped where it was told to"
             }
         }
     }
@@ -121,8 +205,8 @@ impl BracketLevel {
 /// What is in use.
 #[derive(Debug)]
 pub struct Level {
-    /// Faults.
-    pub uffd: UffdLevel,
+    /// Touches of memory that is away.
+    pub faults: FaultLevel,
     /// Address-space changes.
     pub bracket: BracketLevel,
 }
@@ -146,8 +230,19 @@ pub enum OpenError {
     NoRuntimeAllocator,
     /// userfaultfd is refused.
     NoUffd(Errno),
+    /// A level was insisted on that the system refuses.
+    NoLevel {
+        /// Which.
+        level: FaultLevel,
+        /// The system's answer.
+        errno: Errno,
+    },
     /// userfaultfd has no `UFFDIO_MOVE`.
     NoMove,
+    /// Symbols were insisted on, and the program's are not those that its libraries find.
+    NoSymbols,
+    /// Events were insisted on at a level that has none.
+    NoEvents(FaultLevel),
     /// Patching was insisted on and failed.
     CannotPatch(PatchError),
     /// A step failed.
@@ -193,8 +288,23 @@ impl fmt::Display for OpenError {
                 "userfaultfd is refused ({errno}): run as root, set vm.unprivileged_userfaultfd=1, \
                  or allow the system call in the container's seccomp profile"
             ),
+            Self::NoLevel { level, errno } => write!(
+                f,
+                "level {} is refused ({errno}): {}",
+                level.name(),
+                level.remedy()
+            ),
             Self::NoMove => f.write_str(
                 "userfaultfd has no UFFDIO_MOVE: a Linux kernel of at least 6.8 is needed",
+            ),
+            Self::NoSymbols => f.write_str(
+                "this program does not export the C library's address-space calls: build it with \
+                 gpusvm-live's feature `symbols`, or take other brackets",
+            ),
+            Self::NoEvents(level) => write!(
+                f,
+                "level {} has no userfaultfd whose events could be read: take other brackets",
+                level.name()
             ),
             Self::CannotPatch(why) => write!(f, "{why}"),
             Self::Os { step, errno } => write!(f, "cannot {step}: {errno}"),
@@ -204,61 +314,114 @@ impl fmt::Display for OpenError {
 
 impl core::error::Error for OpenError {}
 
-/// The descriptors of a space, and the level they have.
+/// Finds the level that `config` gives here, and lets this program's allocator make allocations that
+/// migrate at that level: call it before the data is allocated, and open the space with the same
+/// configuration. At levels with userfaultfd all memory migrates, and this changes nothing.
+///
+/// # Errors
+/// As [`LiveSpace::open`](crate::LiveSpace::open), where a level is insisted on.
+pub fn allocate_for(config: &LiveConfig) -> Result<FaultLevel, OpenError> {
+    let level = Descriptors::open(config)?.level;
+    if level.has_uffd() {
+        heap::stop_allocating();
+    } else {
+        heap::start_allocating();
+    }
+    Ok(level)
+}
+
+/// The descriptors of a space, and the level they have. Levels without userfaultfd have descriptors
+/// that refuse everything.
 pub(crate) struct Descriptors {
     /// For user memory, with events: one per shard.
     pub(crate) user: Vec<Uffd>,
     /// For staging and device memory.
     pub(crate) staging: Uffd,
-    pub(crate) level: UffdLevel,
+    pub(crate) level: FaultLevel,
 }
 
 impl Descriptors {
-    /// Opens them at the best level that there is.
-    pub(crate) fn open(sharding: Sharding) -> Result<Self, OpenError> {
-        // News of clones needs a privilege more than the mode does.
-        let with_forks = Features::EVENTS.and(Features::FORK);
-        let attempts = [
-            (OpenMode::Full, with_forks, UffdLevel::Full),
-            (OpenMode::Full, Features::EVENTS, UffdLevel::Full),
-            (
-                OpenMode::UserModeOnly,
-                Features::EVENTS,
-                UffdLevel::UserModeOnly,
-            ),
+    /// Opens them at the best level that `config` takes.
+    pub(crate) fn open(config: &LiveConfig) -> Result<Self, OpenError> {
+        const LADDER: [FaultLevel; 4] = [
+            FaultLevel::Full,
+            FaultLevel::UserModeOnly,
+            FaultLevel::Mprotect,
+            FaultLevel::Explicit,
         ];
         let mut refused = None;
-        for (mode, features, level) in attempts {
-            match Uffd::open(mode, features) {
-                Ok(first) if !first.features().contains(Features::MOVE) => {
-                    return Err(OpenError::NoMove);
-                }
-                Ok(first) => return Self::with(first, sharding, mode, features, level),
-                Err(errno) => refused = refused.or(Some(errno)),
+        for level in LADDER
+            .into_iter()
+            .filter(|level| config.level.takes(*level))
+        {
+            match Self::at(level, config.sharding) {
+                Ok(descriptors) => return Ok(descriptors),
+                // The first refusal names the privilege that helps most.
+                Err(why) => refused = refused.or(Some((level, why))),
             }
         }
-        Err(OpenError::NoUffd(refused.unwrap_or(Errno::PERM)))
+        Err(match (config.level, refused) {
+            (_, None) => OpenError::NoMove,
+            (_, Some((_, Refusal::NoMove))) => OpenError::NoMove,
+            (LevelChoice::Forced(_), Some((level, Refusal::Os(errno)))) => {
+                OpenError::NoLevel { level, errno }
+            }
+            (LevelChoice::Best, Some((_, Refusal::Os(errno)))) => OpenError::NoUffd(errno),
+        })
     }
 
-    fn with(
-        first: Uffd,
-        sharding: Sharding,
-        mode: OpenMode,
-        features: Features,
-        level: UffdLevel,
-    ) -> Result<Self, OpenError> {
+    fn at(level: FaultLevel, sharding: Sharding) -> Result<Self, Refusal> {
+        let user_mode = || Uffd::open(OpenMode::UserModeOnly, Features::EVENTS);
+        let (open, mode): (&dyn Fn() -> _, _) = match level {
+            FaultLevel::Full => (&open_full, OpenMode::Full),
+            FaultLevel::UserModeOnly => (&user_mode, OpenMode::UserModeOnly),
+            FaultLevel::Mprotect | FaultLevel::Explicit => {
+                heap::prepare()?;
+                return Ok(Self {
+                    user: vec![Uffd::none()?],
+                    staging: Uffd::none()?,
+                    level,
+                });
+            }
+        };
+        let first = open()?;
+        if !first.features().contains(Features::MOVE) {
+            return Err(Refusal::NoMove);
+        }
         let staging = match sharding {
-            Sharding::Arenas => Uffd::open(mode, Features::NONE),
-            Sharding::None => first.another(),
+            Sharding::Arenas => Uffd::open(mode, Features::NONE)?,
+            Sharding::None => first.another()?,
         };
         let mut user = vec![first];
         while user.len() < sharding.shards() {
-            user.push(Uffd::open(mode, features).map_err(OpenError::NoUffd)?);
+            user.push(open()?);
         }
         Ok(Self {
             user,
-            staging: staging.map_err(OpenError::NoUffd)?,
+            staging,
             level,
         })
     }
 }
+
+/// Why a level cannot be had.
+#[derive(Clone, Copy, Debug)]
+enum Refusal {
+    Os(Errno),
+    NoMove,
+}
+
+impl From<Errno> for Refusal {
+    fn from(errno: Errno) -> Self {
+        Self::Os(errno)
+    }
+}
+
+/// News of clones needs a privilege more than the mode does.
+fn open_full() -> Result<Uffd, Errno> {
+    Uffd::open(OpenMode::Full, Features::EVENTS.and(Features::FORK))
+        .or_else(|_forbidden| Uffd::open(OpenMode::Full, Features::EVENTS))
+}
+
+#[cfg(test)]
+mod tests;

@@ -6,8 +6,8 @@
 //! | `mappings` | the process's mappings, as the framework sees them |
 //! | `residency` | which pages are away, or on their way |
 //! | `watch` | which mappings raise faults and brackets |
-//! | `migrate`, `leg`, `staging` | pages leave and return by `UFFDIO_MOVE` |
-//! | `reader` | the thread that serves CPU faults |
+//! | `migrate`, `leg`, `staging` | pages leave and return, by `UFFDIO_MOVE` or through the migratable heap |
+//! | `reader`, `in_thread` | CPU faults are served, by a thread or where they occur |
 //! | `bracket` | address-space calls, seen before they happen |
 //! | `fork`, `attendant` | what children get, and dying processes |
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
@@ -32,6 +32,7 @@ mod attendant;
 mod bracket;
 mod env;
 mod fork;
+mod in_thread;
 mod leg;
 mod level;
 mod mappings;
@@ -51,7 +52,10 @@ mod watch;
 mod yardstick;
 
 pub use env::LiveEnv;
-pub use level::{BracketChoice, BracketLevel, Level, LiveConfig, OpenError, Sharding, UffdLevel};
+pub use level::{
+    BracketChoice, BracketLevel, FaultLevel, Level, LevelChoice, LiveConfig, OpenError, Sharding,
+    allocate_for,
+};
 pub use migrate::LiveMigration;
 pub use space::LiveSpace;
 pub use stall::{ReaderState, ThreadState, Wait, lies_in, threads};

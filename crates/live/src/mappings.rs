@@ -11,7 +11,9 @@ use gpusvm::seam::mm::{Vma, VmaKind};
 use gpusvm::seam::env::Mutex;
 
 use crate::env::LiveEnv;
+use crate::residency::State;
 use crate::space::LiveSpace;
+use crate::sys::heap;
 use crate::sys::procmap::{MapInfo, NameKind, Sharing};
 use crate::sys::thread;
 
@@ -93,10 +95,9 @@ impl LiveSpace {
 
     /// As [`vma_around`](Self::vma_around), from the system.
     fn look_up(&self, at: HostVa) -> Option<Vma> {
-        let found = self.procmap.query(at).ok()??;
-        let mut vma = vma_of(&found);
+        let mut vma = self.query(at)?;
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
-        if vma.span.covers(block) || !self.watch.may_be_cut(block) {
+        if vma.span.covers(block) || !self.may_be_cut(block) {
             return Some(vma);
         }
         while vma.span.contains(at) && vma.span.start() > block.start() {
@@ -113,6 +114,53 @@ impl LiveSpace {
             vma.span = vma.span.join(other);
         }
         Some(vma)
+    }
+
+    /// The mapping at `at` or behind it, as the system has it; but where the view of the heap is
+    /// closed, as it was before.
+    fn query(&self, at: HostVa) -> Option<Vma> {
+        if self.level().faults.has_uffd() {
+            return Some(vma_of(&self.procmap.query(at).ok()??));
+        }
+        // Views are closed and opened while the table names their span: it must not change between
+        // the two looks.
+        let table = self.residency.lock();
+        let found = self.procmap.query(at).ok()??;
+        let mut vma = vma_of(&found);
+        if !heap::is_block(found.span.start(), found.inode) {
+            vma.kind = match vma.kind {
+                VmaKind::Anonymous => VmaKind::InPlace,
+                other => other,
+            };
+            return Some(vma);
+        }
+        let at = at.max(vma.span.start());
+        for (away, state) in table.overlapping(vma.span) {
+            if matches!(state, State::Claimed) {
+                continue;
+            }
+            if away.contains(at) {
+                (vma.span, vma.read, vma.write) = (away, true, true);
+                break;
+            }
+            vma.span = if away.end() <= at {
+                HostSpan::new(away.end(), vma.span.end())
+            } else {
+                HostSpan::new(vma.span.start(), away.start())
+            };
+        }
+        vma.kind = match (vma.kind, vma.read && vma.write) {
+            (VmaKind::Special, _) => VmaKind::Special,
+            (_, true) => VmaKind::Anonymous,
+            (_, false) => VmaKind::InPlace,
+        };
+        Some(vma)
+    }
+
+    /// Whether the mappings in `block` may be pieces of one.
+    fn may_be_cut(&self, block: HostSpan) -> bool {
+        self.watch.may_be_cut(block)
+            || heap::overlaps(block) && self.residency.lock().has_departed(block)
     }
 
     /// What of `vma` can be accessed around `at`: guards cut it as a change of rights would. Looks no
@@ -148,7 +196,7 @@ impl LiveSpace {
 
     /// The mapping that contains `at`, if it differs from `vma` in nothing that matters.
     fn joinable(&self, vma: &Vma, at: HostVa) -> Option<HostSpan> {
-        let other = vma_of(&self.procmap.query(at).ok()??);
+        let other = self.query(at)?;
         let same = other.kind == VmaKind::Anonymous
             && vma.kind == VmaKind::Anonymous
             && other.read == vma.read

@@ -1,4 +1,5 @@
-//! Migrations of the live host: pages leave a mapping by `UFFDIO_MOVE` and return by it.
+//! Migrations of the live host: pages leave a mapping by `UFFDIO_MOVE` and return by it; without
+//! userfaultfd they are copied out of the migratable heap and back (see [`leg`](crate::leg)).
 //!
 //! ```text
 //!  to a device:  claim ─ invalidate ─ depart ─ arm ─ MOVE out ─┬─ [copy] ─ settle ─ wake
@@ -10,17 +11,18 @@
 //! the invalidation has ended every device access to it: a device unit may be waiting for the
 //! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE_2M, PageCount, VramSpan};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE_2M, PageCount, VramAddr, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrateTo, MigrationSet, VmaKind};
 
-use crate::leg::{Leg, Mapping, Refused, blocks};
+use crate::leg::{Leg, Mapping, Refused, Road, blocks};
 use crate::residency::{Busy, DevicePage, Piece};
 use crate::shard::ShardId;
 use crate::space::LiveSpace;
 use crate::staging::Left;
 use crate::sys::advise;
+use crate::sys::heap;
 use crate::watch::CannotArm;
 
 /// Isolated pages of a live migration.
@@ -103,7 +105,7 @@ impl LiveSpace {
         allocation: &AllocationRef,
         aperture: Option<HostSpan>,
     ) -> Result<Result<LiveMigration<'_>, Refused>, Interrupted> {
-        let Some(shard) = self.watch.shard_of(span) else {
+        let Some(shard) = self.shard_of(span) else {
             return Ok(Err(Refused::Mapping));
         };
         if self.pool.has_news_of(span) {
@@ -120,7 +122,7 @@ impl LiveSpace {
         let unread = self.watch.shards.hold_settled(shard);
         from.left_at = *unread;
         legs.iter_mut().for_each(|leg| leg.from = from);
-        let left = match self.watch.arm(span, shard) {
+        let left = match self.arm(span, shard) {
             Ok(()) => legs.iter().try_for_each(|leg| self.leave(leg)),
             Err(CannotArm) => Err(Refused::Mapping),
         };
@@ -150,6 +152,25 @@ impl LiveSpace {
         Ok(left.map(|()| set))
     }
 
+    /// Where those wait who touch `span` while it is away. The heap has no shard, and needs none.
+    fn shard_of(&self, span: HostSpan) -> Option<ShardId> {
+        if heap::contains(span.start()) {
+            Some(ShardId::FIRST)
+        } else {
+            self.watch.shard_of(span)
+        }
+    }
+
+    /// Lets touches of `span` be noticed while its pages are away. Those of the heap are by the
+    /// closed view itself.
+    fn arm(&self, span: HostSpan, shard: ShardId) -> Result<(), CannotArm> {
+        if heap::contains(span.start()) {
+            Ok(())
+        } else {
+            self.watch.arm(span, shard)
+        }
+    }
+
     fn legs_out(&self, span: HostSpan, from: Mapping, aperture: Option<HostSpan>) -> Vec<Leg> {
         blocks(span)
             .map(|user| match aperture {
@@ -157,6 +178,7 @@ impl LiveSpace {
                     let parked = home.start().plus(user.start().offset_from(span.start()));
                     Leg::straight(user, from, parked)
                 }
+                None if heap::contains(user.start()) => Leg::closed(user, from),
                 None => Leg::through(user, from, self.staging.take_empty(Leg::kind(user))),
             })
             .collect()
@@ -209,7 +231,12 @@ impl LiveSpace {
                 legs.push(Leg::straight(user, from, home.start().plus(offset)));
                 continue;
             }
-            let leg = Leg::through(user, from, self.staging.take_full(Leg::kind(user)));
+            let leg = if heap::contains(user.start()) {
+                heap::occupy(user);
+                Leg::closed(user, from)
+            } else {
+                Leg::through(user, from, self.staging.take_full(Leg::kind(user)))
+            };
             let vram = VramSpan::at(
                 piece.page.allocation.vram().start().plus(offset),
                 user.bytes(),
@@ -233,15 +260,39 @@ impl LiveSpace {
 fn moves_out(legs: &[Leg], allocation: &AllocationRef) -> Vec<CopyMove> {
     let vram = allocation.vram();
     let first = legs.first().map_or(HostVa::new(0), |leg| leg.user.start());
-    legs.iter()
-        .map(|leg| {
-            let at = vram.start().plus(leg.user.start().offset_from(first));
-            CopyMove {
+    let mut moves = Vec::new();
+    for leg in legs {
+        let at = vram.start().plus(leg.user.start().offset_from(first));
+        match leg.road {
+            Road::Closed => moves_closed(leg, at, &mut moves),
+            Road::Straight | Road::Through(_) => moves.push(CopyMove {
                 vram: VramSpan::at(at, leg.user.bytes()),
                 with: CopyWith::From(BusAddr::new(leg.parked.get())),
-            }
-        })
-        .collect()
+            }),
+        }
+    }
+    moves
+}
+
+/// As the pages of the heap are: reading a hole would make a page there.
+fn moves_closed(leg: &Leg, vram: VramAddr, moves: &mut Vec<CopyMove>) {
+    let mut push = |part: HostSpan, with| {
+        if !part.is_empty() {
+            let at = vram.plus(part.start().offset_from(leg.user.start()));
+            moves.push(CopyMove {
+                vram: VramSpan::at(at, part.bytes()),
+                with,
+            });
+        }
+    };
+    let mut rest = leg.user;
+    while let Some(data) = heap::first_data(rest) {
+        push(HostSpan::new(rest.start(), data.start()), CopyWith::Hole);
+        let from = BusAddr::new(heap::alias_of(data.start()).get());
+        push(data, CopyWith::From(from));
+        rest = HostSpan::new(data.end(), rest.end());
+    }
+    push(rest, CopyWith::Hole);
 }
 
 impl MigrationSet for LiveMigration<'_> {
@@ -271,6 +322,9 @@ impl MigrationSet for LiveMigration<'_> {
                         PAGE_2M => Left::Pages,
                         _ => Left::Little,
                     };
+                    if matches!(leg.road, Road::Closed) {
+                        heap::vacate(leg.user);
+                    }
                 }
                 self.space.residency.lock().settle(*span, page);
                 self.space.arrived(*span, from.shard);
@@ -278,7 +332,7 @@ impl MigrationSet for LiveMigration<'_> {
             }
             Way::Home { pieces } => {
                 for leg in &mut self.legs {
-                    if leg.slot.is_some() && self.space.come_in_whole(leg) {
+                    if leg.slot().is_some() && self.space.come_in_whole(leg) {
                         leg.left = Left::Nothing;
                     } else {
                         self.space.come_in(leg);
@@ -301,7 +355,7 @@ impl Drop for LiveMigration<'_> {
             self.undo();
         }
         for leg in &self.legs {
-            if let Some(slot) = leg.slot {
+            if let Some(slot) = leg.slot() {
                 self.space.staging.put(slot, leg.left);
             }
         }
@@ -319,6 +373,10 @@ impl LiveMigration<'_> {
                 drop(released);
             }
             Way::Home { pieces } => {
+                let closed = |leg: &&Leg| matches!(leg.road, Road::Closed);
+                for leg in self.legs.iter().filter(closed) {
+                    heap::vacate(leg.user);
+                }
                 for piece in pieces {
                     self.space.residency.lock().put_back(piece);
                     self.space.arrived(piece.span, piece.shard);

@@ -326,7 +326,7 @@ impl Deferred {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shard::tests::{FIRST, SECOND};
+    use crate::shard::tests::SECOND;
     use gpusvm::addr::PAGE_2M;
 
     fn span(n: u64) -> HostSpan {
@@ -336,7 +336,7 @@ mod tests {
     fn news(change: Change, number: u64) -> Task {
         Task::News(News {
             change,
-            shard: FIRST,
+            shard: ShardId::FIRST,
             number,
         })
     }
@@ -346,7 +346,7 @@ mod tests {
         let fault = |n: u64| {
             Task::Fault(Fault {
                 at: span(n).start(),
-                shard: FIRST,
+                shard: ShardId::FIRST,
             })
         };
         let unmapped = news(Change::Unmap(span(1)), 1);
@@ -371,7 +371,7 @@ mod tests {
         let half = HostSpan::at(to, PAGE_2M / 2);
         pool.push(news(Change::Remove(half), 3));
         let fate = |at: HostSpan, left_at| {
-            let fate = pool.fate(at, FIRST, left_at);
+            let fate = pool.fate(at, ShardId::FIRST, left_at);
             (fate.bytes, fate.place)
         };
         assert_eq!(fate(span(3), 1), (PAGE_2M / 2, None), "moved, then gone");

@@ -44,7 +44,7 @@ use crate::sys::uffd::Message;
 /// Threads: one reads, the others bring pages home at the same time.
 const THREADS: usize = 4;
 /// How long a page that could not be brought home rests before the next try.
-const LOST_RETRY: Ns = Ns::from_millis(10);
+pub(crate) const LOST_RETRY: Ns = Ns::from_millis(10);
 /// As [`LOST_RETRY`], for a page that is of another mapping than the one that is waited at.
 const FOREIGN_RETRY: Ns = Ns::from_millis(1);
 

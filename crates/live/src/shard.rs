@@ -50,6 +50,11 @@ const BELL: u64 = u64::MAX;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ShardId(u8);
 
+impl ShardId {
+    /// There always is a first one.
+    pub(crate) const FIRST: Self = Self(0);
+}
+
 /// All shards of a process.
 #[derive(Debug)]
 pub(crate) struct Shards {
@@ -195,6 +200,5 @@ impl Shards {
 pub(crate) mod tests {
     use super::*;
 
-    pub(crate) const FIRST: ShardId = ShardId(0);
     pub(crate) const SECOND: ShardId = ShardId(1);
 }

@@ -23,7 +23,8 @@ use crate::attendant::Attendant;
 use crate::bracket;
 use crate::env::LiveEnv;
 use crate::fork::{self, Forks};
-use crate::level::{Descriptors, Level, LiveConfig, OpenError};
+use crate::in_thread;
+use crate::level::{Descriptors, FaultLevel, Level, LiveConfig, OpenError};
 use crate::mappings::Remembered;
 use crate::migrate::LiveMigration;
 use crate::pool::Pool;
@@ -32,12 +33,13 @@ use crate::residency::{Busy, Piece, Residency, State, everything};
 use crate::shard::{ShardId, Shards};
 use crate::staging::Staging;
 use crate::sys::futex;
+use crate::sys::heap;
 use crate::sys::pagemap::PageMap;
 use crate::sys::procmap::ProcMap;
 use crate::sys::uffd::RegisterMode;
 use crate::sys::vram::{LiveVram, VramMode};
 use crate::sys::waits::Reason;
-use crate::sys::{arena, atfork};
+use crate::sys::{self, arena, atfork};
 use crate::watch::Watch;
 
 /// Times that [`LiveSpace::fault_in`] starts over before it answers `Stale`.
@@ -101,14 +103,11 @@ impl LiveSpace {
         let Descriptors {
             user,
             staging,
-            level: uffd_level,
-        } = Descriptors::open(config.sharding)?;
+            level: faults,
+        } = Descriptors::open(config)?;
         let shards = Shards::new(user).map_err(OpenError::os("wait for userfaultfd"))?;
-        let bracket = bracket::attach(config.brackets)?;
-        let level = Level {
-            uffd: uffd_level,
-            bracket,
-        };
+        let bracket = bracket::attach(config.brackets, faults)?;
+        let level = Level { faults, bracket };
         let space = Arc::new(Self {
             env,
             notifiers: IntervalNotifiers::new(),
@@ -132,8 +131,13 @@ impl LiveSpace {
             level,
             remembered: Remembered::default(),
         });
-        let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
-        *space.reader.lock() = Some(reader);
+        if faults.has_uffd() {
+            let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
+            *space.reader.lock() = Some(reader);
+        }
+        if faults == FaultLevel::Mprotect {
+            in_thread::start().map_err(OpenError::os("map stacks for fault service"))?;
+        }
         Attendant::start(&space)?;
         fork::install();
         bracket::enter_service(&space);
@@ -145,11 +149,17 @@ impl LiveSpace {
         &self.level
     }
 
-    /// Device memory of `bytes` bytes in this process.
+    /// Device memory of `bytes` bytes in this process. Without userfaultfd pages cannot be handed
+    /// over: they are copied whatever `mode` says.
     ///
     /// # Errors
     /// The system's errno, from mapping or registering it.
     pub fn create_vram(&self, bytes: u64, mode: VramMode) -> Result<Arc<LiveVram>, OpenError> {
+        let mode = if self.level.faults.has_uffd() {
+            mode
+        } else {
+            VramMode::Copy
+        };
         let vram = LiveVram::new(bytes, mode).map_err(OpenError::os("map device memory"))?;
         if mode == VramMode::Adopt {
             self.staging
@@ -180,6 +190,12 @@ impl LiveSpace {
         self.skip_freeze.store(true, Ordering::Relaxed);
     }
 
+    /// Brings the pages of `span` home. Must be called on a thread of the runtime, see
+    /// [`thread::run`](crate::thread::run).
+    pub fn bring_span_home(&self, span: HostSpan) {
+        self.bring_home(span, HomeCause::SpaceChange);
+    }
+
     /// Brings every page of the process home. Pages that other operations hold are waited for.
     pub fn bring_everything_home(&self) {
         self.bring_home(everything(), HomeCause::Teardown);
@@ -193,6 +209,7 @@ impl LiveSpace {
         }
         self.bring_everything_home();
         bracket::leave_service();
+        in_thread::stop();
         self.watch.close();
         let reader = self.reader.lock().take();
         if let Some(reader) = reader {
@@ -209,6 +226,7 @@ impl LiveSpace {
     pub(crate) fn announce_change(&self) {
         self.changed.fetch_add(1, Ordering::Release);
         futex::wake(&self.changed);
+        sys::in_thread::announce();
     }
 
     /// Announces changes of all of `spans`, once no other change overlaps them.
@@ -294,6 +312,14 @@ impl LiveSpace {
             self.arrived(piece.span, piece.shard);
             drop(released);
         }
+    }
+
+    /// Whether every page of `span`, which is home, has content.
+    fn populated(&self, span: HostSpan) -> bool {
+        if heap::contains(span.start()) {
+            return heap::first_data(span) == Some(span);
+        }
+        self.pagemap.populated(span)
     }
 
     /// One try of [`AddressSpace::fault_in`]; `None` when it has to start over.
@@ -393,7 +419,11 @@ impl AddressSpace for LiveSpace {
     type Migration<'a> = LiveMigration<'a>;
 
     fn find_vma(&self, at: HostVa) -> Option<Vma> {
-        let vma = self.vma_around(at)?;
+        let mut vma = self.vma_around(at)?;
+        if self.level.faults == FaultLevel::Explicit && vma.kind == VmaKind::Anonymous {
+            // Device faults use the pages where they are.
+            vma.kind = VmaKind::InPlace;
+        }
         if vma.span.contains(at) {
             Some(self.between_guards(vma, at))
         } else {
@@ -436,13 +466,13 @@ impl AddressSpace for LiveSpace {
         let mut at = span.start();
         for part in away {
             let gap = HostSpan::new(at, part.start());
-            if !gap.is_empty() && !self.pagemap.populated(gap) {
+            if !gap.is_empty() && !self.populated(gap) {
                 return false;
             }
             at = at.max(part.end());
         }
         let rest = HostSpan::new(at, span.end());
-        rest.is_empty() || self.pagemap.populated(rest)
+        rest.is_empty() || self.populated(rest)
     }
 
     fn placement(&self, span: HostSpan) -> Placement {

@@ -48,6 +48,18 @@ impl SpanSet {
         }
     }
 
+    /// Takes the first stretch of `bytes` out that starts at a multiple of `align`.
+    pub(crate) fn take_first(&mut self, bytes: u64, align: u64) -> Option<HostSpan> {
+        let fits = |(start, end): (&HostVa, &HostVa)| {
+            let first = start.get().checked_next_multiple_of(align)?;
+            let last = first.checked_add(bytes)?;
+            (last <= end.get()).then(|| HostSpan::at(HostVa::new(first), bytes))
+        };
+        let found = self.spans.iter().find_map(fits)?;
+        self.remove(found);
+        Some(found)
+    }
+
     /// Whether all of `span` is in the set.
     pub(crate) fn covers(&self, span: HostSpan) -> bool {
         self.overlapping(span)
@@ -138,6 +150,20 @@ mod tests {
         assert!(set.covers(span(18, 40)) && !set.covers(span(14, 19)));
         set.remove(span(0, 100));
         assert_eq!(set.hull(), None);
+    }
+
+    #[test]
+    fn first_stretch_that_fits_is_taken() {
+        let mut set = SpanSet::new();
+        set.insert(span(10, 20));
+        set.insert(span(30, 90));
+        assert_eq!(set.take_first(8, 1), Some(span(10, 18)));
+        assert_eq!(set.take_first(8, 16), Some(span(32, 40)));
+        assert_eq!(set.take_first(60, 1), None);
+        assert_eq!(
+            set.within(span(0, 100)),
+            [span(18, 20), span(30, 32), span(40, 90)]
+        );
     }
 
     proptest::proptest! {

@@ -20,7 +20,7 @@ use crate::env::LiveEnv;
 use crate::sys::advise;
 use crate::sys::futex;
 use crate::sys::mapping::RuntimeMapping;
-use crate::sys::uffd::{RegisterMode, Uffd};
+use crate::sys::uffd::{Features, RegisterMode, Uffd};
 use crate::sys::waits::Reason;
 
 /// Slots of each kind; each migration in flight needs one per 2 MiB.
@@ -95,7 +95,8 @@ impl Staging {
             RuntimeMapping::new(SLOTS * PAGE_2M)?,
         ];
         advise::no_huge_pages(arenas[Kind::Small as usize].span());
-        for arena in &arenas {
+        // Without userfaultfd nothing passes through here.
+        for arena in arenas.iter().filter(|_| uffd.features() != Features::NONE) {
             uffd.register(arena.span(), RegisterMode::WriteProtect)?;
         }
         let pools = [Pool::of(&arenas[0]), Pool::of(&arenas[1])].map(Mutex::<LiveEnv, _>::new);

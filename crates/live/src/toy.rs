@@ -58,7 +58,7 @@ impl Bench {
         // Other tests of this binary patch and restore the system-call sites.
         let config = LiveConfig {
             brackets: BracketChoice::Events,
-            ..Default::default()
+            ..LiveConfig::default()
         };
         match LiveSpace::open(&config, LiveEnv::new(1), counts.clone()) {
             Ok(space) => Some(Self {

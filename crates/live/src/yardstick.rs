@@ -11,7 +11,7 @@ use gpusvm_abi::bus::SystemBus;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
-use crate::level::{Descriptors, OpenError, Sharding};
+use crate::level::{Descriptors, LiveConfig, OpenError};
 use crate::sys::advise;
 use crate::sys::fault_copy::LiveBus;
 use crate::sys::mapping::RuntimeMapping;
@@ -50,7 +50,7 @@ impl FaultLoop {
     /// What the system refuses.
     pub fn start() -> Result<Self, OpenError> {
         // The one without events: nobody has to read of the page that is dropped.
-        let uffd = Descriptors::open(Sharding::Arenas)?.staging;
+        let uffd = Descriptors::open(&LiveConfig::default())?.staging;
         let memory =
             RuntimeMapping::new(2 * PAGE).map_err(OpenError::os("map memory that faults"))?;
         advise::no_huge_pages(memory.span());

@@ -5,6 +5,7 @@
 //! | [`device`] | one device: port, memory, VMs by address-space id | |
 //! | [`vm`] | one device address space and its mirror areas | |
 //! | [`fault`] | a device fault, from record to answer | device fault |
+//! | [`prefetch`] | pages move because the program says so | |
 //! | [`place`] | where the pages of a fault should be (pure) | device fault |
 //! | [`bind`] | page-table entries of one range | device fault |
 //! | [`invalidate`] | entries go away because host memory changes | invalidation |
@@ -30,6 +31,7 @@ pub mod fault;
 pub mod format;
 pub mod invalidate;
 pub mod place;
+pub mod prefetch;
 pub mod stats;
 pub mod store;
 pub mod vm;

@@ -66,6 +66,7 @@ fn migrate_under_churn(land: &Land, sharding: Sharding) -> Result<Vec<f64>, Benc
         live: LiveConfig {
             brackets: BracketChoice::Events,
             sharding,
+            ..LiveConfig::default()
         },
         ..MachineConfig::default()
     })

@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use gpusvm_xe::stats::{Counter, DeviceStats};
 use serde_json::{Map, Value, json};
 
-use crate::args::RunArgs;
+use crate::args::{RunArgs, value_name};
 use crate::table::Table;
 use crate::torture::area::{Area, Past};
 use crate::torture::op::Op;
@@ -222,14 +222,15 @@ fn seconds(us: u64) -> f64 {
 /// The command that repeats a run.
 pub(super) fn repeat(args: &RunArgs, seconds: u64, size: u64, vram: u64) -> String {
     let lower = |value: &dyn core::fmt::Debug| format!("{value:?}").to_lowercase();
+    let level = value_name(args.live.level).unwrap_or_default();
     let mut command = format!(
         "gpusvm run torture --seconds {seconds} --seed {} --size {size} --vram {vram} --threads {} \
-         --migration {} --fault-service {} --brackets {}",
+         --migration {} --fault-service {} --brackets {} --level {level}",
         args.seed,
         args.threads,
         lower(&args.migration),
         lower(&args.fault_service),
-        lower(&args.brackets),
+        lower(&args.live.brackets),
     );
     if let Some(planted) = args.planted {
         let _written = write!(command, " --break {}", lower(&planted));

@@ -230,7 +230,9 @@ impl World {
     pub(super) fn new(parts: Parts) -> Self {
         let sight = match parts.space.level().bracket {
             BracketLevel::Patched => Sight::Before,
-            BracketLevel::Events { .. } => Sight::After,
+            BracketLevel::Symbols { .. }
+            | BracketLevel::Events { .. }
+            | BracketLevel::Owner { .. } => Sight::After,
         };
         let jam = || [(); 2].map(Mutex::<LiveEnv, _>::new);
         Self {

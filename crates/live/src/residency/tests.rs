@@ -1,5 +1,5 @@
 use super::*;
-use crate::shard::tests::{FIRST, SECOND};
+use crate::shard::tests::SECOND;
 use crate::toy::Toy;
 use gpusvm::addr::PAGE;
 use proptest::prelude::*;
@@ -28,7 +28,7 @@ fn device_page(id: u64, origin: HostSpan) -> DevicePage {
 fn resident(id: u64, start: u64, end: u64) -> Residency {
     let mut table = Residency::default();
     let span = pages(start, end);
-    table.claim(span, FIRST).expect("an empty table");
+    table.claim(span, ShardId::FIRST).expect("an empty table");
     table.depart(span);
     table.settle(span, device_page(id, span));
     table
@@ -39,18 +39,18 @@ fn claims_exclude_each_other_and_bracketed_changes() {
     let mut table = Residency::default();
     assert_eq!(table.change(&[pages(4, 6)]), Ok(()));
     assert_eq!(table.change(&[pages(0, 1), pages(5, 9)]), Err(Busy));
-    assert_eq!(table.claim(pages(0, 5), FIRST), Err(Busy));
-    assert_eq!(table.claim(pages(0, 4), FIRST), Ok(()));
-    assert_eq!(table.claim(pages(3, 4), FIRST), Err(Busy));
+    assert_eq!(table.claim(pages(0, 5), ShardId::FIRST), Err(Busy));
+    assert_eq!(table.claim(pages(0, 4), ShardId::FIRST), Ok(()));
+    assert_eq!(table.claim(pages(3, 4), ShardId::FIRST), Err(Busy));
     table.unchange(&[pages(4, 6)]);
-    assert_eq!(table.claim(pages(4, 6), FIRST), Ok(()));
+    assert_eq!(table.claim(pages(4, 6), ShardId::FIRST), Ok(()));
 }
 
 #[test]
 fn pages_that_left_after_an_event_are_not_the_events() {
     let mut table = resident(1, 0, 4);
     let (late, newer) = (pages(4, 8), device_page(2, pages(4, 8)));
-    table.claim(late, FIRST).expect("nothing there");
+    table.claim(late, ShardId::FIRST).expect("nothing there");
     table.settle(
         late,
         DevicePage {
@@ -65,7 +65,7 @@ fn pages_that_left_after_an_event_are_not_the_events() {
     assert_eq!(recalled[0].span, pages(2, 4));
     let _dropped = table.release(pages(2, 4));
     assert_eq!(table.residents(pages(0, 6)), [pages(0, 2), pages(4, 6)]);
-    table.rebase(pages(0, 8), va(100), FIRST, 3);
+    table.rebase(pages(0, 8), va(100), ShardId::FIRST, 3);
     let left = table.residents(pages(0, 200));
     assert_eq!(left, [pages(4, 6), pages(6, 8), pages(100, 102)]);
 }
@@ -76,7 +76,7 @@ fn event_takes_nothing_that_left_a_mapping_of_another_shard() {
     let (other, page) = (pages(4, 8), device_page(2, pages(4, 8)));
     table.claim(other, SECOND).expect("nothing there");
     table.settle(other, page);
-    let first_only = |shard| (shard == FIRST).then_some(9);
+    let first_only = |shard| (shard == ShardId::FIRST).then_some(9);
     let recalled = table.recall_older(pages(0, 8), first_only);
     let spans: Vec<_> = recalled
         .expect("nothing travels")
@@ -84,7 +84,7 @@ fn event_takes_nothing_that_left_a_mapping_of_another_shard() {
         .map(|piece| piece.span)
         .collect();
     assert_eq!(spans, [pages(0, 4)]);
-    table.rebase(pages(4, 8), va(100), FIRST, 9);
+    table.rebase(pages(4, 8), va(100), ShardId::FIRST, 9);
     assert_eq!(table.residents(pages(0, 200)), [other]);
     assert_eq!(table.departed(SECOND), [other]);
 }
@@ -93,7 +93,7 @@ fn event_takes_nothing_that_left_a_mapping_of_another_shard() {
 fn claimed_span_is_host_memory_until_it_departs() {
     let mut table = Residency::default();
     let span = pages(0, 4);
-    table.claim(span, FIRST).expect("an empty table");
+    table.claim(span, ShardId::FIRST).expect("an empty table");
     assert!(table.is_travelling(span));
     assert!(!table.has_departed(span));
     table.depart(span);
@@ -123,7 +123,7 @@ fn recall_cuts_at_the_borders_and_keeps_offsets() {
 #[test]
 fn moved_mapping_takes_its_pages_along_and_recall_finds_them() {
     let mut table = resident(1, 0, 8);
-    table.rebase(pages(2, 4), va(100), FIRST, 1);
+    table.rebase(pages(2, 4), va(100), ShardId::FIRST, 1);
     assert!(table.at(va(2)).is_none());
     let Some((_, State::Resident(page))) = table.at(va(101)) else {
         panic!("the page is at its new place");
@@ -236,7 +236,7 @@ impl Both {
 
     fn begin(&mut self, span: HostSpan) {
         let free = self.part(span).iter().all(|page| *page == Page::Host);
-        assert_eq!(self.table.claim(span, FIRST).is_ok(), free);
+        assert_eq!(self.table.claim(span, ShardId::FIRST).is_ok(), free);
         if free {
             self.part(span).fill(Page::Claimed);
             self.leaving.push(span);

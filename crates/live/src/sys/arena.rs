@@ -6,8 +6,9 @@
 //! device may map ([`thread::runtime_owns`](super::thread::runtime_owns)).
 //!
 //! A thread allocates here while it is *in the runtime*: inside a [`RuntimeScope`], as all threads
-//! of the runtime always are, or on a bracket's stack. Everybody else allocates as before. Freeing
-//! goes by address, from any thread.
+//! of the runtime always are, or on a bracket's stack. Everybody else allocates as before, or from the
+//! [migratable heap](super::heap) where the level in use needs it. Freeing goes by address, from any
+//! thread.
 //!
 //! In a child after a fork the arena is out of use: its blocks stay readable, and leak.
 //!
@@ -36,6 +37,7 @@ use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
 
 use crate::sys::atfork;
 use crate::sys::futex::RawFutexMutex;
+use crate::sys::heap;
 
 /// Address space set aside; pages are used as they are needed.
 const BYTES: usize = 16 << 30;
@@ -153,6 +155,11 @@ unsafe impl GlobalAlloc for RuntimeAlloc {
         if in_runtime() {
             return class_of(layout).map_or(ptr::null_mut(), |class| HEAP.lock().take(class));
         }
+        if migrates(layout.size())
+            && let Some(block) = heap::take(layout)
+        {
+            return block;
+        }
         // SAFETY: the caller's promises about `layout` are System's conditions.
         unsafe { System.alloc(layout) }
     }
@@ -167,12 +174,16 @@ unsafe impl GlobalAlloc for RuntimeAlloc {
             }
             return;
         }
-        // SAFETY: not from the arena, so it is System's block.
+        if heap::holds(block) {
+            return heap::give(block, layout.size());
+        }
+        // SAFETY: neither from the arena nor from the heap, so it is System's block.
         unsafe { System.dealloc(block, layout) }
     }
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        if !contains(block.addr()) && !in_runtime() {
+        let foreign = contains(block.addr()) || heap::holds(block);
+        if !foreign && !in_runtime() && !migrates(size) {
             // SAFETY: System's block, and it stays there.
             return unsafe { System.realloc(block, layout, size) };
         }
@@ -180,6 +191,9 @@ unsafe impl GlobalAlloc for RuntimeAlloc {
             return ptr::null_mut();
         };
         if contains(block.addr()) && class_of(wanted) == class_of(layout) {
+            return block;
+        }
+        if heap::holds(block) && heap::is_same(layout.size(), size) {
             return block;
         }
         // SAFETY: `wanted` has a valid size and alignment, and a size that is not zero, as the
@@ -193,6 +207,11 @@ unsafe impl GlobalAlloc for RuntimeAlloc {
         }
         fresh
     }
+}
+
+/// Whether a request of the program of this size gets memory that can migrate without userfaultfd.
+fn migrates(size: usize) -> bool {
+    size >= heap::LEAST && heap::is_wanted()
 }
 
 /// The class for a request: the smallest whose blocks are large enough, and aligned enough.

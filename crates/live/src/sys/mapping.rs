@@ -1,5 +1,6 @@
 //! Mappings as owned values, for code that forbids `unsafe`.
 
+use core::alloc::Layout;
 use core::ffi::c_void;
 use core::mem::ManuallyDrop;
 use core::ptr;
@@ -13,6 +14,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::sys::fault_copy;
+use crate::sys::heap;
 use crate::sys::owned::OwnedSpan;
 
 const HUGE: usize = 2 << 20;
@@ -30,7 +32,8 @@ pub enum Huge {
 /// Anonymous memory that the owner reads and writes like a slice.
 ///
 /// It is mapped and unmapped through the C library, as a program's own memory is, so brackets see
-/// it go.
+/// it go; or it is a block of the migratable heap, where the level in use asks for that
+/// (see [`allocate_for`](crate::allocate_for)).
 #[derive(Debug)]
 pub struct AnonMapping {
     start: *mut u8,
@@ -50,6 +53,9 @@ impl AnonMapping {
     /// # Errors
     /// The system's; `OutOfMemory` for more than there are addresses.
     pub fn new(bytes: usize, huge: Huge) -> io::Result<Self> {
+        if let Some(block) = Self::in_heap(bytes) {
+            return Ok(block);
+        }
         let room = if huge == Huge::Advise { HUGE } else { 0 };
         let most = bytes.checked_add(room).ok_or(io::ErrorKind::OutOfMemory)?;
         let access = libc::PROT_READ | libc::PROT_WRITE;
@@ -76,6 +82,18 @@ impl AnonMapping {
             start,
             bytes,
             whole,
+        })
+    }
+
+    /// A block of the heap, where one is wanted.
+    fn in_heap(bytes: usize) -> Option<Self> {
+        let layout = Layout::from_size_align(bytes, PAGE).ok()?;
+        let wanted = bytes >= heap::LEAST && heap::is_wanted();
+        let start = wanted.then(|| heap::take(layout)).flatten()?;
+        Some(Self {
+            start,
+            bytes,
+            whole: (start, bytes),
         })
     }
 
@@ -135,10 +153,16 @@ impl AnonMapping {
         let end = self.whole.0.addr() + self.whole.1;
         let from = self.start.wrapping_add(keep);
         let len = end - from.addr();
-        // SAFETY: this part of the mapping is ours, and no borrow of it can live now.
-        let _unmapped = unsafe { libc::munmap(from.cast(), len) };
         self.whole.1 -= len;
         self.bytes = keep;
+        if heap::holds(self.start) {
+            if len > 0 {
+                heap::give(from, len);
+            }
+            return;
+        }
+        // SAFETY: this part of the mapping is ours, and no borrow of it can live now.
+        let _unmapped = unsafe { libc::munmap(from.cast(), len) };
     }
 
     /// Drops the content of a part: it reads as zeros afterwards (`MADV_DONTNEED`).
@@ -150,8 +174,14 @@ impl AnonMapping {
     /// Where the part is not inside.
     pub fn discard(&mut self, from: usize, len: usize) -> io::Result<()> {
         let at = self.part(from, len);
+        // Pages of the heap are a file's, and stay there unless they are removed.
+        let advice = if heap::holds(self.start) {
+            libc::MADV_REMOVE
+        } else {
+            libc::MADV_DONTNEED
+        };
         // SAFETY: the borrow is exclusive; zeros are valid bytes.
-        check(unsafe { libc::madvise(at.cast(), len, libc::MADV_DONTNEED) })
+        check(unsafe { libc::madvise(at.cast(), len, advice) })
     }
 
     /// Changes the rights of a part. A part without the right to read or write must not be
@@ -173,7 +203,13 @@ impl AnonMapping {
     /// # Errors
     /// The system's; the mapping is where it was then.
     pub fn relocate(&mut self) -> io::Result<()> {
-        let fresh = Self::new(self.bytes, Huge::Advise)?;
+        let mut fresh = Self::new(self.bytes, Huge::Advise)?;
+        if heap::holds(self.start) {
+            // Blocks of the heap have their places in its file.
+            fresh.bytes_mut().copy_from_slice(self.bytes());
+            *self = fresh;
+            return Ok(());
+        }
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         // SAFETY: both mappings are ours and of this size; the target's former pages are given up.
         let moved = unsafe {
@@ -245,6 +281,9 @@ impl AnonMapping {
 
 impl Drop for AnonMapping {
     fn drop(&mut self) {
+        if heap::holds(self.whole.0) {
+            return heap::give(self.whole.0, self.whole.1);
+        }
         // SAFETY: the mapping is ours, and no borrow lives.
         let _unmapped = unsafe { libc::munmap(self.whole.0.cast(), self.whole.1) };
     }

@@ -1,6 +1,8 @@
 //! Signals of faults and of the end: what the runtime does with them.
 //!
-//! The handler first asks whether the interrupted instruction is one of a copy that may fault
+//! The handler first asks whether the fault is at memory whose pages the runtime has taken away: then
+//! it is served right here ([`in_thread`](super::in_thread)), and the access is made again. Next,
+//! whether the interrupted instruction is one of a copy that may fault
 //! ([`fault_copy`](super::fault_copy)): then the copy ends there. Anything else goes to whoever had
 //! the signal before, as the kernel would have passed it on. Where that is the default action, which
 //! ends the process, its data comes home first ([`last_wish`](super::last_wish)), so that a core dump
@@ -13,7 +15,11 @@ use core::ffi::c_void;
 use core::ptr;
 use std::sync::{Once, OnceLock};
 
+use gpusvm::addr::HostVa;
+use gpusvm::seam::mm::Access;
+
 use crate::sys::fault_copy::fixup_for;
+use crate::sys::in_thread::{self, Fault};
 use crate::sys::last_wish;
 
 /// Signals whose default action dumps core, and which a process gets by its own doing.
@@ -60,12 +66,38 @@ extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut c_vo
     // SAFETY: the kernel passes the interrupted thread's context, which is ours to change until
     // the handler returns.
     let registers = unsafe { &mut (*user).uc_mcontext.gregs };
+    // SAFETY: the kernel passes a valid description of the signal.
+    if let Some(fault) = fault_of(signal, unsafe { &*info }, registers)
+        && in_thread::serve(&fault)
+    {
+        return;
+    }
     let rip = libc::REG_RIP as usize;
     let at = usize::try_from(registers[rip]).unwrap_or(0);
     match fixup_for(at) {
         Some(fix) => registers[rip] = i64::try_from(fix).unwrap_or(0),
         None => pass_on(signal, info, context),
     }
+}
+
+/// The fault behind a signal; `None` for one that was sent or has other reasons.
+fn fault_of(signal: i32, info: &libc::siginfo_t, registers: &[libc::greg_t]) -> Option<Fault> {
+    /// Bit of a page fault's error code.
+    const WRITE: i64 = 1 << 1;
+    let faults = matches!(signal, libc::SIGSEGV | libc::SIGBUS);
+    if !faults || Origin::of(info.si_code) == Origin::Sent {
+        return None;
+    }
+    // SAFETY: signals of faults have an address.
+    let at = unsafe { info.si_addr() }.addr();
+    Some(Fault {
+        at: HostVa::new(u64::try_from(at).ok()?),
+        access: if registers[libc::REG_ERR as usize] & WRITE != 0 {
+            Access::Write
+        } else {
+            Access::Read
+        },
+    })
 }
 
 /// Does what would have happened without us.

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use crate::sys::atfork::NotForChildren;
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use message::{RawMessage, decode};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Setter, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
@@ -182,6 +182,16 @@ impl Uffd {
         let fd = open_raw(mode)?;
         handshake(&fd, available.0 & wanted.0)?;
         Ok(Self::over(fd, available))
+    }
+
+    /// A descriptor that never has a message and refuses every request, for levels without
+    /// userfaultfd.
+    ///
+    /// # Errors
+    /// The system has no descriptor left.
+    pub(crate) fn none() -> Result<Self, Errno> {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self::over(fd, Features::NONE))
     }
 
     fn over(fd: OwnedFd, available: Features) -> Self {

@@ -7,18 +7,9 @@
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
-
-use crate::sys::arena;
 use crate::sys::fault_copy;
-use crate::sys::patch::{Call, HIGH, HOOK, IN_FLIGHT, LOW, PARITY, PatchError};
-
-/// Stacks for brackets, one bit of [`FREE`] each.
-const STACKS: usize = 64;
-/// log2 of a stack's bytes.
-const STACK_SHIFT: u32 = 16;
-const STACK: usize = 1 << STACK_SHIFT;
-const GUARD: usize = 4096;
+use crate::sys::patch::{Call, HIGH, HOOK, IN_FLIGHT, LED, LOW, PARITY, PatchError};
+use crate::sys::stack::{self, FIRST_TOP, FREE, STACK_SHIFT};
 
 /// The call that sets a thread's signal mask, and what it can do.
 const RT_SIGPROCMASK: i32 = 14;
@@ -29,12 +20,6 @@ const SIG_SETMASK: i32 = 2;
 #[unsafe(link_section = ".data")]
 static ALL_BUT_FAULTS: AtomicU64 = AtomicU64::new(!(1 << 6 | 1 << 10));
 
-/// Stacks that are free, one bit each.
-#[unsafe(link_section = ".data")]
-static FREE: AtomicU64 = AtomicU64::new(0);
-/// End of the first stack.
-#[unsafe(link_section = ".data")]
-static FIRST_TOP: AtomicUsize = AtomicUsize::new(0);
 /// Bytes that XSAVE needs.
 #[unsafe(link_section = ".data")]
 static XSAVE_BYTES: AtomicUsize = AtomicUsize::new(0);
@@ -63,6 +48,25 @@ impl SysCall {
             number: usize::try_from(call.number()).expect("a small number"),
             args,
         }
+    }
+
+    /// A call of the runtime's own, or of a symbol.
+    pub(in crate::sys) fn make(call: Call, args: [usize; 6]) -> Self {
+        Self {
+            number: usize::try_from(call.number()).unwrap_or(0),
+            args,
+        }
+    }
+
+    /// Makes the call by way of the hook where it concerns watched memory and calls are
+    /// [led there](super::lead_calls); as [`raw`](Self::raw) elsewhere.
+    pub(in crate::sys) fn bracketed(&self) -> isize {
+        if !LED.load(Ordering::Acquire) {
+            return self.raw();
+        }
+        // SAFETY: the entry expects what the function loads from the call, and stacks are prepared
+        // before calls are led here.
+        unsafe { gpusvm_bracketed_call(self) }
     }
 
     /// Makes the call. Negative results are errors.
@@ -238,6 +242,20 @@ global_asm!(
     "    pop rcx",
     "    lea rsp, [rsp + 128]",
     "    jmp rcx",
+    // A call with its arguments behind rdi: as a stub, with the next instruction to come back to.
+    ".globl gpusvm_bracketed_call",
+    ".hidden gpusvm_bracketed_call",
+    "gpusvm_bracketed_call:",
+    "    mov rax, [rdi]",
+    "    mov rsi, [rdi + 16]",
+    "    mov rdx, [rdi + 24]",
+    "    mov r10, [rdi + 32]",
+    "    mov r8, [rdi + 40]",
+    "    mov r9, [rdi + 48]",
+    "    mov rdi, [rdi + 8]",
+    "    lea rcx, [rip + 14f]",
+    "    jmp gpusvm_bracket_entry",
+    "14: ret",
     parity = sym PARITY,
     in_flight = sym IN_FLIGHT,
     low = sym LOW,
@@ -255,6 +273,41 @@ global_asm!(
 
 unsafe extern "C" {
     fn gpusvm_bracket_entry();
+    fn gpusvm_bracketed_call(call: *const SysCall) -> isize;
+}
+
+/// All signals of this thread but faults wait until this is dropped. Raw calls only.
+pub(in crate::sys) struct SignalsWait(u64);
+
+impl SignalsWait {
+    pub(in crate::sys) fn begin() -> Self {
+        let mut former = 0;
+        mask(SIG_BLOCK, &ALL_BUT_FAULTS, &raw mut former);
+        Self(former)
+    }
+}
+
+impl Drop for SignalsWait {
+    fn drop(&mut self) {
+        mask(SIG_SETMASK, &AtomicU64::new(self.0), core::ptr::null_mut());
+    }
+}
+
+fn mask(how: i32, set: &AtomicU64, former: *mut u64) {
+    let number = |n: i32| usize::try_from(n).unwrap_or(0);
+    let call = SysCall {
+        number: number(RT_SIGPROCMASK),
+        args: [
+            number(how),
+            set.as_ptr().expose_provenance(),
+            former.expose_provenance(),
+            8,
+            0,
+            0,
+        ],
+    };
+    // Refused for bad addresses only.
+    let _done = call.raw();
 }
 
 /// Address of the entry.
@@ -265,9 +318,6 @@ pub(super) fn address() -> u64 {
 /// Maps the stacks and measures the register state. Once per process.
 pub(super) fn prepare() -> Result<(), PatchError> {
     fault_copy::install();
-    if FIRST_TOP.load(Ordering::Relaxed) != 0 {
-        return Ok(());
-    }
     if !std::is_x86_feature_detected!("xsave") {
         return Err(PatchError::NoXsave);
     }
@@ -276,35 +326,10 @@ pub(super) fn prepare() -> Result<(), PatchError> {
         usize::try_from(state.ebx).unwrap_or(4096),
         Ordering::Relaxed,
     );
-    let base = map_stacks()?;
-    arena::set_bracket_stacks(base, base + STACKS * STACK);
-    FIRST_TOP.store(base + STACK, Ordering::Release);
-    FREE.store(u64::MAX, Ordering::Release);
-    Ok(())
-}
-
-/// Maps all stacks, the lowest page of each as a guard, and one more guard behind the last, which
-/// keeps the system from joining that stack with a neighbour's mapping.
-fn map_stacks() -> Result<usize, PatchError> {
-    let os = |step| move |errno| PatchError::Os { step, errno };
-    let access = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: a fresh mapping, which overlaps nothing.
-    let base = unsafe {
-        mmap_anonymous(
-            core::ptr::null_mut(),
-            STACKS * STACK + GUARD,
-            access,
-            MapFlags::PRIVATE,
-        )
-    }
-    .map_err(os("map bracket stacks"))?;
-    for n in 0..=STACKS {
-        let guard = base.wrapping_byte_add(n * STACK);
-        // SAFETY: the page belongs to the new mapping, which nobody uses yet.
-        unsafe { mprotect(guard, GUARD, rustix::mm::MprotectFlags::empty()) }
-            .map_err(os("guard bracket stacks"))?;
-    }
-    Ok(base.expose_provenance())
+    stack::prepare().map_err(|errno| PatchError::Os {
+        step: "map bracket stacks",
+        errno,
+    })
 }
 
 /// Called by the entry, on a bracket's stack, with all registers saved.

@@ -25,7 +25,7 @@ mod stub;
 
 use core::fmt;
 use core::ops::Range;
-use core::sync::atomic::{AtomicU64, Ordering, fence};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::OnceLock;
 
 use rustix::io::Errno;
@@ -33,6 +33,7 @@ use rustix::io::Errno;
 use crate::sys::fault_copy;
 use crate::sys::futex;
 
+pub(in crate::sys) use entry::SignalsWait;
 pub(crate) use entry::SysCall;
 pub(crate) use sites::Site;
 
@@ -188,6 +189,23 @@ impl Patches {
     }
 }
 
+/// Leads calls to `hook` that are made by [`SysCall::bracketed`], until [`lead_no_calls`], as patching
+/// does. The first hook that is given stays for the life of the process.
+///
+/// # Errors
+/// [`PatchError`]: no stacks to run it on.
+pub(crate) fn lead_calls(hook: &'static dyn BracketHook) -> Result<(), PatchError> {
+    let _first = HOOK.set(hook);
+    entry::prepare()?;
+    LED.store(true, Ordering::Release);
+    Ok(())
+}
+
+/// Such calls go straight to the system.
+pub(crate) fn lead_no_calls() {
+    LED.store(false, Ordering::Release);
+}
+
 /// Patches the sites of all calls in the C library and the dynamic linker. The first hook that is
 /// given stays for the life of the process.
 ///
@@ -196,6 +214,8 @@ impl Patches {
 pub(crate) fn install(hook: &'static dyn BracketHook) -> Result<Patches, PatchError> {
     let _first = HOOK.set(hook);
     entry::prepare()?;
+    // A program that exports the calls as symbols makes them past the library.
+    LED.store(true, Ordering::Release);
     let sites = sites::find(Call::ALL)?;
     let mut patches = Patches { sites: Vec::new() };
     for site in sites {
@@ -213,6 +233,9 @@ pub(crate) fn install(hook: &'static dyn BracketHook) -> Result<Patches, PatchEr
 }
 
 // In `.data`, as all that fault service and brackets read: see `owned`.
+/// Calls that are made by the runtime and by symbols go to the hook.
+#[unsafe(link_section = ".data")]
+static LED: AtomicBool = AtomicBool::new(false);
 /// The hull of watched memory; empty while `LOW > HIGH`.
 #[unsafe(link_section = ".data")]
 static LOW: AtomicU64 = AtomicU64::new(u64::MAX);

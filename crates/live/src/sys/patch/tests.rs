@@ -186,7 +186,10 @@ fn moving_and_fixed_mappings_are_seen() {
 fn registers_and_red_zone_survive_the_slow_path() {
     patched(|| {
         let map = AnonMapping::new(8192, Huge::Never).expect("two pages can be mapped");
-        let munmap: unsafe extern "C" fn(*mut core::ffi::c_void, usize) -> i32 = libc::munmap;
+        // The library's own: a symbol of this program is ordinary code.
+        // SAFETY: the name is a C string; the libraries behind this program are searched.
+        let munmap = unsafe { libc::dlsym(libc::RTLD_NEXT, c"munmap".as_ptr()) };
+        assert!(!munmap.is_null());
         let address = usize::try_from(map.address()).expect("64-bit");
         let (mut x0, mut x15, mut callee) = (0x1111_2222_u64, 0x3333_4444_u64, 0x5555_u64);
         let calls = seen_during(map.address(), 8192, || {

@@ -1,0 +1,88 @@
+//! Prefetch: pages move to the device before it touches them, because the program says so.
+//!
+//! Ranges are found or made as a fault makes them, so that what moves is what a fault will bind; the
+//! binding itself is left to that fault. What cannot move stays where it is, and is no error.
+
+use gpusvm::addr::{HostSpan, HostVa, PAGE, PageCount};
+use gpusvm::error::{Failed, Interrupted, Stale};
+use gpusvm::pagemap::ToDevice;
+use gpusvm::seam::Platform;
+use gpusvm::seam::env::Ns;
+use gpusvm::seam::mm::Access;
+use gpusvm::svm::FindRange;
+
+use crate::collect;
+use crate::vm::{Rights, Vm, VmState};
+
+/// Attempts at one range whose pages are busy or whose mapping changes.
+const TRIES: usize = 16;
+
+impl<P: Platform> Vm<P> {
+    /// Moves the ranges that `span` meets to this VM's device, as far as they can move, and returns
+    /// how many pages of the span are there afterwards. The `vm` lock is held meanwhile, as for a
+    /// fault.
+    ///
+    /// # Errors
+    /// [`Failed`] for addresses without a mapping, outside every area, or of too few rights;
+    /// [`Failed::Closed`]. What has moved by then stays moved.
+    pub fn prefetch(&self, span: HostSpan) -> Result<PageCount, Failed> {
+        let span = span.align_outward(PAGE);
+        let mut state = self.state.lock();
+        let mut at = span.start();
+        let mut there = PageCount::ZERO;
+        while at < span.end() {
+            let (range, moved) = self.prefetch_range(&mut state, at)?;
+            let part = range.intersect(span).filter(|_| moved);
+            there = there + part.map_or(PageCount::ZERO, HostSpan::pages);
+            at = range.end();
+        }
+        Ok(there)
+    }
+
+    /// The range around `at`, and whether its pages are on the device.
+    fn prefetch_range(&self, state: &mut VmState, at: HostVa) -> Result<(HostSpan, bool), Failed> {
+        let mut found = None;
+        let mut why = Stale::PagesBusy;
+        for _try in 0..TRIES {
+            match self.try_prefetch(state, at, &mut found) {
+                Ok(range) => return Ok((range, true)),
+                Err(Interrupted::Stale(stale)) => why = stale,
+                Err(Interrupted::Failed(Failed::OutOfVram | Failed::TooLarge)) => break,
+                // The memory is of a kind that stays.
+                Err(Interrupted::Failed(Failed::NotMigratable(_))) => break,
+                Err(Interrupted::Failed(failed)) => return Err(failed),
+            }
+        }
+        found.map(|range| (range, false)).ok_or(Failed::Budget(why))
+    }
+
+    fn try_prefetch(
+        &self,
+        state: &mut VmState,
+        at: HostVa,
+        found: &mut Option<HostSpan>,
+    ) -> Result<HostSpan, Interrupted> {
+        if state.closed {
+            return Err(Failed::Closed.into());
+        }
+        collect::run(self, state);
+        let area = state.area_at(at).ok_or(Failed::OutOfArea(at))?;
+        let find = FindRange {
+            at,
+            area: area.span,
+            access: match area.rights {
+                Rights::ReadWrite => Access::Write,
+                Rights::ReadOnly => Access::Read,
+            },
+            device_memory: true,
+            populated_up_to: 0,
+        };
+        let range = self.svm.find_or_insert_range(&mut state.owner, &find)?;
+        *found = Some(range.span());
+        self.device.pagemap.to_device(ToDevice {
+            span: range.span(),
+            timeslice: Ns::default(),
+        })?;
+        Ok(range.span())
+    }
+}
