@@ -9,6 +9,7 @@ pub(crate) mod arena;
 pub(crate) mod atfork;
 #[cfg(test)]
 pub(crate) mod child;
+pub(crate) mod depth;
 pub(crate) mod fault_copy;
 pub(crate) mod futex;
 pub(crate) mod last_wish;
