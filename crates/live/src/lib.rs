@@ -6,6 +6,7 @@
 //! | `mappings` | the process's mappings, as the framework sees them |
 //! | `residency` | which pages are away, or on their way |
 //! | `watch` | which mappings raise faults and brackets |
+//! | `stays` | memory that never leaves: control blocks of threads, and their like |
 //! | `migrate`, `leg`, `staging` | pages leave and return by `UFFDIO_MOVE` |
 //! | `reader` | the thread that serves CPU faults |
 //! | `bracket` | address-space calls, seen before they happen |
@@ -26,7 +27,7 @@
 //! ```
 //!
 //! Lock order: host mm (`watch`, then notifiers, then `residency`) → notifier → vram → leaf
-//! (`staging`, the allocator).
+//! (`staging`, `stays`).
 
 mod attendant;
 mod bracket;
@@ -42,6 +43,7 @@ mod space;
 mod spans;
 mod staging;
 mod stall;
+mod stays;
 mod sys;
 #[cfg(test)]
 mod toy;

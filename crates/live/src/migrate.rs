@@ -78,7 +78,9 @@ impl LiveSpace {
             return Err(Failed::NotMigratable(span.start()).into());
         }
         self.watch_mapping(&vma);
-        if !self.between_guards(vma, span.start()).span.covers(span) {
+        self.stays.await_certainty(&self.procmap);
+        let piece = self.piece_at(vma, span.start());
+        if piece.kind != VmaKind::Anonymous || !piece.span.covers(span) {
             return Err(Failed::NotMigratable(span.start()).into());
         }
         match self.try_out(span, &allocation, aperture)? {
@@ -108,8 +110,11 @@ impl LiveSpace {
         let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
         self.residency.lock().depart(span);
         let legs = self.legs_out(span, aperture);
+        // Threads that are made from now on touch their memory, and wait for this travel.
+        let free = self.stays.may_leave(&self.procmap, span);
         let departure = self.departures.begin();
         let left = match self.watch.arm(span) {
+            Ok(()) if !free => Err(Refused::Mapping),
             Ok(()) => legs.iter().try_for_each(|leg| self.leave(leg)),
             Err(CannotArm) => Err(Refused::Mapping),
         };

@@ -29,6 +29,7 @@ use crate::migrate::LiveMigration;
 use crate::reader::{self, Departures, Pool, Reader};
 use crate::residency::{Busy, Piece, Residency, State, everything};
 use crate::staging::Staging;
+use crate::stays::Stays;
 use crate::sys::futex;
 use crate::sys::pagemap::PageMap;
 use crate::sys::procmap::ProcMap;
@@ -70,6 +71,7 @@ pub struct LiveSpace {
     /// Watched memory may have guards in it.
     pub(crate) guards: AtomicBool,
     pub(crate) remembered: Remembered,
+    pub(crate) stays: Stays,
 }
 
 impl fmt::Debug for LiveSpace {
@@ -126,6 +128,7 @@ impl LiveSpace {
             guards: AtomicBool::new(!level.is_patched()),
             level,
             remembered: Remembered::default(),
+            stays: Stays::open(uffd_level).map_err(OpenError::os("open /proc/self/task"))?,
         });
         let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
         *space.reader.lock() = Some(reader);
@@ -343,7 +346,7 @@ impl LiveSpace {
                 return Err(Failed::Permission(at).into());
             }
             self.watch_mapping(&vma);
-            let vma = self.between_guards(vma, at);
+            let vma = self.piece_at(vma, at);
             if !vma.read {
                 return Err(Failed::BadPage(at).into());
             }
@@ -386,7 +389,7 @@ impl AddressSpace for LiveSpace {
     fn find_vma(&self, at: HostVa) -> Option<Vma> {
         let vma = self.vma_around(at)?;
         if vma.span.contains(at) {
-            Some(self.between_guards(vma, at))
+            Some(self.piece_at(vma, at))
         } else {
             Some(vma)
         }

@@ -22,6 +22,7 @@ pub(crate) mod procmap;
 pub(crate) mod signals;
 pub(crate) mod territory;
 pub mod thread;
+pub(crate) mod threads;
 pub(crate) mod uffd;
 pub(crate) mod vram;
 pub(crate) mod waits;
