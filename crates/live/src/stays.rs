@@ -1,9 +1,9 @@
-//! What stays: memory in which the kernel writes past all faults, or in which the process dies of
-//! one.
+//! What stays: memory in which a fault cannot be waited for.
 //!
 //! | what | why | where |
 //! |---|---|---|
 //! | control blocks of threads | at a thread's end the kernel clears a word there, and whoever joins the thread waits for that; a missing page is passed over | around the head of the robust list; the top of every stack of the C library's, where the block of its next thread will be |
+//! | variables of the C library and the dynamic linker, and of the library that the runtime is in | threads that serve faults use them, in `memcpy` for one | as the linker tells |
 //! | stacks, where system calls cannot wait for pages | signal frames, and the id of a new thread | memory right above what nobody may access, as the C library makes its stacks; the mapping around a control block |
 //!
 //! A stack of the C library's is known by its shape before it has a thread. A thread on a stack that
@@ -26,6 +26,7 @@ use crate::env::LiveEnv;
 use crate::level::UffdLevel;
 use crate::space::LiveSpace;
 use crate::spans::SpanSet;
+use crate::sys::modules;
 use crate::sys::procmap::ProcMap;
 use crate::sys::threads::{Seat, Threads};
 
@@ -47,6 +48,8 @@ pub(crate) struct Stays {
 
 #[derive(Debug, Default)]
 struct Known {
+    /// Never changes.
+    variables: SpanSet,
     /// The last thread that had been made before the last complete look.
     made: Option<u64>,
     blocks: SpanSet,
@@ -58,15 +61,19 @@ struct Known {
 struct Uncertain;
 
 impl Stays {
-    /// Nothing is known yet.
+    /// No thread is known yet.
     ///
     /// # Errors
     /// As [`Threads::open`].
     pub(crate) fn open(level: UffdLevel) -> Result<Self, Errno> {
+        let mut known = Known::default();
+        modules::variables()
+            .into_iter()
+            .for_each(|span| known.variables.insert(span));
         Ok(Self {
             threads: Threads::open()?,
             level,
-            known: Mutex::<LiveEnv, _>::new(Known::default()),
+            known: Mutex::<LiveEnv, _>::new(known),
         })
     }
 
@@ -93,7 +100,7 @@ impl Stays {
     fn within(&self, span: HostSpan) -> Vec<HostSpan> {
         let known = self.known.lock();
         let mut all = SpanSet::default();
-        for set in [&known.blocks, &known.stacks] {
+        for set in [&known.variables, &known.blocks, &known.stacks] {
             set.within(span)
                 .into_iter()
                 .for_each(|part| all.insert(part));

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::ops::Range;
 
-use gpusvm::addr::HostVa;
+use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M, PAGE_64K};
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{AddressSpace, VmaKind};
 use gpusvm_abi::bus::AtomicOp;
@@ -24,12 +24,16 @@ pub(crate) fn fly(machine: &Machine, stats: &File) {
     let random = LiveEnv::new(7);
     for round in 0_u64.. {
         let places = draw(&mappings(machine), &random);
-        let touch = Touch {
-            places,
-            writes: round % 2 == 1,
-        };
-        // Stopped where the program has taken memory away that was drawn.
-        let _ended = machine.launch_on(0, &touch);
+        match round % 3 {
+            0 => places
+                .iter()
+                .for_each(|place| send(machine, *place, &random)),
+            way => {
+                let writes = way == 1;
+                // Cannot end before its time: accesses that are refused do not stop it.
+                let _ended = machine.launch_on(0, &Touch { places, writes });
+            }
+        }
         if round % ROUNDS == ROUNDS - 1 {
             machine.evict_all();
         }
@@ -74,6 +78,15 @@ fn span(line: &str) -> Option<Range<u64>> {
     let (start, end) = line.split_once(' ')?.0.split_once('-')?;
     let number = |text| u64::from_str_radix(text, 16).ok();
     Some(number(start)?..number(end)?)
+}
+
+/// Sends the block around `place`, also where a device may use it in its place. That is refused where
+/// it does not lie in one mapping, or the program is changing it.
+fn send(machine: &Machine, place: u64, random: &LiveEnv) {
+    let sizes = [PAGE, PAGE_64K, PAGE_64K, PAGE_2M];
+    let index = usize::try_from(random.random() % 4).unwrap_or(0);
+    let block = HostSpan::aligned_around(HostVa::new(place), sizes[index]);
+    let _refused = block.map(|block| machine.send(block));
 }
 
 /// Draws mappings, and addresses in them.

@@ -14,6 +14,7 @@ pub(crate) mod fault_copy;
 pub(crate) mod futex;
 pub(crate) mod last_wish;
 pub(crate) mod mapping;
+pub(crate) mod modules;
 pub(crate) mod owned;
 pub(crate) mod pagemap;
 pub(crate) mod patch;
