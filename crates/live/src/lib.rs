@@ -17,17 +17,18 @@
 //! | `stall` | who waits for whom, where nothing moves any more |
 //! | `sys` | every `unsafe`, and nothing that knows what it is for |
 //!
-//! A program that opens a live space declares the allocator that keeps the runtime's own memory
-//! apart:
-//!
-//! ```
-//! #[global_allocator]
-//! static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
-//! # fn main() { assert!(gpusvm_live::is_installed()); }
-//! ```
-//!
 //! Lock order: host mm (`watch`, then notifiers, then `residency`) → notifier → vram → leaf
 //! (`staging`, `stays`).
+
+//!
+//! # Embedding it
+//!
+//! A program that opens a live space declares the allocator that keeps the runtime's own memory
+//! apart. This one does, and lets the software GPU compute on a vector of its own:
+//!
+//! ```
+#![doc = include_str!("../examples/embed.rs")]
+//! ```
 
 mod attendant;
 mod bracket;
