@@ -78,7 +78,6 @@ impl LiveSpace {
             return Err(Failed::NotMigratable(span.start()).into());
         }
         self.watch_mapping(&vma);
-        self.stays.await_certainty(&self.procmap);
         let piece = self.piece_at(vma, span.start());
         if piece.kind != VmaKind::Anonymous || !piece.span.covers(span) {
             return Err(Failed::NotMigratable(span.start()).into());
@@ -86,11 +85,11 @@ impl LiveSpace {
         match self.try_out(span, &allocation, aperture)? {
             Ok(set) => return Ok(set),
             Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
-            Err(Refused::NotExclusive) => {}
-        }
-        // A write fault makes fork-shared pages exclusive; pinned ones stay refused.
-        if advise::populate_write(span).is_err() {
-            return Err(Stale::PagesRefused.into());
+            Err(Refused::Starting) => self.stays.await_certainty(&self.procmap),
+            // A write fault makes fork-shared pages exclusive; pinned ones stay refused.
+            Err(Refused::NotExclusive) => {
+                advise::populate_write(span).map_err(|_errno| Stale::PagesRefused)?;
+            }
         }
         self.try_out(span, &allocation, aperture)?
             .map_err(|_still| Stale::PagesRefused.into())
@@ -111,13 +110,11 @@ impl LiveSpace {
         self.residency.lock().depart(span);
         let legs = self.legs_out(span, aperture);
         // Threads that are made from now on touch their memory, and wait for this travel.
-        let free = self.stays.may_leave(&self.procmap, span);
+        let free = self.stays.check(&self.procmap, span);
         let departure = self.departures.begin();
-        let left = match self.watch.arm(span) {
-            Ok(()) if !free => Err(Refused::Mapping),
-            Ok(()) => legs.iter().try_for_each(|leg| self.leave(leg)),
-            Err(CannotArm) => Err(Refused::Mapping),
-        };
+        let left = free
+            .and_then(|()| self.watch.arm(span).map_err(|CannotArm| Refused::Mapping))
+            .and_then(|()| legs.iter().try_for_each(|leg| self.leave(leg)));
         let left_at = *departure;
         drop(departure);
         self.notifiers.end(&self.env, invalidation);

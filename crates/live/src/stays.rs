@@ -23,6 +23,7 @@ use gpusvm::seam::mm::{Vma, VmaKind};
 use rustix::io::Errno;
 
 use crate::env::LiveEnv;
+use crate::leg::Refused;
 use crate::level::UffdLevel;
 use crate::space::LiveSpace;
 use crate::spans::SpanSet;
@@ -119,8 +120,13 @@ impl Stays {
     }
 
     /// Whether all of `span` may leave at this moment.
-    pub(crate) fn may_leave(&self, procmap: &ProcMap, span: HostSpan) -> bool {
-        self.look(procmap).is_ok() && self.within(span).is_empty()
+    pub(crate) fn check(&self, procmap: &ProcMap, span: HostSpan) -> Result<(), Refused> {
+        self.look(procmap).map_err(|Uncertain| Refused::Starting)?;
+        if self.within(span).is_empty() {
+            Ok(())
+        } else {
+            Err(Refused::Mapping)
+        }
     }
 
     /// Looks for threads, if one has been made since the last look.
