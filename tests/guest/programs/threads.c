@@ -11,6 +11,7 @@
 enum { AT_A_TIME = 6 };
 
 static atomic_int detached;
+static int own_stacks;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t counted;
 static __thread uint64_t own;
@@ -64,21 +65,52 @@ static void detach(uint64_t seed) {
     CHECK(pthread_attr_destroy(&attributes) == 0);
 }
 
-static uint64_t run_together(uint64_t round, int own_stacks) {
+/* Sleeps, and ends without touching any memory after that, as a thread may that is cut short by the
+   scheduler at its very end. */
+static void *sleep_and_end(void *argument) {
+    const long poll = 7, end = 60;
+    long result;
+    (void)argument;
+    __asm__ volatile("syscall\n\tmov %2, %%rax\n\txor %%edi, %%edi\n\tsyscall"
+                     : "=a"(result)
+                     : "a"(poll), "r"(end), "D"(0), "S"(0), "d"(5)
+                     : "rcx", "r11", "memory");
+    return argument;
+}
+
+/* Starts a thread, every other one on a stack of the program's, where that is asked for. */
+static void *start(pthread_t *thread, int number, void *(*work)(void *), void *argument) {
     enum { STACK = 256 << 10 };
+    void *stack = NULL;
+    pthread_attr_t attributes;
+    CHECK(pthread_attr_init(&attributes) == 0);
+    if (own_stacks && number % 2) {
+        CHECK(posix_memalign(&stack, 4096, STACK) == 0);
+        CHECK(pthread_attr_setstack(&attributes, stack, STACK) == 0);
+    }
+    CHECK(pthread_create(thread, &attributes, work, argument) == 0);
+    CHECK(pthread_attr_destroy(&attributes) == 0);
+    return stack;
+}
+
+static void sleepers(void) {
+    pthread_t threads[AT_A_TIME];
+    void *stacks[AT_A_TIME];
+    for (int i = 0; i < AT_A_TIME; i++)
+        stacks[i] = start(&threads[i], i, sleep_and_end, NULL);
+    for (int i = 0; i < AT_A_TIME; i++) {
+        CHECK(pthread_join(threads[i], NULL) == 0);
+        free(stacks[i]);
+    }
+}
+
+static uint64_t run_together(uint64_t round) {
     struct task *tasks = calloc(AT_A_TIME, sizeof *tasks);
     pthread_t threads[AT_A_TIME];
-    void *stacks[AT_A_TIME] = {NULL};
+    void *stacks[AT_A_TIME];
     for (int i = 0; i < AT_A_TIME; i++) {
-        pthread_attr_t attributes;
-        CHECK(pthread_attr_init(&attributes) == 0);
-        if (own_stacks && i % 2) {
-            CHECK(posix_memalign(&stacks[i], 4096, STACK) == 0);
-            CHECK(pthread_attr_setstack(&attributes, stacks[i], STACK) == 0);
-        }
         tasks[i].seed = round * 100 + (uint64_t)i;
-        CHECK(pthread_create(&threads[i], &attributes, work, &tasks[i]) == 0);
-        CHECK(pthread_attr_destroy(&attributes) == 0);
+        stacks[i] = start(&threads[i], i, work, &tasks[i]);
     }
     uint64_t total = 0;
     for (int i = 0; i < AT_A_TIME; i++) {
@@ -94,11 +126,12 @@ static uint64_t run_together(uint64_t round, int own_stacks) {
 
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 1;
-    int own_stacks = count > 2 && strcmp(arguments[2], "own-stacks") == 0;
+    own_stacks = count > 2 && strcmp(arguments[2], "own-stacks") == 0;
     for (int round = 0; round < rounds; round++) {
         uint64_t total = 0;
+        sleepers();
         for (int i = 0; i < 10; i++) {
-            total = total * 7 + run_together((uint64_t)(round * 10 + i), own_stacks);
+            total = total * 7 + run_together((uint64_t)(round * 10 + i));
             detach((uint64_t)i);
         }
         say("round %d: %llx\n", round, (unsigned long long)total);

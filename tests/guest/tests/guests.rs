@@ -113,7 +113,11 @@ impl Guest {
             command.arg(format!("GPUSVM_GUEST_STATS={}", self.stats().display()));
             command.arg(format!("GPUSVM_GUEST_MIGRATION={}", way.migration));
             command.arg(format!("GPUSVM_GUEST_BRACKETS={}", way.brackets));
-            if way.user == As::Nobody && is_root() {
+            if way.user == As::Oneself {
+                // With it a thread's control block is touched whenever the thread is scheduled, so
+                // that it is never away for long; without it, as in older C libraries, it may be.
+                command.arg("GLIBC_TUNABLES=glibc.pthread.rseq=0");
+            } else if is_root() {
                 command.uid(USER).gid(USER);
             }
         }
