@@ -55,7 +55,17 @@ struct Guest {
     folder: PathBuf,
     program: PathBuf,
     library: PathBuf,
-    argument: &'static str,
+    /// Its second argument, after the number of rounds; without one it is told of the brackets.
+    argument: Option<&'static str>,
+}
+
+/// Where a program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// By itself.
+    Alone,
+    /// With the runtime.
+    Inside,
 }
 
 /// How a run ended.
@@ -72,7 +82,7 @@ fn tell(line: &str) {
 
 impl Guest {
     /// Compiles a program; `None`, and says so, where that is not possible.
-    fn new(name: &str, argument: &'static str) -> Option<Self> {
+    fn new(name: &str, argument: Option<&'static str>) -> Option<Self> {
         let folder = std::env::temp_dir().join(format!("gpusvm-{}-{name}", std::process::id()));
         fs::create_dir_all(&folder).expect("a folder can be made");
         fs::set_permissions(&folder, Permissions::from_mode(0o755)).expect("it is ours");
@@ -104,11 +114,11 @@ impl Guest {
         }
     }
 
-    /// Runs it for `rounds` rounds, with the runtime where a way is given.
-    fn run(&self, rounds: u32, way: Option<Way>) -> Ended {
+    /// Runs it for `rounds` rounds, with the runtime where that is wanted.
+    fn run(&self, rounds: u32, way: Way, place: Place) -> Ended {
         let mut command = Command::new("timeout");
         command.args(["--signal=KILL", PATIENCE, "env"]);
-        if let Some(way) = way {
+        if place == Place::Inside {
             command.arg(format!("LD_PRELOAD={}", self.library.display()));
             command.arg(format!("GPUSVM_GUEST_STATS={}", self.stats().display()));
             command.arg(format!("GPUSVM_GUEST_MIGRATION={}", way.migration));
@@ -122,10 +132,8 @@ impl Guest {
             }
         }
         command.arg(&self.program).arg(rounds.to_string());
-        let output = command
-            .arg(self.argument)
-            .output()
-            .expect("timeout is there");
+        command.arg(self.argument.unwrap_or(way.brackets));
+        let output = command.output().expect("timeout is there");
         Ended {
             code: output.status.code(),
             output: output.stdout,
@@ -147,9 +155,9 @@ impl Guest {
     fn compare(&self, rounds: u32, way: Way, enough: u64) {
         for doubled in 0..=DOUBLINGS {
             let rounds = rounds << doubled;
-            let (alone, alone_ms) = timed(|| self.run(rounds, None));
+            let (alone, alone_ms) = timed(|| self.run(rounds, way, Place::Alone));
             self.clear_stats();
-            let (inside, inside_ms) = timed(|| self.run(rounds, Some(way)));
+            let (inside, inside_ms) = timed(|| self.run(rounds, way, Place::Inside));
             let stats = fs::read_to_string(self.stats()).expect("the file is there");
             let stats = stats.trim();
             if stats.starts_with("skipped") {
@@ -211,50 +219,50 @@ fn is_root() -> bool {
 
 #[test]
 fn heap_blocks_of_all_sizes_are_what_they_were() {
-    let Some(guest) = Guest::new("memory", "") else {
+    let Some(guest) = Guest::new("memory", None) else {
         return;
     };
     for way in PRIVILEGED.into_iter().chain(UNPRIVILEGED) {
-        guest.compare(16, way, 50);
+        guest.compare(10, way, 40);
     }
 }
 
 #[test]
 fn threads_come_and_go_and_are_joined() {
-    let Some(guest) = Guest::new("threads", "") else {
+    let Some(guest) = Guest::new("threads", None) else {
         return;
     };
     for way in PRIVILEGED.into_iter().chain(UNPRIVILEGED) {
-        guest.compare(16, way, 50);
+        guest.compare(10, way, 40);
     }
 }
 
 #[test]
 fn threads_on_stacks_of_the_program_are_joined() {
-    let Some(guest) = Guest::new("threads", "own-stacks") else {
+    let Some(guest) = Guest::new("threads", Some("own-stacks")) else {
         return;
     };
     for way in PRIVILEGED {
-        guest.compare(16, way, 50);
+        guest.compare(10, way, 40);
     }
 }
 
 #[test]
 fn children_signals_and_jumps_go_their_way() {
-    let Some(guest) = Guest::new("processes", "") else {
+    let Some(guest) = Guest::new("processes", None) else {
         return;
     };
     for way in PRIVILEGED.into_iter().chain(UNPRIVILEGED) {
-        guest.compare(16, way, 50);
+        guest.compare(10, way, 40);
     }
 }
 
 #[test]
 fn system_calls_on_the_heap_wait_for_it() {
-    let Some(guest) = Guest::new("stdio", "") else {
+    let Some(guest) = Guest::new("stdio", None) else {
         return;
     };
     for way in PRIVILEGED {
-        guest.compare(16, way, 50);
+        guest.compare(10, way, 40);
     }
 }
