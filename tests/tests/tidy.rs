@@ -9,7 +9,7 @@ use std::process::Command;
 use gpusvm_tests::{Source, functions, root, skipped, sources, walk};
 
 /// Folder of each crate, and which of ours it may use.
-const CRATES: [(&str, &str, &[&str]); 7] = [
+const CRATES: [(&str, &str, &[&str]); 8] = [
     ("core", "gpusvm", &[]),
     ("abi", "gpusvm-abi", &[]),
     ("softgpu", "gpusvm-softgpu", &["gpusvm-abi"]),
@@ -29,6 +29,18 @@ const CRATES: [(&str, &str, &[&str]); 7] = [
     (
         "tests",
         "gpusvm-tests",
+        &[
+            "gpusvm",
+            "gpusvm-abi",
+            "gpusvm-softgpu",
+            "gpusvm-xe",
+            "gpusvm-live",
+            "gpusvm-cli",
+        ],
+    ),
+    (
+        "guest",
+        "gpusvm-guest",
         &[
             "gpusvm",
             "gpusvm-abi",
@@ -252,10 +264,10 @@ fn no_globs_no_stubs_and_lints_are_inherited() {
         }
     }
     for (folder, ..) in CRATES {
-        let manifest = if folder == "tests" {
-            "tests/Cargo.toml".into()
-        } else {
-            format!("crates/{folder}/Cargo.toml")
+        let manifest = match folder {
+            "tests" => "tests/Cargo.toml".into(),
+            "guest" => "tests/guest/Cargo.toml".into(),
+            _ => format!("crates/{folder}/Cargo.toml"),
         };
         if !read(&manifest).contains("[lints]\nworkspace = true") {
             complaints.push(format!("{manifest}: does not inherit the lints"));

@@ -4,10 +4,13 @@
 //! |---|---|
 //! | [`LiveSpace`] (`space`) | the process as an [`AddressSpace`](gpusvm::seam::mm::AddressSpace) |
 //! | `mappings` | the process's mappings, as the framework sees them |
+//! | `fault_in` | where pages are, for a device |
 //! | `residency` | which pages are away, or on their way |
 //! | `watch` | which mappings raise faults and brackets |
+//! | `stays` | memory that never leaves: control blocks of threads, and their like |
 //! | `migrate`, `leg`, `staging` | pages leave and return, by `UFFDIO_MOVE` or through the migratable heap |
-//! | `reader`, `in_thread` | CPU faults are served, by a thread or where they occur |
+//! | `shard`, `pool`, `reader` | userfaultfds, and the threads that serve CPU faults |
+//! | `in_thread` | CPU faults that are served where they occur |
 //! | `bracket` | address-space calls, seen before they happen |
 //! | `fork`, `attendant` | what children get, and dying processes |
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
@@ -16,21 +19,23 @@
 //! | `stall` | who waits for whom, where nothing moves any more |
 //! | `sys` | every `unsafe`, and nothing that knows what it is for |
 //!
-//! A program that opens a live space declares the allocator that keeps the runtime's own memory
-//! apart:
-//!
-//! ```
-//! #[global_allocator]
-//! static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
-//! # fn main() { assert!(gpusvm_live::is_installed()); }
-//! ```
-//!
 //! Lock order: host mm (`watch`, then notifiers, then `residency`) → notifier → vram → leaf
-//! (`staging`, the allocator).
+//! (`staging`, `stays`).
+
+//!
+//! # Embedding it
+//!
+//! A program that opens a live space declares the allocator that keeps the runtime's own memory
+//! apart. This one does, and lets the software GPU compute on a vector of its own:
+//!
+//! ```
+#![doc = include_str!("../examples/embed.rs")]
+//! ```
 
 mod attendant;
 mod bracket;
 mod env;
+mod fault_in;
 mod fork;
 mod in_thread;
 mod leg;
@@ -45,6 +50,7 @@ mod space;
 mod spans;
 mod staging;
 mod stall;
+mod stays;
 mod sys;
 #[cfg(test)]
 mod toy;

@@ -80,14 +80,20 @@ impl LiveSpace {
     pub(crate) fn vma_around(&self, at: HostVa) -> Option<Vma> {
         // Without brackets nobody tells of changes in time.
         if !self.level().is_patched() {
-            return self.look_up(at);
+            let vma = self.look_up(at)?;
+            if !self.watch.covers(vma.span) {
+                self.stays.judge(&self.procmap, vma.span);
+            }
+            return Some(vma);
         }
         if let Some(vma) = self.remembered.recall(at) {
             return Some(vma);
         }
         let changes = self.remembered.changes.load(Ordering::Acquire);
         let vma = self.look_up(at)?;
-        if vma.span.contains(at) && self.watch.covers(vma.span) {
+        if !self.watch.covers(vma.span) {
+            self.stays.judge(&self.procmap, vma.span);
+        } else if vma.span.contains(at) {
             self.remembered.note(changes, at, vma);
         }
         Some(vma)

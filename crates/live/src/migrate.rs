@@ -81,18 +81,19 @@ impl LiveSpace {
             return Err(Failed::NotMigratable(span.start()).into());
         }
         self.watch_mapping(&vma);
-        if !self.between_guards(vma, span.start()).span.covers(span) {
+        let piece = self.piece_at(vma, span.start());
+        if piece.kind != VmaKind::Anonymous || !piece.span.covers(span) {
             return Err(Failed::NotMigratable(span.start()).into());
         }
         match self.try_out(span, &allocation, aperture)? {
             Ok(set) => return Ok(set),
             Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
             Err(Refused::News) => return Err(Stale::PagesBusy.into()),
-            Err(Refused::NotExclusive) => {}
-        }
-        // A write fault makes fork-shared pages exclusive; pinned ones stay refused.
-        if advise::populate_write(span).is_err() {
-            return Err(Stale::PagesRefused.into());
+            Err(Refused::Starting) => self.stays.await_certainty(&self.procmap),
+            // A write fault makes fork-shared pages exclusive; pinned ones stay refused.
+            Err(Refused::NotExclusive) => {
+                advise::populate_write(span).map_err(|_errno| Stale::PagesRefused)?;
+            }
         }
         self.try_out(span, &allocation, aperture)?
             .map_err(|_still| Stale::PagesRefused.into())
@@ -119,13 +120,14 @@ impl LiveSpace {
         self.residency.lock().depart(span);
         let mut from = Mapping { shard, left_at: 0 };
         let mut legs = self.legs_out(span, from, aperture);
+        // Threads that are made from now on touch their memory, and wait for this travel.
+        let free = self.stays.check(&self.procmap, span);
         let unread = self.watch.shards.hold_settled(shard);
         from.left_at = *unread;
         legs.iter_mut().for_each(|leg| leg.from = from);
-        let left = match self.arm(span, shard) {
-            Ok(()) => legs.iter().try_for_each(|leg| self.leave(leg)),
-            Err(CannotArm) => Err(Refused::Mapping),
-        };
+        let left = free
+            .and_then(|()| self.arm(span, shard).map_err(|CannotArm| Refused::Mapping))
+            .and_then(|()| legs.iter().try_for_each(|leg| self.leave(leg)));
         drop(unread);
         self.notifiers.end(&self.env, invalidation);
         let set = LiveMigration {

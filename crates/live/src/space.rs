@@ -9,14 +9,13 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa};
+use gpusvm::addr::{HostSpan, HostVa};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::{Event, EventSink, HomeCause};
 use gpusvm::mmu::{Interval, IntervalNotifiers, Seq};
 use gpusvm::seam::env::{Environment, Mutex};
 use gpusvm::seam::mm::{
-    AddressSpace, FaultIn, InvalidationSink, Location, MigrateTo, PageRun, PagemapId, Placement,
-    Vma, VmaKind,
+    AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Vma, VmaKind,
 };
 
 use crate::attendant::Attendant;
@@ -32,6 +31,7 @@ use crate::reader::{self, Reader};
 use crate::residency::{Busy, Piece, Residency, State, everything};
 use crate::shard::{ShardId, Shards};
 use crate::staging::Staging;
+use crate::stays::Stays;
 use crate::sys::futex;
 use crate::sys::heap;
 use crate::sys::pagemap::PageMap;
@@ -73,6 +73,7 @@ pub struct LiveSpace {
     /// Watched memory may have guards in it.
     pub(crate) guards: AtomicBool,
     pub(crate) remembered: Remembered,
+    pub(crate) stays: Stays,
 }
 
 impl fmt::Debug for LiveSpace {
@@ -130,6 +131,7 @@ impl LiveSpace {
             guards: AtomicBool::new(!level.is_patched()),
             level,
             remembered: Remembered::default(),
+            stays: Stays::open(faults).map_err(OpenError::os("open /proc/self/task"))?,
         });
         if faults.has_uffd() {
             let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
@@ -321,98 +323,6 @@ impl LiveSpace {
         }
         self.pagemap.populated(span)
     }
-
-    /// One try of [`AddressSpace::fault_in`]; `None` when it has to start over.
-    fn try_fault_in(
-        &self,
-        request: &FaultIn,
-        runs: &mut Vec<PageRun>,
-    ) -> Result<Option<()>, Interrupted> {
-        runs.clear();
-        self.check_mappings(request)?;
-        let mut foreign = None;
-        let mut travelling = false;
-        let mut at = request.span.start();
-        let table = self.residency.lock();
-        for (span, state) in table.overlapping(request.span) {
-            let Some(part) = span.intersect(request.span) else {
-                continue;
-            };
-            push_system(runs, HostSpan::new(at, part.start()));
-            match state {
-                State::Resident(page) if Some(page.allocation.pagemap()) == request.keep => {
-                    let into = part.start().offset_from(span.start());
-                    push_device(runs, part, &page.allocation, page.offset + into);
-                }
-                State::Resident(page) => foreign = Some(page.allocation.clone()),
-                State::Claimed | State::Transit(_) => travelling = true,
-            }
-            at = part.end();
-        }
-        push_system(runs, HostSpan::new(at, request.span.end()));
-        drop(table);
-        if let Some(allocation) = foreign {
-            // Stale is another operation at work; the next round waits for it.
-            if let Err(Interrupted::Failed(failed)) = allocation.bring_home(HomeCause::Mixed) {
-                return Err(failed.into());
-            }
-            return Ok(None);
-        }
-        if travelling {
-            self.wait_settled(request.span);
-            return Ok(None);
-        }
-        Ok(Some(()))
-    }
-
-    /// Every mapping of the span allows the access and is watched.
-    fn check_mappings(&self, request: &FaultIn) -> Result<(), Interrupted> {
-        let mut at = request.span.start();
-        while at < request.span.end() {
-            let vma = self.vma_around(at).filter(|vma| vma.span.contains(at));
-            let vma = vma.ok_or(Failed::BadPage(at))?;
-            if vma.kind == VmaKind::Special || !vma.read {
-                return Err(Failed::BadPage(at).into());
-            }
-            if !vma.allows(request.access) {
-                return Err(Failed::Permission(at).into());
-            }
-            self.watch_mapping(&vma);
-            let vma = self.between_guards(vma, at);
-            if !vma.read {
-                return Err(Failed::BadPage(at).into());
-            }
-            at = vma.span.end();
-        }
-        Ok(())
-    }
-}
-
-fn push_system(runs: &mut Vec<PageRun>, span: HostSpan) {
-    if !span.is_empty() {
-        let at = Location::System(BusAddr::new(span.start().get()));
-        runs.push(PageRun {
-            pages: span.pages(),
-            at,
-        });
-    }
-}
-
-fn push_device(
-    runs: &mut Vec<PageRun>,
-    span: HostSpan,
-    allocation: &gpusvm::seam::mm::AllocationRef,
-    offset: u64,
-) {
-    let at = Location::Device {
-        pagemap: allocation.pagemap(),
-        allocation: allocation.id(),
-        vram: allocation.vram().start().plus(offset),
-    };
-    runs.push(PageRun {
-        pages: span.pages(),
-        at,
-    });
 }
 
 impl AddressSpace for LiveSpace {
@@ -425,7 +335,7 @@ impl AddressSpace for LiveSpace {
             vma.kind = VmaKind::InPlace;
         }
         if vma.span.contains(at) {
-            Some(self.between_guards(vma, at))
+            Some(self.piece_at(vma, at))
         } else {
             Some(vma)
         }

@@ -5,19 +5,12 @@ use std::collections::BTreeMap;
 use gpusvm::addr::{HostSpan, HostVa};
 
 /// The set.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct SpanSet {
     spans: BTreeMap<HostVa, HostVa>,
 }
 
 impl SpanSet {
-    /// An empty one.
-    pub(crate) const fn new() -> Self {
-        Self {
-            spans: BTreeMap::new(),
-        }
-    }
-
     /// Adds all of `span`.
     pub(crate) fn insert(&mut self, span: HostSpan) {
         if span.is_empty() {
@@ -137,7 +130,7 @@ mod tests {
 
     #[test]
     fn touching_spans_merge_and_removal_splits() {
-        let mut set = SpanSet::new();
+        let mut set = SpanSet::default();
         set.insert(span(10, 20));
         set.insert(span(30, 40));
         set.insert(span(20, 30));
@@ -154,7 +147,7 @@ mod tests {
 
     #[test]
     fn first_stretch_that_fits_is_taken() {
-        let mut set = SpanSet::new();
+        let mut set = SpanSet::default();
         set.insert(span(10, 20));
         set.insert(span(30, 90));
         assert_eq!(set.take_first(8, 1), Some(span(10, 18)));
@@ -169,7 +162,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn agrees_with_a_bitmap(ops: Vec<(bool, u8, u8)>) {
-            let mut set = SpanSet::new();
+            let mut set = SpanSet::default();
             let mut bits = [false; 300];
             for (add, start, len) in ops {
                 let (start, end) = (usize::from(start), usize::from(start) + usize::from(len % 40));

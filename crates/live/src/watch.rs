@@ -43,11 +43,11 @@ struct ShardSets {
 }
 
 impl ShardSets {
-    const fn new(id: ShardId) -> Self {
+    fn new(id: ShardId) -> Self {
         Self {
             id,
-            registered: SpanSet::new(),
-            armed: SpanSet::new(),
+            registered: SpanSet::default(),
+            armed: SpanSet::default(),
         }
     }
 
@@ -76,7 +76,7 @@ impl Sets {
     /// The parts of `span` that no shard has.
     fn unregistered(&self, span: HostSpan) -> Vec<HostSpan> {
         let all = self.shards.iter();
-        let mut taken = SpanSet::new();
+        let mut taken = SpanSet::default();
         all.flat_map(|sets| sets.registered.within(span))
             .for_each(|part| taken.insert(part));
         taken.without(span)
@@ -102,7 +102,7 @@ impl Watch {
     /// As [`PageMap::open`].
     pub(crate) fn new(shards: Shards) -> Result<Self, Errno> {
         let sets = Sets {
-            watched: SpanSet::new(),
+            watched: SpanSet::default(),
             shards: shards.ids().map(ShardSets::new).collect(),
         };
         Ok(Self {
@@ -291,7 +291,7 @@ impl Watch {
     /// does what other shards have.
     pub(crate) fn forget_late(&self, span: HostSpan, shard: ShardId, kept: &[HostSpan]) {
         let mut sets = self.sets.lock();
-        let mut keep = SpanSet::new();
+        let mut keep = SpanSet::default();
         let others = sets.shards.iter().filter(|sets| sets.id != shard);
         others
             .flat_map(|sets| sets.registered.within(span))

@@ -13,34 +13,41 @@
 //! In a child after a fork the arena is out of use: its blocks stay readable, and leak.
 //!
 //! Blocks have four size classes per doubling; a freed block goes to its class's list and is
-//! never split or merged. Lock rank: leaf. Why the variables lie in `.data`: see
-//! [`owned`](super::owned).
+//! never split or merged. Why the variables lie in `.data`: see [`owned`](super::owned).
+//!
+//! **There is no lock.** A thread of the program allocates and frees here on its own stack, which may
+//! be away: did it wait for a page while it held a lock, the thread that is to bring the page home
+//! would wait for the lock. So a list's top changes in one step, and carries a count of its changes
+//! against being mistaken for a former one; links lie apart from the blocks, so that reading one is
+//! never a race with a block's user.
 //!
 //! ```text
-//!  reserved  │ no access │ blocks ─────────────────── │ no access │
-//!            └ >= 1 page ┘ aligned to 2 MiB           └ >= 1 page ┘
+//!  reserved  │ no access │ blocks ────────── │ links ──── │ no access │
+//!            └ >= 1 page ┘ aligned to 2 MiB               └ >= 1 page ┘
 //! ```
 //!
 //! The margins keep the system from joining the arena with a neighbour's mapping, which would then
 //! pass for the runtime's own.
 
 use core::alloc::{GlobalAlloc, Layout};
-use core::cell::Cell;
 use core::ffi::c_void;
-use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::ptr;
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::alloc::System;
 
 use gpusvm::addr::{HostSpan, HostVa};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 
 use crate::sys::atfork;
-use crate::sys::futex::RawFutexMutex;
+use crate::sys::depth;
 use crate::sys::heap;
 
 /// Address space set aside; pages are used as they are needed.
 const BYTES: usize = 16 << 30;
+/// Bytes of it for blocks. Behind them is a link of four bytes for each [`MIN`] bytes.
+const BLOCKS: usize = 12 << 30;
+const _: () = assert!(BLOCKS + BLOCKS / MIN * 4 <= BYTES, "the links fit");
 /// Smallest block.
 const MIN: usize = 16;
 /// Classes: four per doubling, from 16 bytes up.
@@ -57,26 +64,12 @@ static BASE: AtomicUsize = AtomicUsize::new(0);
 /// Bracket stacks: a thread on one of them is in the runtime.
 #[unsafe(link_section = ".data")]
 static STACKS: (AtomicUsize, AtomicUsize) = (AtomicUsize::new(0), AtomicUsize::new(0));
+/// Bytes handed out so far, used or free again.
 #[unsafe(link_section = ".data")]
-static HEAP: lock_api::Mutex<RawFutexMutex, Heap> = lock_api::Mutex::from_raw(
-    lock_api::RawMutex::INIT,
-    Heap {
-        next: 0,
-        free: [0; CLASSES],
-    },
-);
-
-thread_local! {
-    /// Nested scopes of this thread. Constant and without a destructor, so that reading it never
-    /// allocates.
-    static DEPTH: Cell<u32> = const { Cell::new(0) };
-}
-
-/// Addresses as plain numbers: the blocks are nobody's objects while they are free.
-struct Heap {
-    next: usize,
-    free: [usize; CLASSES],
-}
+static NEXT: AtomicUsize = AtomicUsize::new(0);
+/// The top of each class's list of free blocks.
+#[unsafe(link_section = ".data")]
+static FREE: [AtomicU64; CLASSES] = [const { AtomicU64::new(0) }; CLASSES];
 
 /// While it lives, this thread allocates the runtime's memory.
 #[derive(Debug)]
@@ -86,21 +79,21 @@ pub struct RuntimeScope(());
 impl RuntimeScope {
     /// Enters the runtime; scopes nest.
     pub fn enter() -> Self {
-        DEPTH.with(|depth| depth.set(depth.get() + 1));
+        depth::add(1);
         Self(())
     }
 }
 
 impl Drop for RuntimeScope {
     fn drop(&mut self) {
-        DEPTH.with(|depth| depth.set(depth.get() - 1));
+        depth::add(-1);
     }
 }
 
 /// Whether this thread is in the runtime. The stack is asked first: on a bracket's stack the
 /// thread's own memory, thread-locals included, must not be touched.
 fn in_runtime() -> bool {
-    // A child's arena may be locked by a thread that it does not have.
+    // A child has given the runtime up, and the arena with it.
     if atfork::is_child() {
         return false;
     }
@@ -110,7 +103,7 @@ fn in_runtime() -> bool {
         STACKS.0.load(Ordering::Relaxed),
         STACKS.1.load(Ordering::Relaxed),
     );
-    (low..high).contains(&stack) || DEPTH.with(|depth| depth.get() > 0)
+    (low..high).contains(&stack) || depth::get() > 0
 }
 
 /// Threads whose stack lies in `span` are in the runtime. Called once, at set-up.
@@ -153,7 +146,7 @@ fn contains(address: usize) -> bool {
 unsafe impl GlobalAlloc for RuntimeAlloc {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if in_runtime() {
-            return class_of(layout).map_or(ptr::null_mut(), |class| HEAP.lock().take(class));
+            return class_of(layout).map_or(ptr::null_mut(), take);
         }
         if migrates(layout.size())
             && let Some(block) = heap::take(layout)
@@ -169,8 +162,8 @@ unsafe impl GlobalAlloc for RuntimeAlloc {
             if atfork::is_child() {
                 return;
             }
-            if let (Some(class), Some(block)) = (class_of(layout), NonNull::new(block)) {
-                HEAP.lock().give(class, block);
+            if let Some(class) = class_of(layout) {
+                give(class, block.addr());
             }
             return;
         }
@@ -261,40 +254,82 @@ const fn block_align(class: usize) -> usize {
     if natural < MIN { MIN } else { natural }
 }
 
-impl Heap {
-    fn take(&mut self, class: usize) -> *mut u8 {
-        let first = self.free[class];
+/// The top of a list: in the low half the number of its first block, plus one, in units of [`MIN`];
+/// in the high half how often it has changed.
+fn top(unit: u32, former: u64) -> u64 {
+    let changes = (former >> 32).wrapping_add(1);
+    changes << 32 | u64::from(unit)
+}
+
+/// The low half of a top; 0 for an empty list.
+fn low(top: u64) -> u32 {
+    u32::try_from(top & u64::from(u32::MAX)).unwrap_or(0)
+}
+
+/// Address of a block, from its number plus one.
+fn block_at(unit: u32) -> usize {
+    let index = usize::try_from(unit - 1).unwrap_or(0);
+    BASE.load(Ordering::Relaxed) + index * MIN
+}
+
+/// The link of a block, from its number plus one.
+fn link(unit: u32) -> &'static AtomicU32 {
+    let index = usize::try_from(unit - 1).unwrap_or(0);
+    let at = BASE.load(Ordering::Relaxed) + BLOCKS + index * 4;
+    // SAFETY: one of the arena's links, which are aligned, mapped for good, and used as atomics
+    // only.
+    unsafe { AtomicU32::from_ptr(ptr::with_exposed_provenance_mut(at)) }
+}
+
+/// A free block of a class, or one that was never used; null where there is none left.
+fn take(class: usize) -> *mut u8 {
+    let list = &FREE[class];
+    // Pairs with `give`: the link of what is on top is the one written there.
+    let mut seen = list.load(Ordering::Acquire);
+    loop {
+        let first = low(seen);
         if first == 0 {
-            return self.fresh(class);
+            return fresh(class);
         }
-        let block: *mut usize = ptr::with_exposed_provenance_mut(first);
-        // SAFETY: a block on the list is free arena memory of at least 16 bytes; its first word is
-        // the link that `give` wrote.
-        self.free[class] = unsafe { block.read() };
-        block.cast()
+        // Another thread may have taken the block meanwhile: then the exchange fails.
+        let next = top(link(first).load(Ordering::Relaxed), seen);
+        match list.compare_exchange_weak(seen, next, Ordering::Acquire, Ordering::Acquire) {
+            Ok(_) => return ptr::with_exposed_provenance_mut(block_at(first)),
+            Err(now) => seen = now,
+        }
     }
+}
 
-    fn give(&mut self, class: usize, block: NonNull<u8>) {
-        let link = block.as_ptr().cast::<usize>();
-        // SAFETY: the block is the caller's no more, is at least 16 bytes and aligned for a word.
-        unsafe { link.write(self.free[class]) };
-        self.free[class] = link.expose_provenance();
+/// Puts a block on its class's list.
+fn give(class: usize, block: usize) {
+    let index = (block - BASE.load(Ordering::Relaxed)) / MIN;
+    let unit = u32::try_from(index + 1).unwrap_or(0);
+    let list = &FREE[class];
+    let mut seen = list.load(Ordering::Relaxed);
+    loop {
+        link(unit).store(low(seen), Ordering::Relaxed);
+        let next = top(unit, seen);
+        // Release: what the block's user wrote, and the link, come before.
+        match list.compare_exchange_weak(seen, next, Ordering::Release, Ordering::Relaxed) {
+            Ok(_) => return,
+            Err(now) => seen = now,
+        }
     }
+}
 
-    /// A block that was never used.
-    fn fresh(&mut self, class: usize) -> *mut u8 {
-        let base = arena_base();
-        if base == 0 {
-            return ptr::null_mut();
-        }
-        // Rounded up, so that the words and quarter classes below 16 bytes stay aligned.
-        let bytes = class_bytes(class).next_multiple_of(MIN);
-        let start = self.next.next_multiple_of(block_align(class));
-        if start + bytes > BYTES {
-            return ptr::null_mut();
-        }
-        self.next = start + bytes;
-        ptr::with_exposed_provenance_mut(base + start)
+/// A block that was never used.
+fn fresh(class: usize) -> *mut u8 {
+    let base = arena_base();
+    if base == 0 {
+        return ptr::null_mut();
+    }
+    // Rounded up, so that the words and quarter classes below 16 bytes stay aligned.
+    let bytes = class_bytes(class).next_multiple_of(MIN);
+    let start_after = |next: usize| next.next_multiple_of(block_align(class));
+    let end_after = |next| Some(start_after(next) + bytes).filter(|end| *end <= BLOCKS);
+    match NEXT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, end_after) {
+        Ok(next) => ptr::with_exposed_provenance_mut(base + start_after(next)),
+        Err(_full) => ptr::null_mut(),
     }
 }
 
@@ -304,16 +339,25 @@ fn arena_base() -> usize {
     if base != 0 {
         return base;
     }
-    let base = map_arena().map_or(0, |at| at.expose_provenance());
-    BASE.store(base, Ordering::Relaxed);
-    base
+    let Ok((mapped, base)) = map_arena() else {
+        return 0;
+    };
+    let mine = base.expose_provenance();
+    match BASE.compare_exchange(0, mine, Ordering::Relaxed, Ordering::Relaxed) {
+        Ok(_) => mine,
+        Err(theirs) => {
+            // SAFETY: mapped above, and seen by nobody.
+            let _unmapped = unsafe { munmap(mapped, ROOM) };
+            theirs
+        }
+    }
 }
 
-fn map_arena() -> Result<*mut c_void, Errno> {
+/// A new mapping, and where an arena begins in it.
+fn map_arena() -> Result<(*mut c_void, *mut c_void), Errno> {
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-    let room = BYTES + 2 * HUGE;
     // SAFETY: a fresh mapping, which overlaps nothing.
-    let mapped = unsafe { mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), flags) }?;
+    let mapped = unsafe { mmap_anonymous(ptr::null_mut(), ROOM, ProtFlags::empty(), flags) }?;
     // Aligned, so that blocks can be aligned to anything up to a huge page; never at the very
     // start, so that a margin stays.
     let start = (mapped.addr() + PAGE).next_multiple_of(HUGE);
@@ -321,10 +365,12 @@ fn map_arena() -> Result<*mut c_void, Errno> {
     let access = MprotectFlags::READ | MprotectFlags::WRITE;
     // SAFETY: inside the mapping, which nobody uses yet.
     unsafe { mprotect(base, BYTES, access) }?;
-    Ok(base)
+    Ok((mapped, base))
 }
 
 const HUGE: usize = 2 << 20;
+/// The arena with its margins.
+const ROOM: usize = BYTES + 2 * HUGE;
 const PAGE: usize = 4 << 10;
 
 #[cfg(test)]
@@ -379,6 +425,32 @@ mod tests {
                 unsafe { RuntimeAlloc.dealloc(block, layout) };
             }
         }
+    }
+
+    #[test]
+    fn threads_never_get_the_same_block() {
+        let layout = Layout::from_size_align(48, 16).expect("a valid layout");
+        let churn = |tag: u64| {
+            let _scope = RuntimeScope::enter();
+            let mut mine: Vec<*mut u64> = Vec::new();
+            for round in 0..40_000_u64 {
+                if round % 7 < 4 && mine.len() < 64 {
+                    // SAFETY: the size is not zero.
+                    let block = unsafe { RuntimeAlloc.alloc(layout) }.cast::<u64>();
+                    // SAFETY: the block is this thread's, and holds a word.
+                    unsafe { block.write(tag) };
+                    mine.push(block);
+                } else if let Some(block) = mine.pop() {
+                    // SAFETY: as above.
+                    assert_eq!(unsafe { block.read() }, tag);
+                    // SAFETY: allocated with this layout, and not freed yet.
+                    unsafe { RuntimeAlloc.dealloc(block.cast(), layout) };
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            (1..5).for_each(|tag| drop(scope.spawn(move || churn(tag))));
+        });
     }
 
     #[test]

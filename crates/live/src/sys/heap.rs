@@ -88,7 +88,7 @@ pub(crate) fn prepare() -> Result<(), Errno> {
     let inode = rustix::fs::fstat(&file)?.st_ino;
     let view = reserve()?;
     let alias = map_alias(file.as_fd())?;
-    let mut free = SpanSet::new();
+    let mut free = SpanSet::default();
     free.insert(view);
     let heap = Heap {
         file,

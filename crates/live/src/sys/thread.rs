@@ -19,6 +19,9 @@ use crate::sys::waits::Reason;
 /// Stack of a runtime thread.
 const STACK_BYTES: usize = 1 << 20;
 
+/// How often a thread asks where its stack is, if a page is away each time.
+const STACK_TRIES: usize = 100;
+
 /// A thread cannot be started.
 #[derive(Debug)]
 pub struct SpawnError(Cause);
@@ -228,8 +231,17 @@ fn own_stack() -> Option<HostSpan> {
 unsafe fn stack_of(thread: libc::pthread_t) -> Option<HostSpan> {
     // SAFETY: all-zero is a valid, uninitialised attribute object for the next call to fill.
     let mut attributes: libc::pthread_attr_t = unsafe { core::mem::zeroed() };
-    // SAFETY: the thread can be asked, as the caller promises; `attributes` is ours.
-    let asked = unsafe { libc::pthread_getattr_np(thread, &raw mut attributes) };
+    // The C library lets the system write into a block of its heap. Where system calls cannot wait for
+    // pages, that fails when the block has just left.
+    let mut asked = libc::EFAULT;
+    for _try in 0..STACK_TRIES {
+        // SAFETY: the thread can be asked, as the caller promises; `attributes` is ours, and as it was
+        // before after a failure.
+        asked = unsafe { libc::pthread_getattr_np(thread, &raw mut attributes) };
+        if asked != libc::EFAULT {
+            break;
+        }
+    }
     if asked != 0 {
         return None;
     }

@@ -1,0 +1,210 @@
+//! What stays: memory in which a fault cannot be waited for.
+//!
+//! | what | why | where |
+//! |---|---|---|
+//! | control blocks of threads | at a thread's end the kernel clears a word there, and whoever joins the thread waits for that; a missing page is passed over | around the head of the robust list; the top of every stack of the C library's, where the block of its next thread will be |
+//! | variables of the C library and the dynamic linker, and of the library that the runtime is in | threads that serve faults use them, in `memcpy` for one | as the linker tells |
+//! | stacks, where system calls cannot wait for pages | signal frames, and the id of a new thread | memory right above what nobody may access, as the C library makes its stacks; the mapping around a control block |
+//!
+//! A stack of the C library's is known by its shape before it has a thread. A thread on a stack that
+//! the program gave it is known once it has told the kernel where its block is, which it does before
+//! anything else: while one has not, nothing leaves. Threads are looked for when one has been made
+//! since the last look, the last time after a span's pages have been marked as travelling.
+//!
+//! **What is not covered.** A thread on a stack of the program's own that is made and ends between
+//! that last look and the moment a few microseconds later when the pages leave. Robust locks of a
+//! dying thread, outside its control block, that are away at its end: their next owner is not told.
+
+use core::ops::ControlFlow;
+
+use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
+use gpusvm::seam::env::Mutex;
+use gpusvm::seam::mm::{Vma, VmaKind};
+use rustix::io::Errno;
+
+use crate::env::LiveEnv;
+use crate::leg::Refused;
+use crate::level::FaultLevel;
+use crate::space::LiveSpace;
+use crate::spans::SpanSet;
+use crate::sys::modules;
+use crate::sys::procmap::ProcMap;
+use crate::sys::threads::{Seat, Threads};
+
+/// Bytes on each side of the head of a robust list: more than a control block has.
+const AROUND: u64 = 2 << 10;
+/// Bytes at the top of a stack in which the control block lies.
+const TOP: u64 = 16 << 10;
+/// How often a thread that is just being made is waited for.
+const PATIENCE: usize = 1000;
+
+/// What stays.
+#[derive(Debug)]
+pub(crate) struct Stays {
+    threads: Threads,
+    level: FaultLevel,
+    /// Leaf lock but for looks at the system's tables.
+    known: Mutex<LiveEnv, Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Never changes.
+    variables: SpanSet,
+    /// The last thread that had been made before the last complete look.
+    made: Option<u64>,
+    blocks: SpanSet,
+    stacks: SpanSet,
+}
+
+/// A thread is being made, or the system does not tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Uncertain;
+
+impl Stays {
+    /// No thread is known yet.
+    ///
+    /// # Errors
+    /// As [`Threads::open`].
+    pub(crate) fn open(level: FaultLevel) -> Result<Self, Errno> {
+        let mut known = Known::default();
+        modules::variables()
+            .into_iter()
+            .for_each(|span| known.variables.insert(span));
+        Ok(Self {
+            threads: Threads::open()?,
+            level,
+            known: Mutex::<LiveEnv, _>::new(known),
+        })
+    }
+
+    /// Looks at a mapping that nobody watches yet, and so is whole: whether it is a stack, by its
+    /// shape. What was known of that place is of another mapping.
+    pub(crate) fn judge(&self, procmap: &ProcMap, mapping: HostSpan) {
+        let below = HostVa::new(mapping.start().get().saturating_sub(1));
+        let under = procmap.query(below).ok().flatten();
+        let stack = under.is_some_and(|under| under.span.contains(below) && !under.read);
+        let mut known = self.known.lock();
+        known.stacks.remove(mapping);
+        if stack {
+            let top = mapping.end().get().saturating_sub(TOP);
+            let from = HostVa::new(top.max(mapping.start().get()));
+            let stays = match self.level {
+                FaultLevel::Full => HostSpan::new(from, mapping.end()),
+                FaultLevel::UserModeOnly | FaultLevel::Mprotect | FaultLevel::Explicit => mapping,
+            };
+            known.stacks.insert(stays);
+        }
+    }
+
+    /// The parts of `span` that stay, as of the last look.
+    fn within(&self, span: HostSpan) -> Vec<HostSpan> {
+        let known = self.known.lock();
+        let mut all = SpanSet::default();
+        for set in [&known.variables, &known.blocks, &known.stacks] {
+            set.within(span)
+                .into_iter()
+                .for_each(|part| all.insert(part));
+        }
+        all.within(span)
+    }
+
+    /// Waits for threads that are just being made to tell where their blocks are; not for long.
+    pub(crate) fn await_certainty(&self, procmap: &ProcMap) {
+        for _try in 0..PATIENCE {
+            if self.look(procmap).is_ok() {
+                return;
+            }
+            rustix::thread::sched_yield();
+        }
+    }
+
+    /// Whether all of `span` may leave at this moment.
+    pub(crate) fn check(&self, procmap: &ProcMap, span: HostSpan) -> Result<(), Refused> {
+        self.look(procmap).map_err(|Uncertain| Refused::Starting)?;
+        if self.within(span).is_empty() {
+            Ok(())
+        } else {
+            Err(Refused::Mapping)
+        }
+    }
+
+    /// Looks for threads, if one has been made since the last look.
+    fn look(&self, procmap: &ProcMap) -> Result<(), Uncertain> {
+        let made = self.threads.last_made();
+        let mut known = self.known.lock();
+        if made.is_some() && known.made == made {
+            return Ok(());
+        }
+        let mut blocks = SpanSet::default();
+        let (mut certain, mut settled) = (true, true);
+        let seen = self.threads.each(|seat| {
+            match seat {
+                Seat::Starting => certain = false,
+                Seat::Foreign => {}
+                Seat::Block(head) => blocks.insert(self.around(procmap, head)),
+                Seat::Asleep(stack) => {
+                    settled = false;
+                    blocks.insert(mapping_of(procmap, stack));
+                }
+            }
+            ControlFlow::Continue(())
+        });
+        seen.map_err(|_untold| Uncertain)?;
+        known.blocks = blocks;
+        // What is not at its place yet has to be looked for again.
+        known.made = made.filter(|_| certain && settled);
+        if certain { Ok(()) } else { Err(Uncertain) }
+    }
+
+    /// What stays around a control block.
+    fn around(&self, procmap: &ProcMap, head: HostVa) -> HostSpan {
+        match self.level {
+            FaultLevel::Full => {
+                let from = HostVa::new(head.get().saturating_sub(AROUND));
+                HostSpan::new(from, head.plus(AROUND)).align_outward(PAGE)
+            }
+            FaultLevel::UserModeOnly | FaultLevel::Mprotect | FaultLevel::Explicit => {
+                mapping_of(procmap, head)
+            }
+        }
+    }
+}
+
+/// The mapping at `at`, or nothing.
+fn mapping_of(procmap: &ProcMap, at: HostVa) -> HostSpan {
+    let found = procmap.query(at).ok().flatten();
+    found
+        .filter(|found| found.span.contains(at))
+        .map_or(HostSpan::at(at, 0), |found| found.span)
+}
+
+impl LiveSpace {
+    /// What of `vma` can be used in one way around `at`: cut where guards are, and where memory
+    /// stays. Looks no further than the 2 MiB around `at`, in which every range lies.
+    pub(crate) fn piece_at(&self, vma: Vma, at: HostVa) -> Vma {
+        let mut vma = self.between_guards(vma, at);
+        if vma.kind != VmaKind::Anonymous {
+            return vma;
+        }
+        let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
+        let Some(near) = block.intersect(vma.span) else {
+            return vma;
+        };
+        for stays in self.stays.within(near) {
+            if stays.contains(at) {
+                (vma.span, vma.kind) = (stays, VmaKind::InPlace);
+                return vma;
+            }
+            vma.span = if stays.end() <= at {
+                HostSpan::new(stays.end(), vma.span.end())
+            } else {
+                HostSpan::new(vma.span.start(), stays.start().min(vma.span.end()))
+            };
+        }
+        vma
+    }
+}
+
+#[cfg(test)]
+mod tests;
