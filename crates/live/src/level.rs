@@ -106,7 +106,8 @@ impl FaultLevel {
         match self {
             Self::Full => "debuggers and /proc/self/mem cannot read memory that is on a device",
             Self::UserModeOnly => {
-                "system calls on memory that is on a device fail with EFAULT; touch it first. \
+                "system calls on memory that is on a device fail with EFAULT; touch it first. A \
+                 signal for a thread whose stack or thread-locals are there ends the process. \
                  Children of a raw clone read zeros there"
             }
             Self::Mprotect => {
@@ -292,8 +293,9 @@ impl fmt::Display for OpenError {
 impl core::error::Error for OpenError {}
 
 /// Finds the level that `config` gives here, and lets this program's allocator make allocations that
-/// migrate at that level: call it before the data is allocated, and open the space with the same
-/// configuration. At levels with userfaultfd all memory migrates, and this changes nothing.
+/// migrate at that level, until a space is closed: for data that is allocated before the space is
+/// opened, which must be with the same configuration. At levels with userfaultfd all memory migrates,
+/// and this changes nothing.
 ///
 /// # Errors
 /// As [`LiveSpace::open`](crate::LiveSpace::open), where a level is insisted on.
