@@ -114,7 +114,8 @@ impl FaultLevel {
                 "only allocations of 64 KiB and more that this program makes by its allocator after \
                  the level was chosen migrate, by copying; children do not have them; pages pinned \
                  by the system must not migrate; system calls on memory that is on a device fail \
-                 with EFAULT"
+                 with EFAULT; threads must not block SIGSEGV, and handlers of it that are installed \
+                 later must pass it on"
             }
             Self::Explicit => {
                 "as level mprotect, and nothing migrates by itself: a touch of memory that the \

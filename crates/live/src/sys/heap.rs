@@ -337,6 +337,10 @@ fn length(raw: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use gpusvm_abi::bus::SystemBus;
+
+    use crate::sys::child::{By, Child};
+    use crate::sys::fault_copy::LiveBus;
 
     fn taken(bytes: usize) -> (*mut u8, HostSpan) {
         prepare().expect("there is address space");
@@ -368,6 +372,23 @@ mod tests {
         assert_eq!(unsafe { at.wrapping_add(8192).read_volatile() }, 6);
         give(at, 1 << 20);
         assert_eq!(first_data(span), None, "its pages are free");
+    }
+
+    #[test]
+    fn children_have_none_of_it_and_their_frees_are_nothing() {
+        let bus = LiveBus::new();
+        let (at, span) = taken(1 << 20);
+        // SAFETY: inside the block.
+        unsafe { at.write_volatile(9) };
+        let child = Child::make(By::Fork, || {
+            let gone = bus.read(span.start().get(), &mut [0; 8]).is_err();
+            give(at, 1 << 20);
+            gone
+        });
+        assert!(child.passed());
+        // SAFETY: inside the block.
+        assert_eq!(unsafe { at.read_volatile() }, 9);
+        give(at, 1 << 20);
     }
 
     #[test]
