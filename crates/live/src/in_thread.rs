@@ -12,6 +12,7 @@ use gpusvm::seam::mm::CpuFaultOutcome;
 use rustix::io::Errno;
 
 use crate::bracket;
+use crate::level::FaultLevel;
 use crate::reader::LOST_RETRY;
 use crate::residency::State;
 use crate::space::LiveSpace;
@@ -28,19 +29,26 @@ static SERVICE: Service = Service {
     on: AtomicBool::new(false),
 };
 
-/// Faults on the heap are served from now on.
+/// The program's allocator uses the heap from now on, where `level` needs it, and faults on it are
+/// served, where `level` has that.
 ///
 /// # Errors
 /// As [`in_thread::install`].
-pub(crate) fn start() -> Result<(), Errno> {
-    in_thread::install(&SERVICE)?;
-    SERVICE.on.store(true, Ordering::Release);
+pub(crate) fn start(level: FaultLevel) -> Result<(), Errno> {
+    if level == FaultLevel::Mprotect {
+        in_thread::install(&SERVICE)?;
+        SERVICE.on.store(true, Ordering::Release);
+    }
+    if !level.has_uffd() {
+        heap::start_allocating();
+    }
     Ok(())
 }
 
-/// They are the program's own from now on. Everything is home.
+/// Ends both. Everything is home.
 pub(crate) fn stop() {
     SERVICE.on.store(false, Ordering::Release);
+    heap::stop_allocating();
 }
 
 impl FaultHook for Service {

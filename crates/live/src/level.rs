@@ -129,14 +129,16 @@ impl FaultLevel {
         match self {
             Self::Full => "debuggers and /proc/self/mem cannot read memory that is on a device",
             Self::UserModeOnly => {
-                "system calls on memory that is on a device fail with EFAULT; touch it first. \
+                "system calls on memory that is on a device fail with EFAULT; touch it first. A \
+                 signal for a thread whose stack or thread-locals are there ends the process. \
                  Children of a raw clone read zeros there"
             }
             Self::Mprotect => {
                 "only allocations of 64 KiB and more that this program makes by its allocator after \
                  the level was chosen migrate, by copying; children do not have them; pages pinned \
                  by the system must not migrate; system calls on memory that is on a device fail \
-                 with EFAULT"
+                 with EFAULT; threads must not block SIGSEGV, and handlers of it that are installed \
+                 later must pass it on"
             }
             Self::Explicit => {
                 "as level mprotect, and nothing migrates by itself: a touch of memory that the \
@@ -315,8 +317,9 @@ impl fmt::Display for OpenError {
 impl core::error::Error for OpenError {}
 
 /// Finds the level that `config` gives here, and lets this program's allocator make allocations that
-/// migrate at that level: call it before the data is allocated, and open the space with the same
-/// configuration. At levels with userfaultfd all memory migrates, and this changes nothing.
+/// migrate at that level, until a space is closed: for data that is allocated before the space is
+/// opened, which must be with the same configuration. At levels with userfaultfd all memory migrates,
+/// and this changes nothing.
 ///
 /// # Errors
 /// As [`LiveSpace::open`](crate::LiveSpace::open), where a level is insisted on.

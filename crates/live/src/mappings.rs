@@ -11,6 +11,7 @@ use gpusvm::seam::mm::{Vma, VmaKind};
 use gpusvm::seam::env::Mutex;
 
 use crate::env::LiveEnv;
+use crate::level::FaultLevel;
 use crate::residency::State;
 use crate::space::LiveSpace;
 use crate::sys::heap;
@@ -97,6 +98,24 @@ impl LiveSpace {
             self.remembered.note(changes, at, vma);
         }
         Some(vma)
+    }
+
+    /// As [`vma_around`](Self::vma_around), for faults of devices. Where nothing migrates by itself
+    /// they use the pages where they are.
+    pub(crate) fn vma_for_device(&self, at: HostVa) -> Option<Vma> {
+        let mut vma = self.vma_around(at)?;
+        if self.level().faults == FaultLevel::Explicit && vma.kind == VmaKind::Anonymous {
+            vma.kind = VmaKind::InPlace;
+        }
+        Some(vma)
+    }
+
+    /// Whether every page of `span`, which is home, has content.
+    pub(crate) fn populated(&self, span: HostSpan) -> bool {
+        if heap::contains(span.start()) {
+            return heap::first_data(span) == Some(span);
+        }
+        self.pagemap.populated(span)
     }
 
     /// As [`vma_around`](Self::vma_around), from the system.

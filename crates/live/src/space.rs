@@ -23,7 +23,7 @@ use crate::bracket;
 use crate::env::LiveEnv;
 use crate::fork::{self, Forks};
 use crate::in_thread;
-use crate::level::{Descriptors, FaultLevel, Level, LiveConfig, OpenError};
+use crate::level::{Descriptors, Level, LiveConfig, OpenError};
 use crate::mappings::Remembered;
 use crate::migrate::LiveMigration;
 use crate::pool::Pool;
@@ -33,7 +33,6 @@ use crate::shard::{ShardId, Shards};
 use crate::staging::Staging;
 use crate::stays::Stays;
 use crate::sys::futex;
-use crate::sys::heap;
 use crate::sys::pagemap::PageMap;
 use crate::sys::procmap::ProcMap;
 use crate::sys::uffd::RegisterMode;
@@ -137,9 +136,7 @@ impl LiveSpace {
             let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
             *space.reader.lock() = Some(reader);
         }
-        if faults == FaultLevel::Mprotect {
-            in_thread::start().map_err(OpenError::os("map stacks for fault service"))?;
-        }
+        in_thread::start(faults).map_err(OpenError::os("map stacks for fault service"))?;
         Attendant::start(&space)?;
         fork::install();
         bracket::enter_service(&space);
@@ -315,25 +312,13 @@ impl LiveSpace {
             drop(released);
         }
     }
-
-    /// Whether every page of `span`, which is home, has content.
-    fn populated(&self, span: HostSpan) -> bool {
-        if heap::contains(span.start()) {
-            return heap::first_data(span) == Some(span);
-        }
-        self.pagemap.populated(span)
-    }
 }
 
 impl AddressSpace for LiveSpace {
     type Migration<'a> = LiveMigration<'a>;
 
     fn find_vma(&self, at: HostVa) -> Option<Vma> {
-        let mut vma = self.vma_around(at)?;
-        if self.level.faults == FaultLevel::Explicit && vma.kind == VmaKind::Anonymous {
-            // Device faults use the pages where they are.
-            vma.kind = VmaKind::InPlace;
-        }
+        let vma = self.vma_for_device(at)?;
         if vma.span.contains(at) {
             Some(self.piece_at(vma, at))
         } else {

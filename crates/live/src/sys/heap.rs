@@ -40,6 +40,8 @@ use crate::sys::patch::{Call, SysCall};
 
 /// Address space set aside for each of the two mappings.
 const BYTES: u64 = 256 << 30;
+/// How closely holes are looked for.
+const GRAIN: u64 = 64 << 10;
 /// Most spans, of up to 2 MiB each, that keep their pages while they are away.
 const KEPT: usize = 32;
 /// Smallest allocation of the program that comes from here: below it pages would be wasted, and
@@ -296,15 +298,27 @@ fn punch(span: HostSpan) {
     let _kept = unsafe { madvise(alias, length(span.bytes()), Advice::LinuxRemove) };
 }
 
-/// The first stretch of `span` that has pages.
+/// The first stretch of `span` that has pages. Holes in it that are smaller than [`GRAIN`] may count as
+/// pages: of zeros, when they are read.
+///
+/// The file could be asked for the end of the stretch, too, but it would go through all pages up to
+/// the next hole, which may be far away.
 pub(crate) fn first_data(span: HostSpan) -> Option<HostSpan> {
+    let start = data_from(span.start()).filter(|start| *start < span.end())?;
+    let mut end = start;
+    while end < span.end() && data_from(end) == Some(end) {
+        end = end.align_down(GRAIN).plus(GRAIN);
+    }
+    Some(HostSpan::new(start, end.min(span.end())))
+}
+
+/// The first page at `at` or behind it.
+fn data_from(at: HostVa) -> Option<HostVa> {
     let view = VIEW.load(Ordering::Acquire);
-    let file = &HEAP.get()?.file;
-    let from = span.start().get() - view;
+    let from = SeekFrom::Data(at.get().checked_sub(view)?);
     // ENXIO: there is none up to the end of the file.
-    let data = seek(file, SeekFrom::Data(from)).ok()?;
-    let hole = seek(file, SeekFrom::Hole(data)).unwrap_or(BYTES);
-    HostSpan::new(HostVa::new(view + data), HostVa::new(view + hole)).intersect(span)
+    let data = seek(&HEAP.get()?.file, from).ok()?;
+    Some(HostVa::new(view + data))
 }
 
 fn pages(size: usize) -> Option<u64> {
@@ -323,6 +337,10 @@ fn length(raw: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use gpusvm_abi::bus::SystemBus;
+
+    use crate::sys::child::{By, Child};
+    use crate::sys::fault_copy::LiveBus;
 
     fn taken(bytes: usize) -> (*mut u8, HostSpan) {
         prepare().expect("there is address space");
@@ -340,7 +358,9 @@ mod tests {
         // SAFETY: inside the block, which is ours.
         unsafe { at.wrapping_add(8192).write_volatile(5) };
         let page = HostSpan::at(span.start().plus(8192), 4096);
-        assert_eq!(first_data(span), Some(page));
+        let found = first_data(span).expect("it was written");
+        assert_eq!((found.start(), found.bytes()), (page.start(), GRAIN - 8192));
+        assert_eq!(first_data(page), Some(page));
         let alias: *mut u8 = pointer(alias_of(page.start())).cast();
         // SAFETY: the alias of a page of ours.
         assert_eq!(unsafe { alias.read_volatile() }, 5);
@@ -352,6 +372,23 @@ mod tests {
         assert_eq!(unsafe { at.wrapping_add(8192).read_volatile() }, 6);
         give(at, 1 << 20);
         assert_eq!(first_data(span), None, "its pages are free");
+    }
+
+    #[test]
+    fn children_have_none_of_it_and_their_frees_are_nothing() {
+        let bus = LiveBus::new();
+        let (at, span) = taken(1 << 20);
+        // SAFETY: inside the block.
+        unsafe { at.write_volatile(9) };
+        let child = Child::make(By::Fork, || {
+            let gone = bus.read(span.start().get(), &mut [0; 8]).is_err();
+            give(at, 1 << 20);
+            gone
+        });
+        assert!(child.passed());
+        // SAFETY: inside the block.
+        assert_eq!(unsafe { at.read_volatile() }, 9);
+        give(at, 1 << 20);
     }
 
     #[test]
