@@ -105,7 +105,7 @@ impl Leg {
             user,
             parked: slot.at.plus(inside),
             slot: Some(slot),
-            left: Left::Little,
+            left: Left::Pages,
         }
     }
 

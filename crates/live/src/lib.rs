@@ -13,6 +13,7 @@
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
 //! | `level` | what the system allows, and what follows |
 //! | [`FaultLoop`] (`yardstick`) | what benches compare faults with |
+//! | [`program`], `claim` | what programs do that needs `unsafe`, for scenarios |
 //! | `stall` | who waits for whom, where nothing moves any more |
 //! | `sys` | every `unsafe`, and nothing that knows what it is for |
 //!
@@ -30,6 +31,7 @@
 
 mod attendant;
 mod bracket;
+mod claim;
 mod env;
 mod fork;
 mod leg;
@@ -47,6 +49,14 @@ mod sys;
 mod toy;
 mod watch;
 mod yardstick;
+
+/// What programs do that code without `unsafe` cannot: for scenarios and torture.
+pub mod program {
+    pub use crate::claim::Claim;
+    pub use crate::sys::child::{By, Child, Ended};
+    pub use crate::sys::lend::{Break, PipedPages, Ring, Transfer};
+    pub use crate::sys::library::Library;
+}
 
 pub use env::LiveEnv;
 pub use level::{BracketChoice, BracketLevel, Level, LiveConfig, OpenError, UffdLevel};

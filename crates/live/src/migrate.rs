@@ -10,7 +10,7 @@
 //! the invalidation has ended every device access to it: a device unit may be waiting for the
 //! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE_2M, PageCount, VramSpan};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PageCount, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrateTo, MigrationSet, VmaKind};
@@ -147,7 +147,7 @@ impl LiveSpace {
                     let parked = home.start().plus(user.start().offset_from(span.start()));
                     Leg::straight(user, parked)
                 }
-                None => Leg::through(user, self.staging.take_empty(Leg::kind(user))),
+                None => Leg::through(user, self.staging.take(Leg::kind(user))),
             })
             .collect()
     }
@@ -195,7 +195,7 @@ impl LiveSpace {
                 legs.push(Leg::straight(user, home.start().plus(offset)));
                 continue;
             }
-            let leg = Leg::through(user, self.staging.take_full(Leg::kind(user)));
+            let leg = Leg::through(user, self.staging.take(Leg::kind(user)));
             let vram = VramSpan::at(
                 piece.page.allocation.vram().start().plus(offset),
                 user.bytes(),
@@ -252,12 +252,6 @@ impl MigrationSet for LiveMigration<'_> {
                     offset: 0,
                     left_at: *left_at,
                 };
-                for leg in &mut self.legs {
-                    leg.left = match leg.user.bytes() {
-                        PAGE_2M => Left::Pages,
-                        _ => Left::Little,
-                    };
-                }
                 self.space.residency.lock().settle(*span, page);
                 self.space.arrived(*span);
                 span.pages()

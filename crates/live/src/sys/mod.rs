@@ -7,11 +7,12 @@
 pub(crate) mod advise;
 pub(crate) mod arena;
 pub(crate) mod atfork;
-#[cfg(test)]
 pub(crate) mod child;
 pub(crate) mod fault_copy;
 pub(crate) mod futex;
 pub(crate) mod last_wish;
+pub(crate) mod lend;
+pub(crate) mod library;
 pub(crate) mod mapping;
 pub(crate) mod owned;
 pub(crate) mod pagemap;
