@@ -17,6 +17,7 @@ use gpusvm_softgpu::{Kernel, Stop, Tile};
 use gpusvm_tests::skipped;
 use gpusvm_tests::stage::{
     assert_goes_on, assert_nothing_leaks, assert_nothing_went_wrong, start, turn,
+    without_privileges,
 };
 use gpusvm_xe::stats::Counter;
 
@@ -526,4 +527,9 @@ fn the_runtimes_own_memory_is_refused() {
         assert_eq!(*mine, [7; 512]);
         s.check(s.whole(), Found::Content);
     });
+}
+
+#[test]
+fn all_of_it_without_privileges() {
+    without_privileges("all_of_it_without_privileges");
 }
