@@ -15,7 +15,10 @@ use gpusvm_live::{
 };
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 use gpusvm_tests::skipped;
-use gpusvm_tests::stage::{assert_goes_on, assert_nothing_leaks, start, turn};
+use gpusvm_tests::stage::{
+    assert_goes_on, assert_nothing_leaks, assert_nothing_went_wrong, start, turn,
+    without_privileges,
+};
 use gpusvm_xe::stats::Counter;
 
 #[global_allocator]
@@ -132,15 +135,7 @@ impl Stage {
 
     /// Asserts the counters, takes the territory back, and asserts that nothing is left.
     fn end(self) {
-        let stats = self.machine.stats();
-        for counter in [
-            Counter::LateInvalidationCount,
-            Counter::HostConflictCount,
-            Counter::HostGoneCount,
-            Counter::TlbTimeoutCount,
-        ] {
-            assert_eq!(stats.total(counter), 0, "{}", counter.name());
-        }
+        assert_nothing_went_wrong(&self.machine);
         drop(self.land);
         assert_goes_on(&self.machine);
         assert_nothing_leaks(&self.machine);
@@ -533,4 +528,9 @@ fn the_runtimes_own_memory_is_refused() {
         assert_eq!(*mine, [7; 512]);
         s.check(s.whole(), Found::Content);
     });
+}
+
+#[test]
+fn all_of_it_without_privileges() {
+    without_privileges("all_of_it_without_privileges");
 }

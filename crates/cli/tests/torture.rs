@@ -1,6 +1,8 @@
 //! `gpusvm run torture` as a process: it finds nothing where nothing is wrong, and every planted
 //! bug within its time.
 
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
 use std::sync::{Mutex, PoisonError};
 
@@ -60,10 +62,59 @@ fn nothing_is_found_where_nothing_is_wrong() {
     ] {
         assert_eq!(torture[zero], 0, "{zero}");
     }
-    for some in ["migrations_to_device", "migrations_home", "device_writes"] {
+    for some in [
+        "migrations_to_device",
+        "migrations_home",
+        "device_writes",
+        "forks",
+    ] {
         assert!(torture[some].as_u64() > Some(0), "{some}");
     }
     assert!(torture["operations"]["discard"]["done"].as_u64() > Some(0));
+}
+
+/// Where a user without privileges cannot be, the reason is told.
+#[test]
+fn nothing_is_found_without_privileges() {
+    const NOBODY: u32 = 65534;
+    let folder = std::env::temp_dir().join(format!("gpusvm-torture-{}", std::process::id()));
+    let program = folder.join("gpusvm");
+    // The tree that this was built in may be closed to others.
+    std::fs::create_dir_all(&folder).expect("a folder can be made");
+    std::fs::copy(env!("CARGO_BIN_EXE_gpusvm"), &program).expect("a program can be copied");
+    for path in [&folder, &program] {
+        let all = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(path, all).expect("it is ours");
+    }
+    let mut command = Command::new(&program);
+    command.args(["run", "torture", "--seconds", "5", "--json"]);
+    let output = command
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .current_dir(&folder)
+        .output();
+    let _removed = std::fs::remove_dir_all(&folder);
+    let output = match output {
+        Ok(output) => output,
+        Err(why) => return println!("skipped: another user cannot run it: {why}"),
+    };
+    let said = String::from_utf8_lossy(&output.stderr);
+    if said.contains("userfaultfd") {
+        return println!("skipped: {said}");
+    }
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let object: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(object["verified"], true);
+    for some in ["migrations_to_device", "device_writes", "forks"] {
+        assert!(object["torture"][some].as_u64() > Some(0), "{some}");
+    }
+    if object["host"]["level"] == "user-mode-only" {
+        println!(
+            "skipped: operations on system calls' buffers and stacks: {}",
+            object["host"]
+        );
+    }
 }
 
 #[test]

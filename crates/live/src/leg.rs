@@ -159,7 +159,7 @@ impl Leg {
             parked: slot.at.plus(inside),
             from,
             road: Road::Through(slot),
-            left: Left::Little,
+            left: Left::Pages,
         }
     }
 

@@ -16,6 +16,7 @@
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
 //! | `level` | what the system allows, and what follows |
 //! | [`FaultLoop`] (`yardstick`) | what benches compare faults with |
+//! | [`program`], `claim` | what programs do that needs `unsafe`, for scenarios |
 //! | `stall` | who waits for whom, where nothing moves any more |
 //! | `sys` | every `unsafe`, and nothing that knows what it is for |
 //!
@@ -34,6 +35,7 @@
 
 mod attendant;
 mod bracket;
+mod claim;
 mod env;
 mod fault_in;
 mod fork;
@@ -56,6 +58,14 @@ mod sys;
 mod toy;
 mod watch;
 mod yardstick;
+
+/// What programs do that code without `unsafe` cannot: for scenarios and torture.
+pub mod program {
+    pub use crate::claim::Claim;
+    pub use crate::sys::child::{By, Child, Ended};
+    pub use crate::sys::lend::{Break, PipedPages, Ring, Transfer};
+    pub use crate::sys::library::Library;
+}
 
 pub use env::LiveEnv;
 pub use level::{

@@ -11,7 +11,7 @@
 //! the invalidation has ended every device access to it: a device unit may be waiting for the
 //! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE_2M, PageCount, VramAddr, VramSpan};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PageCount, VramAddr, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrateTo, MigrationSet, VmaKind};
@@ -181,7 +181,7 @@ impl LiveSpace {
                     Leg::straight(user, from, parked)
                 }
                 None if heap::contains(user.start()) => Leg::closed(user, from),
-                None => Leg::through(user, from, self.staging.take_empty(Leg::kind(user))),
+                None => Leg::through(user, from, self.staging.take(Leg::kind(user))),
             })
             .collect()
     }
@@ -237,7 +237,7 @@ impl LiveSpace {
                 heap::occupy(user);
                 Leg::closed(user, from)
             } else {
-                Leg::through(user, from, self.staging.take_full(Leg::kind(user)))
+                Leg::through(user, from, self.staging.take(Leg::kind(user)))
             };
             let vram = VramSpan::at(
                 piece.page.allocation.vram().start().plus(offset),
@@ -319,14 +319,9 @@ impl MigrationSet for LiveMigration<'_> {
                     offset: 0,
                     left_at: from.left_at,
                 };
-                for leg in &mut self.legs {
-                    leg.left = match leg.user.bytes() {
-                        PAGE_2M => Left::Pages,
-                        _ => Left::Little,
-                    };
-                    if matches!(leg.road, Road::Closed) {
-                        heap::vacate(leg.user);
-                    }
+                let closed = |leg: &&Leg| matches!(leg.road, Road::Closed);
+                for leg in self.legs.iter().filter(closed) {
+                    heap::vacate(leg.user);
                 }
                 self.space.residency.lock().settle(*span, page);
                 self.space.arrived(*span, from.shard);

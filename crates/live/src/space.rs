@@ -15,7 +15,7 @@ use gpusvm::event::{Event, EventSink, HomeCause};
 use gpusvm::mmu::{Interval, IntervalNotifiers, Seq};
 use gpusvm::seam::env::{Environment, Mutex};
 use gpusvm::seam::mm::{
-    AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Vma, VmaKind,
+    AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Vma,
 };
 
 use crate::attendant::Attendant;

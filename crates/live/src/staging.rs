@@ -31,17 +31,10 @@ const SLOTS: u64 = 16;
 pub(crate) struct Staging {
     pub(crate) uffd: Uffd,
     arenas: [RuntimeMapping; 2],
-    pools: [Mutex<LiveEnv, Pool>; 2],
+    /// Slots without pages.
+    pools: [Mutex<LiveEnv, Vec<HostVa>>; 2],
     /// Bumped when a slot comes back; what those who found none sleep on.
     returned: AtomicU32,
-}
-
-#[derive(Debug)]
-struct Pool {
-    /// Slots without pages: pages can move in.
-    empty: Vec<HostVa>,
-    /// Slots with pages left from a copy: content can be written without faults.
-    full: Vec<HostVa>,
 }
 
 /// A slot in use.
@@ -65,23 +58,10 @@ pub(crate) enum Kind {
 /// What a slot holds when it comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Left {
-    /// Pages all over: worth keeping for a way home.
+    /// Pages that were the program's, or parts of ones.
     Pages,
-    /// Pages here and there, not worth keeping.
-    Little,
     /// No page.
     Nothing,
-}
-
-impl Pool {
-    fn of(arena: &RuntimeMapping) -> Self {
-        let start = arena.span().start();
-        let empty = (0..SLOTS).map(|n| start.plus(n * PAGE_2M)).collect();
-        Self {
-            empty,
-            full: Vec::new(),
-        }
-    }
 }
 
 impl Staging {
@@ -99,7 +79,7 @@ impl Staging {
         for arena in arenas.iter().filter(|_| uffd.features() != Features::NONE) {
             uffd.register(arena.span(), RegisterMode::WriteProtect)?;
         }
-        let pools = [Pool::of(&arenas[0]), Pool::of(&arenas[1])].map(Mutex::<LiveEnv, _>::new);
+        let pools = [slots(&arenas[0]), slots(&arenas[1])].map(Mutex::<LiveEnv, _>::new);
         Ok(Self {
             uffd,
             arenas,
@@ -109,48 +89,36 @@ impl Staging {
     }
 
     /// A slot without pages. Waits for one to come back where all are in use.
-    pub(crate) fn take_empty(&self, kind: Kind) -> Slot {
-        self.take(kind, |pool| {
-            pool.empty.pop().or_else(|| {
-                let at = pool.full.pop()?;
-                advise::drop_pages(HostSpan::at(at, PAGE_2M));
-                Some(at)
-            })
-        })
-    }
-
-    /// A slot to write into, with pages if there is one. Waits as
-    /// [`take_empty`](Self::take_empty).
-    pub(crate) fn take_full(&self, kind: Kind) -> Slot {
-        self.take(kind, |pool| pool.full.pop().or_else(|| pool.empty.pop()))
-    }
-
-    fn take(&self, kind: Kind, mut pick: impl FnMut(&mut Pool) -> Option<HostVa>) -> Slot {
+    pub(crate) fn take(&self, kind: Kind) -> Slot {
         loop {
             let seen = self.returned.load(Ordering::Acquire);
-            if let Some(at) = pick(&mut self.pools[kind as usize].lock()) {
+            if let Some(at) = self.pools[kind as usize].lock().pop() {
                 return Slot { at, kind };
             }
             futex::wait(&self.returned, seen, None, Reason::Staging);
         }
     }
 
-    /// Gives a slot back.
+    /// Gives a slot back. Pages that are left in it go back to the system, and are never used for
+    /// other content: they were the program's, and the system may still refer to them, from a pipe
+    /// (`vmsplice`) or a network card (`MSG_ZEROCOPY`). Such references do not keep pages from
+    /// moving, and user space cannot see them.
     pub(crate) fn put(&self, slot: Slot, left: Left) {
         debug_assert!(
             self.arenas[slot.kind as usize].span().contains(slot.at),
             "foreign slot"
         );
-        if left == Left::Little {
+        if left == Left::Pages {
             advise::drop_pages(HostSpan::at(slot.at, PAGE_2M));
         }
-        let mut pool = self.pools[slot.kind as usize].lock();
-        match left {
-            Left::Pages => pool.full.push(slot.at),
-            Left::Little | Left::Nothing => pool.empty.push(slot.at),
-        }
-        drop(pool);
+        self.pools[slot.kind as usize].lock().push(slot.at);
         self.returned.fetch_add(1, Ordering::Release);
         futex::wake(&self.returned);
     }
+}
+
+/// All slots of an arena.
+fn slots(arena: &RuntimeMapping) -> Vec<HostVa> {
+    let start = arena.span().start();
+    (0..SLOTS).map(|n| start.plus(n * PAGE_2M)).collect()
 }

@@ -15,7 +15,7 @@
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
 use gpusvm::seam::env::Mutex;
-use gpusvm::seam::mm::Vma;
+use gpusvm::seam::mm::{Vma, VmaKind};
 use rustix::io::Errno;
 
 use crate::env::LiveEnv;
@@ -140,7 +140,12 @@ impl Watch {
         publish_hull(&sets.watched);
         // Calls that began before the hull grew may still be changing the mapping: let them end.
         patch::wait_for_unwatched_calls();
-        self.enter(&mut sets, vma.span);
+        // What grows by itself takes its registration along, and would wait for ever at pages that
+        // nobody knows to be missing: it is used in place, as the stack of the main thread is.
+        let stays = vma.kind == VmaKind::Anonymous && advise::grows_down(vma);
+        if !stays {
+            self.enter(&mut sets, vma.span);
+        }
         Ok(true)
     }
 

@@ -55,7 +55,7 @@ impl Churner<'_> {
     pub(super) fn work(&mut self) {
         let ops: Vec<Op> = Op::ALL
             .into_iter()
-            .filter(|op| op.is_promised(self.world.sight))
+            .filter(|op| op.is_churned() && op.is_promised(self.world.sight))
             .collect();
         while !self.world.stopped() {
             self.world.jam(self.me);
@@ -173,7 +173,7 @@ impl Churner<'_> {
             Op::Lock => self.lock(span),
             Op::Huge => self.huge(span),
             Op::Pipe => self.pipe(span),
-            Op::Heap | Op::Thread => Ok(()),
+            Op::Heap | Op::Thread | Op::Fork | Op::Exec => Ok(()),
         }
     }
 

@@ -4,7 +4,8 @@
 //! # Who is there
 //!
 //! *Writers* and *readers* on both sides ([`visit`]), *churners* that change the address space
-//! ([`churn`]), a *migrator* that sends pages to the device and back, a *watchdog* ([`watchdog`]).
+//! ([`churn`]), a *migrator* that sends pages to the device and back ([`migrator`]), a *forker*
+//! ([`forker`]), a *watchdog* ([`watchdog`]).
 //! All of them draw from streams of one seed ([`random`]). What they draw repeats; when they meet
 //! does not.
 //!
@@ -61,7 +62,9 @@
 
 mod area;
 mod churn;
+mod forker;
 mod ledger;
+mod migrator;
 mod op;
 mod program;
 mod promise;
@@ -76,7 +79,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::thread::scope;
 
-use gpusvm::addr::{HostSpan, HostVa, PAGE_2M};
+use gpusvm::addr::{HostVa, PAGE_2M};
 use gpusvm_live::{RuntimeScope, Territory, memory_available, probe, thread};
 use gpusvm_xe::stats::DeviceStats;
 use serde_json::Value;
@@ -88,10 +91,11 @@ use crate::run::RunError;
 use crate::table::Table;
 use crate::torture::area::{Area, Plan};
 use crate::torture::churn::{AWAY_BYTES, Churner};
+use crate::torture::forker::Forker;
 use crate::torture::random::Stream;
 use crate::torture::visit::{CpuPort, OnTile, TilePort, Visitor};
 use crate::torture::watchdog::Watchdog;
-use crate::torture::world::{Actor, Doing, Fault, Parts, World};
+use crate::torture::world::{Actor, Fault, Parts, World};
 use crate::workload::{PrepareError, count};
 
 /// Name on the command line.
@@ -130,8 +134,12 @@ impl Crew {
         self.first_churner() + CHURNERS
     }
 
-    const fn conductor(self) -> usize {
+    const fn forker(self) -> usize {
         self.migrator() + 1
+    }
+
+    const fn conductor(self) -> usize {
+        self.forker() + 1
     }
 
     fn writers(self) -> u32 {
@@ -149,7 +157,7 @@ impl Crew {
             .chain(many("cpu-reader", CPU_READERS))
             .chain(many("device", self.devices))
             .chain(many("churner", CHURNERS))
-            .chain(["migrator".to_owned(), "conductor".to_owned()])
+            .chain(["migrator", "forker", "conductor"].map(str::to_owned))
             .collect()
     }
 }
@@ -351,7 +359,13 @@ impl Play<'_> {
                 };
                 scope.spawn(move || churner.work());
             }
-            scope.spawn(move || migrate(world, machine, crew.migrator(), seed));
+            scope.spawn(move || migrator::work(world, machine, crew.migrator(), seed));
+            let mut forker = Forker {
+                world,
+                me: crew.forker(),
+                random: Stream::named(seed, "forker", 0),
+            };
+            scope.spawn(move || forker.work());
         });
     }
 
@@ -469,30 +483,4 @@ fn run_device(world: &World, machine: &Machine, crew: Crew, seed: u64, unit: usi
     });
     // The kernel passes no refusal on: it judges each.
     let _ended = machine.launch_on(unit, &kernel);
-}
-
-/// Sends pages to the device and, now and then, everything home.
-fn migrate(world: &World, machine: &Machine, me: usize, seed: u64) {
-    let mut random = Stream::named(seed, "migrator", 0);
-    while !world.stopped() {
-        world.jam(me);
-        let (area, page) = world.pick(&mut random);
-        world.actors[me].does(Doing::MIGRATE, area.id, page);
-        world.actors[me].stepped();
-        if random.one_in(8) {
-            let _took = thread::run(|| machine.evict_all());
-            continue;
-        }
-        let pages = match random.between(0, 3) {
-            0 => page..page + random.between(1, 40),
-            1 => page / 16 * 16..page / 16 * 16 + 16,
-            _ => page / 512 * 512..page / 512 * 512 + 512,
-        };
-        let pages = pages.start..pages.end.min(area.plan.pages);
-        let span: HostSpan = area.part(&pages);
-        // Busy, changing or unmapped pages refuse.
-        let _sent = thread::run(|| machine.send(span));
-        let us = random.between(0, 300);
-        world.sleep_us(us.into());
-    }
 }

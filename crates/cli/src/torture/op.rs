@@ -71,6 +71,10 @@ operations! {
     Heap = "heap",
     /// A thread that starts, works and exits.
     Thread = "thread",
+    /// `fork`; the child looks, writes and exits.
+    Fork = "fork",
+    /// `fork` and `exec`.
+    Exec = "exec",
 }
 
 impl Op {
@@ -80,6 +84,11 @@ impl Op {
             Self::DiscardRaw | Self::UnmapRaw => Sight::After,
             _ => sight,
         }
+    }
+
+    /// Whether churners do it.
+    pub(super) const fn is_churned(self) -> bool {
+        !matches!(self, Self::Fork | Self::Exec)
     }
 
     /// Whether the operation's effect is promised where changes are seen afterwards only: rights

@@ -55,11 +55,18 @@ pub(super) fn json(world: &World, stats: &DeviceStats, repeat: &str) -> Value {
         })
         .collect();
     object.insert("operations".to_owned(), ops.into());
+    object.insert("forks".to_owned(), forks(world).into());
     let finding = world
         .finding()
         .map(|finding| finding_json(world, &finding, repeat));
     object.insert("finding".to_owned(), finding.unwrap_or(Value::Null));
     object.into()
+}
+
+/// Children that were made.
+fn forks(world: &World) -> u64 {
+    let made = [Op::Fork, Op::Exec].map(|op| get(&world.tally.ops[op as usize][0]));
+    made.into_iter().sum()
 }
 
 fn migrations(stats: &DeviceStats) -> [(&'static str, u64); 4] {
@@ -115,6 +122,7 @@ pub(super) fn tables(world: &World, stats: &DeviceStats) -> String {
     migrations(stats)
         .into_iter()
         .for_each(|(name, value)| row(name, value));
+    row("forks", forks(world));
     row("refused_in_change", get(&world.tally.refused_in_change));
     Fault::ALL
         .into_iter()

@@ -45,12 +45,12 @@ fn child_and_parent_have_the_same_memory_and_not_each_others_writes() {
     each(|bench, huge| {
         let (mut map, span) = filled(huge, 5);
         bench.send(span).expect("plain memory migrates");
-        let child = Child::make(By::Fork, || all(&map, 5));
+        let child = Child::make(By::Fork, || all(&map, 5)).expect("a child");
         // The child has not looked yet.
         map.words_mut().fill(6);
         bench.send(span).expect("shared pages are made exclusive");
         assert!(
-            child.passed(),
+            child.passed().expect("ours"),
             "{huge:?}: the child has what was there at the fork"
         );
         assert!(all(&map, 6), "{huge:?}");
@@ -61,7 +61,7 @@ fn child_and_parent_have_the_same_memory_and_not_each_others_writes() {
             all(&mine, 7)
         });
         bench.send(span).expect("shared pages are made exclusive");
-        assert!(writer.passed());
+        assert!(writer.expect("a child").passed().expect("ours"));
         assert!(all(&map, 6), "{huge:?}: the child's writes are its own");
     });
 }
@@ -98,7 +98,8 @@ fn threads_migrate_and_fork_and_no_child_misses_a_page() {
             while !bench.space.residency.lock().has_departed(span) {
                 std::thread::yield_now();
             }
-            assert!(Child::make(By::Fork, || all(&map, 5)).passed());
+            let child = Child::make(By::Fork, || all(&map, 5)).expect("a child");
+            assert!(child.passed().expect("ours"));
             forked.fetch_add(1, Ordering::Relaxed);
         }
     });
@@ -115,8 +116,8 @@ fn child_of_a_raw_clone_gets_what_was_away() {
         }
         let (map, span) = filled(huge, 5);
         bench.send(span).expect("plain memory migrates");
-        let child = Child::make(By::RawClone, || all(&map, 5));
-        assert!(child.passed(), "{huge:?}");
+        let child = Child::make(By::RawClone, || all(&map, 5)).expect("a child");
+        assert!(child.passed().expect("ours"), "{huge:?}");
         assert!(all(&map, 5), "{huge:?}");
     });
 }
@@ -131,6 +132,6 @@ fn child_cannot_open_a_space_of_its_own() {
         let opened = LiveSpace::open(&crate::LiveConfig::default(), env.clone(), Arc::new(()));
         matches!(opened, Err(crate::OpenError::Forked))
     });
-    assert!(child.passed());
+    assert!(child.expect("a child").passed().expect("ours"));
     drop(bench);
 }

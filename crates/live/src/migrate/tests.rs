@@ -1,7 +1,7 @@
 use super::*;
 use core::sync::atomic::Ordering;
 
-use gpusvm::addr::PAGE;
+use gpusvm::addr::{PAGE, PAGE_2M};
 
 use crate::sys::fault_copy::LiveBus;
 use crate::sys::mapping::{AnonMapping, Huge};

@@ -2,9 +2,10 @@
 
 use core::ptr;
 
-use gpusvm::addr::HostSpan;
+use gpusvm::addr::{HostSpan, PAGE};
+use gpusvm::seam::mm::Vma;
 use rustix::io::Errno;
-use rustix::mm::{Advice, madvise};
+use rustix::mm::{Advice, MprotectFlags, madvise, mprotect};
 
 /// Faults every page of `span` in for writing, which makes pages shared after a fork exclusive.
 ///
@@ -13,6 +14,19 @@ use rustix::mm::{Advice, madvise};
 pub(crate) fn populate_write(span: HostSpan) -> Result<(), Errno> {
     // SAFETY: populating changes no content.
     unsafe { madvise(pointer(span), length(span), Advice::LinuxPopulateWrite) }
+}
+
+/// Whether a mapping grows downwards when memory below it is touched.
+///
+/// The system tells nobody cheaply. But it refuses to change the rights "from here down to where the
+/// stack ends" of any other mapping, and to set the rights that a mapping has changes nothing.
+pub(crate) fn grows_down(mapping: &Vma) -> bool {
+    let page = HostSpan::at(mapping.span.start(), PAGE);
+    let mut rights = MprotectFlags::GROWSDOWN;
+    rights.set(MprotectFlags::READ, mapping.read);
+    rights.set(MprotectFlags::WRITE, mapping.write);
+    // SAFETY: the rights are those that the mapping has, so no access is allowed or refused by it.
+    unsafe { mprotect(pointer(page), length(page), rights) }.is_ok()
 }
 
 /// Drops the pages of `span`, which lies in memory of the runtime's own.

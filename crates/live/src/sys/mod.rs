@@ -7,7 +7,6 @@
 pub(crate) mod advise;
 pub(crate) mod arena;
 pub(crate) mod atfork;
-#[cfg(test)]
 pub(crate) mod child;
 pub(crate) mod depth;
 pub(crate) mod fault_copy;
@@ -15,6 +14,8 @@ pub(crate) mod futex;
 pub(crate) mod heap;
 pub(crate) mod in_thread;
 pub(crate) mod last_wish;
+pub(crate) mod lend;
+pub(crate) mod library;
 pub(crate) mod mapping;
 pub(crate) mod modules;
 pub(crate) mod owned;

@@ -186,6 +186,32 @@ impl Territory {
         mapped(unsafe { libc::mmap(at, length(span), access, flags, raw, 0) })
     }
 
+    /// Maps zeros that grow downwards into the hole before them, as a stack does.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map).
+    pub fn map_growing(&self, span: HostSpan) -> io::Result<()> {
+        self.map_with(
+            span,
+            libc::MAP_FIXED_NOREPLACE | libc::MAP_GROWSDOWN,
+            Huge::Never,
+        )
+    }
+
+    /// Seals a mapping: until the process ends it stays as it is. So it stays when this value is
+    /// dropped, too.
+    ///
+    /// # Errors
+    /// The system's; `ENOSYS` before Linux 6.10.
+    pub fn seal(&self, span: HostSpan) -> io::Result<()> {
+        /// Number of `mseal`.
+        const MSEAL: libc::c_long = 462;
+        let at = self.inside(span);
+        // SAFETY: sealing changes no content.
+        let sealed = unsafe { libc::syscall(MSEAL, at, length(span), 0_u64) };
+        check(i32::try_from(sealed).unwrap_or(-1))
+    }
+
     /// Unmaps.
     ///
     /// # Errors
