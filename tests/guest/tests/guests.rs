@@ -83,7 +83,9 @@ fn tell(line: &str) {
 impl Guest {
     /// Compiles a program; `None`, and says so, where that is not possible.
     fn new(name: &str, argument: Option<&'static str>) -> Option<Self> {
-        let folder = std::env::temp_dir().join(format!("gpusvm-{}-{name}", std::process::id()));
+        let variant = argument.unwrap_or("plain");
+        let folder = format!("gpusvm-{}-{name}-{variant}", std::process::id());
+        let folder = std::env::temp_dir().join(folder);
         fs::create_dir_all(&folder).expect("a folder can be made");
         fs::set_permissions(&folder, Permissions::from_mode(0o755)).expect("it is ours");
         let guest = Self {

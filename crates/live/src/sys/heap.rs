@@ -385,7 +385,7 @@ mod tests {
             give(at, 1 << 20);
             gone
         });
-        assert!(child.passed());
+        assert!(child.expect("a child").passed().expect("it ends"));
         // SAFETY: inside the block.
         assert_eq!(unsafe { at.read_volatile() }, 9);
         give(at, 1 << 20);
