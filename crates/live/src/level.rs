@@ -338,6 +338,8 @@ pub fn allocate_for(config: &LiveConfig) -> Result<FaultLevel, OpenError> {
 pub(crate) struct Descriptors {
     /// For user memory, with events: one per shard.
     pub(crate) user: Vec<Uffd>,
+    /// As those, but faults are signals. Children have nothing of it: they would die of them.
+    pub(crate) compute_only: Option<Uffd>,
     /// For staging and device memory.
     pub(crate) staging: Uffd,
     pub(crate) level: FaultLevel,
@@ -382,6 +384,7 @@ impl Descriptors {
                 heap::prepare()?;
                 return Ok(Self {
                     user: vec![Uffd::none()?],
+                    compute_only: None,
                     staging: Uffd::none()?,
                     level,
                 });
@@ -395,12 +398,16 @@ impl Descriptors {
             Sharding::Arenas => Uffd::open(mode, Features::NONE)?,
             Sharding::None => first.another()?,
         };
+        let signals = Features::EVENTS.and(Features::SIGBUS);
+        let has_signals = first.features().contains(Features::SIGBUS);
+        let compute_only = has_signals.then(|| Uffd::open(mode, signals)).transpose()?;
         let mut user = vec![first];
         while user.len() < sharding.shards() {
             user.push(open()?);
         }
         Ok(Self {
             user,
+            compute_only,
             staging,
             level,
         })

@@ -68,6 +68,7 @@ pub mod program {
 }
 
 pub use env::LiveEnv;
+pub use in_thread::ComputeOnly;
 pub use level::{
     BracketChoice, BracketLevel, FaultLevel, Level, LevelChoice, LiveConfig, OpenError, Sharding,
     allocate_for,

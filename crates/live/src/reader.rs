@@ -175,9 +175,26 @@ fn serve_hole(space: &LiveSpace, fault: Fault) {
         Some(shard) if shard == fault.shard => {}
         Some(_) => defer(space, fault, space.env.now().after(FOREIGN_RETRY)),
         None => {
-            space.watch.disarm(fault.at, fault.shard, &space.residency);
+            let _or_it_comes_again = space.fill_hole(fault);
             wake(space, fault);
         }
+    }
+}
+
+impl LiveSpace {
+    /// Lets a thread that waits at a page that is on no device have zeros. False where that cannot be
+    /// told yet: news of a move is on its way.
+    pub(crate) fn fill_hole(&self, fault: Fault) -> bool {
+        let Fault { at, shard } = fault;
+        if self.watch.disarm(at, shard, &self.residency) {
+            return true;
+        }
+        if self.pool.has_news_of(HostSpan::at(at, PAGE)) {
+            return false;
+        }
+        // A mapping that grows takes its arming along, and where only events tell nobody is told.
+        // Refused where news is unread.
+        self.watch.shards.uffd(shard).zero_page(at).is_ok()
     }
 }
 

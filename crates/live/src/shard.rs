@@ -59,6 +59,8 @@ impl ShardId {
 #[derive(Debug)]
 pub(crate) struct Shards {
     all: Box<[Shard]>,
+    /// The last one is for compute-only memory: no thread waits there.
+    compute_only: Option<ShardId>,
     waiting: OwnedFd,
     /// Ends a wait.
     bell: OwnedFd,
@@ -78,11 +80,15 @@ struct Shard {
 pub(crate) type Unread<'a> = MutexGuard<'a, RawFutexMutex, u64>;
 
 impl Shards {
-    /// One shard per descriptor; at most [`MOST`] count.
+    /// One shard per descriptor; at most [`MOST`] count. Faults in the shard of `compute_only` are
+    /// signals.
     ///
     /// # Errors
     /// The system's, from preparing to wait for them all.
-    pub(crate) fn new(uffds: Vec<Uffd>) -> Result<Self, Errno> {
+    pub(crate) fn new(mut uffds: Vec<Uffd>, compute_only: Option<Uffd>) -> Result<Self, Errno> {
+        let last = compute_only.is_some();
+        uffds.extend(compute_only);
+        let count = u8::try_from(uffds.len()).unwrap_or(u8::MAX);
         let waiting = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let readable = epoll::EventFlags::IN;
@@ -96,6 +102,7 @@ impl Shards {
         });
         Ok(Self {
             all: all.collect(),
+            compute_only: last.then_some(ShardId(count - 1)),
             waiting,
             bell,
         })
@@ -106,9 +113,15 @@ impl Shards {
         (0..u8::try_from(self.all.len()).unwrap_or(u8::MAX)).map(ShardId)
     }
 
+    /// The one for compute-only memory, if the system has that.
+    pub(crate) const fn compute_only(&self) -> Option<ShardId> {
+        self.compute_only
+    }
+
     /// Where a new mapping that starts at `start` belongs.
     pub(crate) fn of(&self, start: HostVa) -> ShardId {
-        let count = u64::try_from(self.all.len()).unwrap_or(u64::MAX);
+        let count = self.all.len() - usize::from(self.compute_only.is_some());
+        let count = u64::try_from(count).unwrap_or(u64::MAX);
         let shard = (start.get() >> ARENA) % count;
         ShardId(u8::try_from(shard).unwrap_or(0))
     }

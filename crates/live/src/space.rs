@@ -102,10 +102,12 @@ impl LiveSpace {
         }
         let Descriptors {
             user,
+            compute_only,
             staging,
             level: faults,
         } = Descriptors::open(config)?;
-        let shards = Shards::new(user).map_err(OpenError::os("wait for userfaultfd"))?;
+        let shards = Shards::new(user, compute_only);
+        let shards = shards.map_err(OpenError::os("wait for userfaultfd"))?;
         let bracket = bracket::attach(config.brackets, faults)?;
         let level = Level { faults, bracket };
         let space = Arc::new(Self {

@@ -30,6 +30,8 @@ use crate::sys::uffd::RegisterMode;
 #[derive(Debug)]
 struct Sets {
     watched: SpanSet,
+    /// Where faults are served by the thread that faults.
+    compute_only: SpanSet,
     shards: Vec<ShardSets>,
 }
 
@@ -91,6 +93,15 @@ pub(crate) struct Watch {
     sets: Mutex<LiveEnv, Sets>,
 }
 
+/// Who serves faults of some memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Server {
+    /// A thread that reads userfaultfd.
+    Reader,
+    /// The thread that faults.
+    Faulting,
+}
+
 /// A piece cannot be armed: the kernel refused, so its pages cannot be taken away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CannotArm;
@@ -103,6 +114,7 @@ impl Watch {
     pub(crate) fn new(shards: Shards) -> Result<Self, Errno> {
         let sets = Sets {
             watched: SpanSet::default(),
+            compute_only: SpanSet::default(),
             shards: shards.ids().map(ShardSets::new).collect(),
         };
         Ok(Self {
@@ -152,17 +164,48 @@ impl Watch {
     /// Registers a mapping where it belongs. One that has moved may have brought another shard along:
     /// then there.
     fn enter(&self, sets: &mut Sets, mapping: HostSpan) {
-        let first = self.shards.of(mapping.start());
-        let others = self.shards.ids().filter(|id| *id != first);
-        for id in core::iter::once(first).chain(others) {
+        let home = self.shards.of(mapping.start());
+        for part in sets.compute_only.without(mapping) {
+            self.enter_part(sets, part, home);
+        }
+        let compute_only = self.shards.compute_only().unwrap_or(home);
+        for part in sets.compute_only.within(mapping) {
+            self.enter_part(sets, part, compute_only);
+        }
+    }
+
+    fn enter_part(&self, sets: &mut Sets, part: HostSpan, home: ShardId) {
+        let others = self.shards.ids().filter(|id| *id != home);
+        for id in core::iter::once(home).chain(others) {
             let uffd = self.shards.uffd(id);
-            match uffd.register(mapping, RegisterMode::WriteProtect) {
-                Ok(()) => return sets.own(mapping, id),
+            match uffd.register(part, RegisterMode::WriteProtect) {
+                Ok(()) => return sets.own(part, id),
                 // Somebody has it.
                 Err(Errno::BUSY) => {}
                 Err(_forbidden) => return,
             }
         }
+    }
+
+    /// From now on `server` serves faults of `span`. Nothing of it is away, and it is watched anew when
+    /// a device next uses it.
+    pub(crate) fn set_server(&self, span: HostSpan, server: Server) {
+        let mut sets = self.sets.lock();
+        match server {
+            Server::Faulting => sets.compute_only.insert(span),
+            Server::Reader => sets.compute_only.remove(span),
+        }
+    }
+
+    /// The hull of all memory whose faults are served by the thread that faults.
+    pub(crate) fn compute_only_hull(&self) -> Option<HostSpan> {
+        self.sets.lock().compute_only.hull()
+    }
+
+    /// Whether faults at `at` are served by the thread that faults.
+    pub(crate) fn is_compute_only(&self, at: HostVa) -> bool {
+        let page = HostSpan::at(at, 1);
+        self.sets.lock().compute_only.covers(page)
     }
 
     /// The shard that has all of `span`.
@@ -209,12 +252,19 @@ impl Watch {
     /// The residency table is asked under this lock, and a migration arms under this lock only
     /// after it has marked its span as travelling: so a block is never disarmed, nor a page filled,
     /// under a migration.
-    pub(crate) fn disarm(&self, at: HostVa, shard: ShardId, residency: &Mutex<LiveEnv, Residency>) {
+    ///
+    /// False where nothing is armed at `at`.
+    pub(crate) fn disarm(
+        &self,
+        at: HostVa,
+        shard: ShardId,
+        residency: &Mutex<LiveEnv, Residency>,
+    ) -> bool {
         let mut sets = self.sets.lock();
         let uffd = self.shards.uffd(shard);
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
         let Some(sets) = sets.shard(shard) else {
-            return;
+            return false;
         };
         let Some(piece) = sets
             .armed
@@ -222,15 +272,14 @@ impl Watch {
             .into_iter()
             .find(|piece| piece.contains(at))
         else {
-            // News of a move is on its way: the access comes again until it is here.
-            return;
+            return false;
         };
         if residency.lock().has_departed(piece) {
             if !residency.lock().has_departed(HostSpan::at(at, PAGE)) {
                 // Refused where the page has come meanwhile: the thread finds it.
                 let _filled = uffd.zero_page(at);
             }
-            return;
+            return true;
         }
         sets.armed.remove(piece);
         let whole = uffd.unregister(piece).is_ok()
@@ -238,6 +287,7 @@ impl Watch {
         if !whole {
             sets.registered.remove(piece);
         }
+        true
     }
 
     /// Takes `span` out of userfaultfd, so that a bracketed call raises no events and sees whole

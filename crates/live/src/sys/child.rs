@@ -202,6 +202,43 @@ fn await_byte(descriptor: i32) {
     let _end = unsafe { libc::read(descriptor, place, 1) };
 }
 
+/// From now on the system refuses userfaultfd to this thread and to those it starts, as the profile of
+/// a container does.
+#[cfg(test)]
+pub(crate) fn forbid_userfaultfd() {
+    const LOAD: u16 = 0x20;
+    /// Offsets into `struct seccomp_data`.
+    const NUMBER: u32 = 0;
+    const SECOND_ARGUMENT: u32 = 24;
+    /// What makes a descriptor from `/dev/userfaultfd`.
+    const NEW: u32 = 0xAA00;
+    const IF_EQUAL: u16 = 0x15;
+    const ANSWER: u16 = 0x06;
+    let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let number = |call: i64| u32::try_from(call).expect("a small number");
+    let refuse = libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs();
+    let mut steps = [
+        step(LOAD, 0, 0, NUMBER),
+        step(IF_EQUAL, 3, 0, number(libc::SYS_userfaultfd)),
+        step(IF_EQUAL, 0, 3, number(libc::SYS_ioctl)),
+        step(LOAD, 0, 0, SECOND_ARGUMENT),
+        step(IF_EQUAL, 0, 1, NEW),
+        step(ANSWER, 0, 0, refuse),
+        step(ANSWER, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let filter = libc::sock_fprog {
+        len: 7,
+        filter: steps.as_mut_ptr(),
+    };
+    // SAFETY: only takes rights away.
+    let done = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    let mode = libc::SECCOMP_MODE_FILTER;
+    // SAFETY: the filter is a valid program of seven steps, which the system copies.
+    let done = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const filter) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -252,41 +289,4 @@ mod tests {
         let there = unsafe { libc::kill(pid, 0) };
         assert_eq!(there, -1, "it is gone");
     }
-}
-
-/// From now on the system refuses userfaultfd to this thread and to those it starts, as the profile of
-/// a container does.
-#[cfg(test)]
-pub(crate) fn forbid_userfaultfd() {
-    const LOAD: u16 = 0x20;
-    /// Offsets into `struct seccomp_data`.
-    const NUMBER: u32 = 0;
-    const SECOND_ARGUMENT: u32 = 24;
-    /// What makes a descriptor from `/dev/userfaultfd`.
-    const NEW: u32 = 0xAA00;
-    const IF_EQUAL: u16 = 0x15;
-    const ANSWER: u16 = 0x06;
-    let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
-    let number = |call: i64| u32::try_from(call).expect("a small number");
-    let refuse = libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs();
-    let mut steps = [
-        step(LOAD, 0, 0, NUMBER),
-        step(IF_EQUAL, 3, 0, number(libc::SYS_userfaultfd)),
-        step(IF_EQUAL, 0, 3, number(libc::SYS_ioctl)),
-        step(LOAD, 0, 0, SECOND_ARGUMENT),
-        step(IF_EQUAL, 0, 1, NEW),
-        step(ANSWER, 0, 0, refuse),
-        step(ANSWER, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let filter = libc::sock_fprog {
-        len: 7,
-        filter: steps.as_mut_ptr(),
-    };
-    // SAFETY: only takes rights away.
-    let done = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-    assert_eq!(done, 0, "{}", io::Error::last_os_error());
-    let mode = libc::SECCOMP_MODE_FILTER;
-    // SAFETY: the filter is a valid program of seven steps, which the system copies.
-    let done = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const filter) };
-    assert_eq!(done, 0, "{}", io::Error::last_os_error());
 }

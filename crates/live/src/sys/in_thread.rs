@@ -39,6 +39,8 @@ pub(crate) struct Fault {
     pub(crate) at: HostVa,
     /// What it wanted.
     pub(crate) access: Access,
+    /// The page is missing (SIGBUS); otherwise it may not be accessed (SIGSEGV).
+    pub(crate) missing: bool,
 }
 
 /// What became of a fault.

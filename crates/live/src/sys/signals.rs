@@ -85,7 +85,9 @@ fn fault_of(signal: i32, info: &libc::siginfo_t, registers: &[libc::greg_t]) -> 
     /// Bit of a page fault's error code.
     const WRITE: i64 = 1 << 1;
     let faults = matches!(signal, libc::SIGSEGV | libc::SIGBUS);
-    if !faults || Origin::of(info.si_code) == Origin::Sent {
+    let broken = matches!(info.si_code, libc::BUS_MCEERR_AR | libc::BUS_MCEERR_AO);
+    let missing = signal == libc::SIGBUS;
+    if !faults || (missing && broken) || Origin::of(info.si_code) == Origin::Sent {
         return None;
     }
     // SAFETY: signals of faults have an address.
@@ -97,6 +99,7 @@ fn fault_of(signal: i32, info: &libc::siginfo_t, registers: &[libc::greg_t]) -> 
         } else {
             Access::Read
         },
+        missing,
     })
 }
 
