@@ -328,6 +328,7 @@ fn lead(space: &LiveSpace) -> Option<Queued> {
         if readable {
             space.reader_round.fetch_add(1, Ordering::AcqRel);
             let (count, mut number) = space.departures.read(space, &mut messages);
+            messages[..count].sort_by_key(|message| !is_event(message)); // Causes first.
             for message in &mut messages[..count] {
                 let message = core::mem::replace(message, Message::None);
                 let event = is_event(&message);
@@ -350,20 +351,26 @@ fn sort(space: &LiveSpace, queued: Queued) {
         space.reader_at.store(at.get(), Ordering::Relaxed);
         let resident = matches!(space.residency.lock().at(at), Some(State::Resident(_)));
         if !resident {
-            return serve_hole(space, at);
+            if !serve_hole(space, at) && space.pool.is_settled() {
+                // No news is out, or the system refuses: the armed hole came as its mapping grew.
+                let _refused = space.watch.uffd.zero_page(at);
+                wake(space, at);
+            }
+            return;
         }
     }
     space.pool.turns.lock().work.push_back(queued);
 }
 
-/// A thread of the process waits for a page that is not on a device.
-fn serve_hole(space: &LiveSpace, at: HostVa) {
+/// A thread of the process waits for a page that is on no device. False where nobody has armed it.
+fn serve_hole(space: &LiveSpace, at: HostVa) -> bool {
     let travels = matches!(space.residency.lock().at(at), Some(State::Transit(_)));
     // Whoever ends the travel wakes the span.
+    let known = travels || space.watch.disarm(at, &space.residency);
     if !travels {
-        space.watch.disarm(at, &space.residency);
         wake(space, at);
     }
+    known
 }
 
 fn handle(space: &LiveSpace, queued: Queued) {
@@ -382,7 +389,8 @@ fn handle(space: &LiveSpace, queued: Queued) {
 fn serve_fault(space: &LiveSpace, at: HostVa) {
     let state = space.residency.lock().at(at).cloned();
     let Some(State::Resident(page)) = state else {
-        return serve_hole(space, at);
+        let _or_it_comes_again = serve_hole(space, at);
+        return;
     };
     match page.allocation.migrate_to_ram(at) {
         CpuFaultOutcome::Retry => wake(space, at),

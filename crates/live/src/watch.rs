@@ -130,7 +130,10 @@ impl Watch {
     /// The residency table is asked under this lock, and a migration arms under this lock only
     /// after it has marked its span as travelling: so a block is never disarmed, nor a page filled,
     /// under a migration.
-    pub(crate) fn disarm(&self, at: HostVa, residency: &Mutex<LiveEnv, Residency>) {
+    ///
+    /// False where the page is in no armed piece: the access comes again until there is news of a
+    /// move.
+    pub(crate) fn disarm(&self, at: HostVa, residency: &Mutex<LiveEnv, Residency>) -> bool {
         let mut sets = self.sets.lock();
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
         let Some(piece) = sets
@@ -139,15 +142,14 @@ impl Watch {
             .into_iter()
             .find(|piece| piece.contains(at))
         else {
-            // News of a move is on its way: the access comes again until it is here.
-            return;
+            return false;
         };
         if residency.lock().has_departed(piece) {
             if !residency.lock().has_departed(HostSpan::at(at, PAGE)) {
                 // Refused where the page has come meanwhile: the thread finds it.
                 let _filled = self.uffd.zero_page(at);
             }
-            return;
+            return true;
         }
         sets.armed.remove(piece);
         let whole = self.uffd.unregister(piece).is_ok()
@@ -158,6 +160,7 @@ impl Watch {
         if !whole {
             sets.registered.remove(piece);
         }
+        true
     }
 
     /// Takes `span` out of userfaultfd, so that a bracketed call raises no events and sees whole
