@@ -29,6 +29,7 @@ use crate::space::LiveSpace;
 use crate::spans::SpanSet;
 use crate::sys::modules;
 use crate::sys::procmap::ProcMap;
+use crate::sys::thread;
 use crate::sys::threads::{Seat, Threads};
 
 /// Bytes on each side of the head of a robust list: more than a control block has.
@@ -122,7 +123,8 @@ impl Stays {
     /// Whether all of `span` may leave at this moment.
     pub(crate) fn check(&self, procmap: &ProcMap, span: HostSpan) -> Result<(), Refused> {
         self.look(procmap).map_err(|Uncertain| Refused::Starting)?;
-        if self.within(span).is_empty() {
+        // A stack may have become the runtime's since the mapping was looked at.
+        if self.within(span).is_empty() && !thread::runtime_owns(span) {
             Ok(())
         } else {
             Err(Refused::Mapping)

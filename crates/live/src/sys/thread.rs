@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle, ScopedJoinHandle};
 
-use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use rustix::io::Errno;
 
 use crate::sys::arena::RuntimeScope;
@@ -99,7 +99,7 @@ pub fn spawn(
     let masked = SignalMask::block_all();
     let handle = builder.spawn(move || {
         let _in_runtime = RuntimeScope::enter();
-        let stack = own_stack().and_then(OwnedSpan::declare);
+        let stack = own_stack().and_then(take_over);
         match &stack {
             Some(_known) => {
                 told.tell(Start::READY);
@@ -198,7 +198,7 @@ fn join_scoped<R>(handle: ScopedJoinHandle<'_, R>) -> R {
 
 fn on_known_stack<R>(work: impl FnOnce() -> R) -> R {
     let _in_runtime = RuntimeScope::enter();
-    let stack = own_stack().and_then(OwnedSpan::declare);
+    let stack = own_stack().and_then(take_over);
     // Going on would work until the stack migrates under the feet of a lock's holder.
     assert!(stack.is_some(), "{TOO_MANY}");
     work()
@@ -221,6 +221,19 @@ fn own_stack() -> Option<HostSpan> {
     let this = unsafe { libc::pthread_self() };
     // SAFETY: the calling thread lives.
     unsafe { stack_of(this) }
+}
+
+/// Declares the calling thread's stack as the runtime's, and brings all of it home: the C library
+/// may have given it a stack that was nobody's for a while.
+fn take_over(stack: HostSpan) -> Option<OwnedSpan> {
+    let owned = OwnedSpan::declare(stack)?;
+    for page in 0..stack.pages().get() {
+        let at = stack.start().plus(page * PAGE).get();
+        let at: *const u8 = core::ptr::with_exposed_provenance(usize::try_from(at).ok()?);
+        // SAFETY: readable memory of this thread's own stack, whose value is not used.
+        let _home = unsafe { at.read_volatile() };
+    }
+    Some(owned)
 }
 
 /// A thread's stack mapping, which holds its thread-locals as well. Allocates from the C library's
