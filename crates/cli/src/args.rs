@@ -97,6 +97,10 @@ pub struct RunArgs {
     /// Where faults are served: on the faulting unit, or by a thread.
     #[arg(long, value_enum, default_value_t = Service::Inline)]
     pub fault_service: Service,
+    /// Where CPU faults on torture's memory are served: by a thread that reads userfaultfd, or on the
+    /// thread that faults. Memory of other workloads is also the system calls', which can only wait.
+    #[arg(long, value_enum, default_value_t = CpuFaults::Monitor)]
+    pub cpu_faults: CpuFaults,
     /// The host's levels.
     #[command(flatten)]
     pub live: LiveArgs,
@@ -164,6 +168,15 @@ pub enum Service {
     Inline,
     /// By a thread that reads the fault ring.
     Queue,
+}
+
+/// Where CPU faults are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CpuFaults {
+    /// By a thread that reads userfaultfd.
+    Monitor,
+    /// On the thread that faults.
+    InThread,
 }
 
 /// Which touches of memory that is on the device are served.

@@ -105,6 +105,7 @@ pub fn config_json(args: &RunArgs, size: u64, vram: u64) -> Value {
         "threads": args.threads,
         "migration": format!("{:?}", args.migration).to_lowercase(),
         "fault_service": format!("{:?}", args.fault_service).to_lowercase(),
+        "cpu_faults": value_name(args.cpu_faults),
         "level": value_name(args.live.level),
         "brackets": value_name(args.live.brackets),
         "seed": args.seed,

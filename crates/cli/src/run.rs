@@ -9,7 +9,7 @@ use std::time::Duration;
 use gpusvm_abi::bus::Park;
 use gpusvm_live::{LiveEnv, RuntimeScope, allocate_for, memory_available, probe};
 
-use crate::args::RunArgs;
+use crate::args::{CpuFaults, RunArgs};
 use crate::folder::{self, Folder, FolderError};
 use crate::machine::{Machine, MachineError};
 use crate::page::Page;
@@ -162,6 +162,9 @@ fn plan(args: &RunArgs) -> Result<Vec<(Workload, u64, u64)>, RunError> {
     }
     if args.planted.is_some() {
         return Err(RunError::Needless("--break"));
+    }
+    if args.cpu_faults == CpuFaults::InThread {
+        return Err(RunError::Needless("--cpu-faults in-thread"));
     }
     let sized = |name: &str, size: u64, vram: u64| {
         let workload = Workload::named(name).ok_or_else(|| RunError::Unknown(name.to_owned()))?;

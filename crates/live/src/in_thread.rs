@@ -11,23 +11,20 @@ use std::sync::Arc;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::event::HomeCause;
-use gpusvm::seam::env::{Environment, Ns};
+use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{CpuFaultOutcome, InvalidateReason};
 use rustix::io::Errno;
 
 use crate::bracket;
 use crate::level::{FaultLevel, OpenError};
 use crate::pool;
-use crate::reader::LOST_RETRY;
+use crate::reader::{LOST_RETRY, Wanted};
 use crate::residency::{DevicePage, State};
 use crate::space::LiveSpace;
 use crate::sys::heap;
 use crate::sys::in_thread::{self, Fault, FaultHook, Served};
 use crate::sys::thread;
 use crate::watch::Server;
-
-/// How soon a fault is looked at again that waits for news to be handled.
-const NEWS_RETRY: Ns = Ns(100_000);
 
 /// Who serves.
 struct Service {
@@ -174,19 +171,12 @@ impl LiveSpace {
         let Some(shard) = shard.filter(|_| fault.missing && self.watch.is_compute_only(at)) else {
             return Served::NotOurs;
         };
-        let soon = Served::Later(Some(self.env.now().after(NEWS_RETRY).0));
-        if self.pool.has_news_of(HostSpan::at(at, PAGE)) {
-            return soon;
-        }
-        let state = self.residency.lock().at(at).map(|at| at.1.clone());
-        match state {
-            Some(State::Resident(page)) => self.fetch(&page, at),
-            Some(State::Transit(_)) => Served::Later(None),
-            Some(State::Claimed) | None if self.fill_hole(pool::Fault { at, shard }) => {
-                Served::Retry
-            }
-            // Registered by another thread in this moment, or moved here, of which news comes.
-            Some(State::Claimed) | None => soon,
+        let fault = pool::Fault { at, shard };
+        match self.look_for(fault) {
+            Wanted::Away { page, from } => self.fetch(&page, from),
+            Wanted::Travels { here: true } => Served::Later(None),
+            Wanted::Hole if self.fill_hole(fault) => Served::Retry,
+            Wanted::Hole | Wanted::Travels { here: false } => Served::Later(Some(self.soon().0)),
         }
     }
 

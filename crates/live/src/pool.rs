@@ -202,6 +202,27 @@ impl Pool {
         turns.news().any(|news| news.change.concerns(span))
     }
 
+    /// Where the content of the page at `at` may be found that left a mapping of `shard`, by moves of
+    /// which news has not been handled: here, or where it was before each of them, the latest first;
+    /// with the number that the events read when it left lie below.
+    pub(crate) fn trace(&self, at: HostVa, shard: ShardId) -> Vec<(HostVa, u64)> {
+        let turns = self.turns.lock();
+        let mut places = vec![(at, u64::MAX)];
+        let mut news: Vec<_> = turns.news().filter(|news| news.shard == shard).collect();
+        let mut at = at;
+        while let Some(news) = news.pop() {
+            match news.change {
+                Change::Move { from, to } if HostSpan::at(to, from.bytes()).contains(at) => {
+                    at = from.start().plus(at.offset_from(to));
+                    places.push((at, news.number));
+                }
+                Change::Unmap(gone) | Change::Remove(gone) if gone.contains(at) => break,
+                Change::Move { .. } | Change::Unmap(_) | Change::Remove(_) => {}
+            }
+        }
+        places
+    }
+
     /// What became of pages of `span` that left from `shard` when it had read `left_at` events,
     /// as far as has been read but not handled: of as many of the first pages as share it.
     pub(crate) fn fate(&self, span: HostSpan, shard: ShardId, left_at: u64) -> Fate {
@@ -268,25 +289,18 @@ impl Turns {
         self.in_event.iter().chain(waiting)
     }
 
-    /// The first task that can be done now.
+    /// The first task that can be done now. A fault need not wait for news to be handled: it asks for
+    /// what there is.
     fn take(&mut self) -> Option<Task> {
-        let index = self.work.iter().position(|task| self.is_ready(task))?;
+        let index = self
+            .work
+            .iter()
+            .position(|task| self.in_event.is_none() || matches!(task, Task::Fault(_)))?;
         let task = self.work.remove(index)?;
         if let Task::News(news) = task {
             self.in_event = Some(news);
         }
         Some(task)
-    }
-
-    /// Whether a task need not wait for news to be handled.
-    fn is_ready(&self, task: &Task) -> bool {
-        match task {
-            Task::News(_) => self.in_event.is_none(),
-            Task::Fault(fault) => {
-                let page = HostSpan::at(fault.at, 1);
-                !self.news().any(|news| news.change.concerns(page))
-            }
-        }
     }
 }
 
@@ -342,25 +356,40 @@ mod tests {
     }
 
     #[test]
-    fn fault_waits_for_the_events_that_concern_it_and_for_no_others() {
-        let fault = |n: u64| {
-            Task::Fault(Fault {
-                at: span(n).start(),
-                shard: ShardId::FIRST,
-            })
-        };
-        let unmapped = news(Change::Unmap(span(1)), 1);
-        let (from, to) = (span(3), span(5).start());
-        let moved = news(Change::Move { from, to }, 2);
+    fn news_is_handled_in_turn_and_faults_at_any_time() {
+        let fault = Task::Fault(Fault {
+            at: span(1).start(),
+            shard: ShardId::FIRST,
+        });
+        let first = news(Change::Unmap(span(1)), 1);
+        let second = news(Change::Unmap(span(2)), 2);
         let mut turns = Turns::default();
-        turns
-            .work
-            .extend([fault(1), fault(5), fault(2), unmapped, moved]);
-        assert_eq!(turns.take(), Some(fault(2)));
-        assert_eq!(turns.take(), Some(unmapped));
-        assert_eq!(turns.take(), None, "one at a time, and both faults wait");
+        turns.work.extend([first, second, fault]);
+        assert_eq!(turns.take(), Some(first));
+        assert_eq!(turns.take(), Some(fault));
+        assert_eq!(turns.take(), None, "one at a time");
         turns.in_event = None;
-        assert_eq!(turns.take(), Some(fault(1)));
+        assert_eq!(turns.take(), Some(second));
+    }
+
+    #[test]
+    fn content_is_traced_back_through_moves_until_it_ends() {
+        let pool = Pool::default();
+        let moved = |from: u64, to: u64| Change::Move {
+            from: span(from),
+            to: span(to).start(),
+        };
+        pool.push(news(moved(1, 2), 1));
+        pool.push(news(Change::Unmap(span(3)), 2));
+        pool.push(news(moved(2, 3), 3));
+        let place = |n: u64| span(n).start().plus(4096);
+        let trace = pool.trace(place(3), ShardId::FIRST);
+        assert_eq!(trace, [(place(3), u64::MAX), (place(2), 3), (place(1), 1)]);
+        let trace = pool.trace(place(1), ShardId::FIRST);
+        assert_eq!(trace, [(place(1), u64::MAX)]);
+        pool.push(news(Change::Remove(span(3)), 4));
+        let trace = pool.trace(place(3), ShardId::FIRST);
+        assert_eq!(trace, [(place(3), u64::MAX)], "nothing from before");
     }
 
     #[test]

@@ -7,8 +7,9 @@
 //!   armed piece disarms the piece, and the kernel fills the page itself.
 //! * An **event** is news of a change that no bracket saw: bracketed calls take their span out of
 //!   userfaultfd first. It is late by nature, and counted. Events are handled one after the other,
-//!   in the order in which they came, and a fault on device memory waits for the events that
-//!   concern it: the thread that made the change may be the one that faults next.
+//!   in the order in which they came. The thread that made the change may be the one that faults
+//!   next, before it is handled: the fault looks for its content also where it was before, and what
+//!   comes home follows the news (see [`Pool`](crate::pool::Pool)).
 //!
 //! **Somebody can always read.** Bringing pages home and taking note of an event both invalidate,
 //! and an invalidation waits for device units, which may themselves wait at a hole in host memory
@@ -35,7 +36,7 @@ use gpusvm::seam::mm::{CpuFaultOutcome, InvalidateReason};
 use rustix::io::Errno;
 
 use crate::pool::{Change, Fault, Job, News, Task};
-use crate::residency::State;
+use crate::residency::{DevicePage, State};
 use crate::shard::{BATCH, ShardId};
 use crate::space::LiveSpace;
 use crate::sys::thread::{self, RuntimeThread};
@@ -45,8 +46,8 @@ use crate::sys::uffd::Message;
 const THREADS: usize = 4;
 /// How long a page that could not be brought home rests before the next try.
 pub(crate) const LOST_RETRY: Ns = Ns::from_millis(10);
-/// As [`LOST_RETRY`], for a page that is of another mapping than the one that is waited at.
-const FOREIGN_RETRY: Ns = Ns::from_millis(1);
+/// As [`LOST_RETRY`], for what is over in a moment.
+const SOON: Ns = Ns(100_000);
 
 /// The running readers.
 #[derive(Debug, Default)]
@@ -136,7 +137,9 @@ fn read(space: &LiveSpace, shard: ShardId) {
             Message::Unmap(span) => Change::Unmap(span),
             Message::Remove(span) => Change::Remove(span),
             Message::Remap { from, to } => Change::Move { from, to },
-            Message::Fork(child) => return space.attendant.admit(child, table.departed(shard)),
+            Message::Fork(child) => {
+                return space.attendant.admit(child, table.departed_from(shard));
+            }
             Message::None => return,
         };
         space.pool.push(Task::News(News {
@@ -153,61 +156,79 @@ fn read(space: &LiveSpace, shard: ShardId) {
 
 /// Does at once what waits for nobody, and queues the rest.
 fn sort(space: &LiveSpace, fault: Fault) {
-    let resident = matches!(
-        space.residency.lock().at(fault.at),
-        Some((_, State::Resident(_)))
-    );
-    if resident {
+    if let Wanted::Away { .. } = space.look_for(fault) {
         space.pool.push(Task::Fault(fault));
     } else {
-        serve_hole(space, fault);
-    }
-}
-
-/// A thread of the process waits for a page that is not on a device.
-fn serve_hole(space: &LiveSpace, fault: Fault) {
-    let travels = match space.residency.lock().at(fault.at) {
-        Some((shard, State::Transit(_))) => Some(shard),
-        _ => None,
-    };
-    match travels {
-        // Whoever ends the travel wakes the span.
-        Some(shard) if shard == fault.shard => {}
-        Some(_) => defer(space, fault, space.env.now().after(FOREIGN_RETRY)),
-        None => {
-            let _or_it_comes_again = space.fill_hole(fault);
-            wake(space, fault);
-        }
-    }
-}
-
-impl LiveSpace {
-    /// Lets a thread that waits at a page that is on no device have zeros. False where that cannot be
-    /// told yet: news of a move is on its way.
-    pub(crate) fn fill_hole(&self, fault: Fault) -> bool {
-        let Fault { at, shard } = fault;
-        if self.watch.disarm(at, shard, &self.residency) {
-            return true;
-        }
-        if self.pool.has_news_of(HostSpan::at(at, PAGE)) {
-            return false;
-        }
-        // A mapping that grows takes its arming along, and where only events tell nobody is told.
-        // Refused where news is unread.
-        self.watch.shards.uffd(shard).zero_page(at).is_ok()
+        serve_fault(space, fault);
     }
 }
 
 /// A thread of the process waits for a page.
 fn serve_fault(space: &LiveSpace, fault: Fault) {
-    let state = space.residency.lock().at(fault.at).map(|at| at.1.clone());
-    let Some(State::Resident(page)) = state else {
-        return serve_hole(space, fault);
-    };
-    match page.allocation.migrate_to_ram(fault.at) {
-        CpuFaultOutcome::Retry => wake(space, fault),
-        CpuFaultOutcome::RetryAt(time) => defer(space, fault, time),
-        CpuFaultOutcome::Lost => defer(space, fault, space.env.now().after(LOST_RETRY)),
+    match space.look_for(fault) {
+        // Whoever ends the travel wakes the span.
+        Wanted::Travels { here: true } => {}
+        Wanted::Travels { here: false } => defer(space, fault, space.soon()),
+        Wanted::Hole => {
+            let _or_it_comes_again = space.fill_hole(fault);
+            wake(space, fault);
+        }
+        Wanted::Away { page, from } => match page.allocation.migrate_to_ram(from) {
+            CpuFaultOutcome::Retry => wake(space, fault),
+            CpuFaultOutcome::RetryAt(time) => defer(space, fault, time),
+            CpuFaultOutcome::Lost => defer(space, fault, space.env.now().after(LOST_RETRY)),
+        },
+    }
+}
+
+/// Where a page is that a thread wants.
+pub(crate) enum Wanted {
+    /// On no device.
+    Hole,
+    /// On a device, and so far known by the address `from`.
+    Away { page: DevicePage, from: HostVa },
+    /// Between two places; `here` where its end is told to those who wait for the fault's page.
+    Travels { here: bool },
+}
+
+impl LiveSpace {
+    /// Looks for the content of a page, also where it was before moves that are not handled yet.
+    pub(crate) fn look_for(&self, fault: Fault) -> Wanted {
+        let places = self.pool.trace(fault.at, fault.shard);
+        let table = self.residency.lock();
+        for (at, before) in places {
+            match table.at(at) {
+                Some((shard, State::Transit(_))) => {
+                    let here = shard == fault.shard && at == fault.at;
+                    return Wanted::Travels { here };
+                }
+                Some((_, State::Resident(page))) if page.left_at < before => {
+                    let page = page.clone();
+                    return Wanted::Away { page, from: at };
+                }
+                Some((_, State::Resident(_) | State::Claimed)) | None => {}
+            }
+        }
+        Wanted::Hole
+    }
+
+    /// Lets a thread that waits at a page that is on no device have zeros. False where that cannot be
+    /// told yet: there is news to be read, or some was handled meanwhile.
+    pub(crate) fn fill_hole(&self, fault: Fault) -> bool {
+        let Fault { at, shard } = fault;
+        // What is not read might say that the page is another one's, which is away.
+        let _unread = self.watch.shards.hold(shard);
+        let uffd = self.watch.shards.uffd(shard);
+        if uffd.is_changing() || !matches!(self.look_for(fault), Wanted::Hole) {
+            return false;
+        }
+        // Where only events tell, a mapping that grows takes its arming along, and nobody is told.
+        self.watch.disarm(at, shard, &self.residency) || uffd.zero_page(at).is_ok()
+    }
+
+    /// When to look again at what is over in a moment.
+    pub(crate) fn soon(&self) -> Ns {
+        self.env.now().after(SOON)
     }
 }
 
@@ -235,7 +256,7 @@ fn late_change(space: &LiveSpace, span: HostSpan, reason: InvalidateReason, news
     space.remembered.forget();
     let invalidation = space.notifiers.start(span, reason);
     if reason == InvalidateReason::Unmap {
-        let kept = space.residency.lock().residents(span);
+        let kept = space.residency.lock().departed_in(span);
         space.watch.forget_late(span, news.shard, &kept);
     }
     space.let_go(pieces);
@@ -259,7 +280,7 @@ fn late_move(space: &LiveSpace, from: HostSpan, to: HostVa, news: &News) {
     }
     space.watch.moved(from, to, news.shard);
     // Where the mapping stayed, it is still armed.
-    let kept = space.residency.lock().residents(from);
+    let kept = space.residency.lock().departed_in(from);
     space.watch.forget_late(from, news.shard, &kept);
     space.notifiers.end(&space.env, invalidation);
     space.end_change(&[from]);

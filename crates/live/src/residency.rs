@@ -196,17 +196,17 @@ impl Residency {
     }
 
     /// All spans of mappings of `shard` that are travelling or in device memory.
-    pub(crate) fn departed(&self, shard: ShardId) -> Vec<HostSpan> {
+    pub(crate) fn departed_from(&self, shard: ShardId) -> Vec<HostSpan> {
         self.entries(everything())
             .filter(|(_, entry)| entry.shard == shard && !matches!(entry.state, State::Claimed))
             .map(|(span, _)| span)
             .collect()
     }
 
-    /// Resident spans inside `span`, clipped to it.
-    pub(crate) fn residents(&self, span: HostSpan) -> Vec<HostSpan> {
+    /// What is travelling or in device memory inside `span`, clipped to it.
+    pub(crate) fn departed_in(&self, span: HostSpan) -> Vec<HostSpan> {
         self.overlapping(span)
-            .filter(|(_, state)| matches!(state, State::Resident(_)))
+            .filter(|(_, state)| !matches!(state, State::Claimed))
             .filter_map(|(piece, _)| piece.intersect(span))
             .collect()
     }

@@ -373,19 +373,31 @@ impl Churner<'_> {
     }
 
     fn lock(&mut self, span: &Span<'_>) -> io::Result<()> {
-        self.world.land.lock(span.host())?;
-        self.look_after(span);
-        self.pause();
-        self.world.land.unlock(span.host())
+        self.locked(span.host(), |churner| {
+            churner.look_after(span);
+            churner.pause();
+            Ok(())
+        })
     }
 
     fn discard_locked(&mut self, at: HostSpan) -> io::Result<()> {
-        let land = &self.world.land;
-        land.lock(at)?;
-        self.pause();
-        let discarded = land.advise(at, Advise::DiscardLocked);
-        land.unlock(at)?;
-        discarded
+        self.locked(at, |churner| {
+            churner.pause();
+            churner.world.land.advise(at, Advise::DiscardLocked)
+        })
+    }
+
+    /// Does something to locked pages. A lock that cannot be had in full leaves the mapping locked all
+    /// the same, and later discards would stop in the middle.
+    fn locked(
+        &mut self,
+        at: HostSpan,
+        act: impl FnOnce(&mut Self) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let locked = self.world.land.lock(at);
+        let done = locked.and_then(|()| act(self));
+        let unlocked = self.world.land.unlock(at);
+        done.and(unlocked)
     }
 
     /// Other advice about huge pages for a moment, which cuts the mapping.

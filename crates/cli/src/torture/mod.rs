@@ -84,7 +84,7 @@ use gpusvm_live::{RuntimeScope, Territory, memory_available, probe, thread};
 use gpusvm_xe::stats::DeviceStats;
 use serde_json::Value;
 
-use crate::args::{Planted, RunArgs};
+use crate::args::{CpuFaults, Planted, RunArgs};
 use crate::machine::{Machine, VRAM_MIN};
 use crate::report::{COLUMNS, Report, config_json, host_json, stats_json};
 use crate::run::RunError;
@@ -190,7 +190,7 @@ pub(crate) fn run(
     let seconds = args.seconds.unwrap_or(SECONDS);
     let world = {
         let _runtime_memory = RuntimeScope::enter();
-        build(args, size, crew, &machine).map_err(RunError::Prepare)?
+        build(args, size, crew, &machine)?
     };
     let result = Report {
         workload: NAME,
@@ -243,15 +243,22 @@ fn plant(args: &RunArgs, machine: &Machine) {
 }
 
 /// Maps the areas and puts the world together.
-fn build(args: &RunArgs, size: u64, crew: Crew, machine: &Machine) -> Result<World, PrepareError> {
+fn build(args: &RunArgs, size: u64, crew: Crew, machine: &Machine) -> Result<World, RunError> {
     let mut random = Stream::named(args.seed, "areas", 0);
     let plans = area::plan(size, crew.writers(), &mut random);
     let room = area::room(&plans) + PAGE_2M;
-    let refused = |error: std::io::Error| PrepareError::Input {
-        path: "address space".into(),
-        why: error.to_string(),
+    let refused = |error: std::io::Error| {
+        RunError::Prepare(PrepareError::Input {
+            path: "address space".into(),
+            why: error.to_string(),
+        })
     };
     let land = Territory::reserve(2 * room + AWAY_BYTES * count(CHURNERS)).map_err(refused)?;
+    let compute_only = match args.cpu_faults {
+        CpuFaults::Monitor => Ok(None),
+        CpuFaults::InThread => machine.space().compute_only(land.span()).map(Some),
+    };
+    let compute_only = compute_only.map_err(|error| RunError::Machine(error.into()))?;
     let start = land.span().start();
     let homes = [0, 1].map(|n| area::place(&plans, start.plus(n * room)));
     let mut areas = Vec::new();
@@ -267,6 +274,7 @@ fn build(args: &RunArgs, size: u64, crew: Crew, machine: &Machine) -> Result<Wor
     }
     Ok(World::new(Parts {
         land,
+        compute_only,
         areas,
         actors: crew.names().into_iter().map(Actor::new).collect(),
         space: Arc::clone(machine.space()),

@@ -231,9 +231,10 @@ fn seconds(us: u64) -> f64 {
 pub(super) fn repeat(args: &RunArgs, seconds: u64, size: u64, vram: u64) -> String {
     let lower = |value: &dyn core::fmt::Debug| format!("{value:?}").to_lowercase();
     let level = value_name(args.live.level).unwrap_or_default();
+    let cpu_faults = value_name(args.cpu_faults).unwrap_or_default();
     let mut command = format!(
         "gpusvm run torture --seconds {seconds} --seed {} --size {size} --vram {vram} --threads {} \
-         --migration {} --fault-service {} --brackets {} --level {level}",
+         --migration {} --fault-service {} --brackets {} --level {level} --cpu-faults {cpu_faults}",
         args.seed,
         args.threads,
         lower(&args.migration),

@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 
 use gpusvm::seam::env::{Environment, Mutex, Ns};
-use gpusvm_live::{BracketLevel, LiveBus, LiveEnv, LiveSpace, Territory};
+use gpusvm_live::{BracketLevel, ComputeOnly, LiveBus, LiveEnv, LiveSpace, Territory};
 
 use crate::run::Stopwatch;
 use crate::torture::area::{Area, Kind};
@@ -195,6 +195,8 @@ pub(super) fn tick(counter: &AtomicU64) {
 /// What all actors share. It lies in the runtime's memory, so that looking at it never waits.
 pub(super) struct World {
     pub(super) bus: LiveBus,
+    /// Who serves faults of the land; ends before the land does.
+    _compute_only: Option<ComputeOnly>,
     pub(super) land: Territory,
     pub(super) areas: Vec<Area>,
     pub(super) actors: Vec<Actor>,
@@ -219,6 +221,7 @@ impl fmt::Debug for World {
 /// Parts of a [`World`].
 pub(super) struct Parts {
     pub(super) land: Territory,
+    pub(super) compute_only: Option<ComputeOnly>,
     pub(super) areas: Vec<Area>,
     pub(super) actors: Vec<Actor>,
     pub(super) space: Arc<LiveSpace>,
@@ -237,6 +240,7 @@ impl World {
         let jam = || [(); 2].map(Mutex::<LiveEnv, _>::new);
         Self {
             bus: LiveBus::new(),
+            _compute_only: parts.compute_only,
             land: parts.land,
             areas: parts.areas,
             actors: parts.actors,

@@ -64,9 +64,9 @@ fn pages_that_left_after_an_event_are_not_the_events() {
     assert_eq!(recalled.len(), 1);
     assert_eq!(recalled[0].span, pages(2, 4));
     let _dropped = table.release(pages(2, 4));
-    assert_eq!(table.residents(pages(0, 6)), [pages(0, 2), pages(4, 6)]);
+    assert_eq!(table.departed_in(pages(0, 6)), [pages(0, 2), pages(4, 6)]);
     table.rebase(pages(0, 8), va(100), ShardId::FIRST, 3);
-    let left = table.residents(pages(0, 200));
+    let left = table.departed_in(pages(0, 200));
     assert_eq!(left, [pages(4, 6), pages(6, 8), pages(100, 102)]);
 }
 
@@ -85,8 +85,8 @@ fn event_takes_nothing_that_left_a_mapping_of_another_shard() {
         .collect();
     assert_eq!(spans, [pages(0, 4)]);
     table.rebase(pages(4, 8), va(100), ShardId::FIRST, 9);
-    assert_eq!(table.residents(pages(0, 200)), [other]);
-    assert_eq!(table.departed(SECOND), [other]);
+    assert_eq!(table.departed_in(pages(0, 200)), [other]);
+    assert_eq!(table.departed_from(SECOND), [other]);
 }
 
 #[test]
