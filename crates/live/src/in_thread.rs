@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use crate::bracket;
 use crate::level::{FaultLevel, OpenError};
 use crate::pool;
-use crate::reader::{LOST_RETRY, Wanted};
+use crate::reader::{End, LOST_RETRY, Wanted};
 use crate::residency::{DevicePage, State};
 use crate::space::LiveSpace;
 use crate::sys::heap;
@@ -174,9 +174,9 @@ impl LiveSpace {
         let fault = pool::Fault { at, shard };
         match self.look_for(fault) {
             Wanted::Away { page, from } => self.fetch(&page, from),
-            Wanted::Travels { here: true } => Served::Later(None),
+            Wanted::Travels(End::Told) => Served::Later(None),
             Wanted::Hole if self.fill_hole(fault) => Served::Retry,
-            Wanted::Hole | Wanted::Travels { here: false } => Served::Later(Some(self.soon().0)),
+            Wanted::Hole | Wanted::Travels(End::Untold) => Served::Later(Some(self.soon().0)),
         }
     }
 

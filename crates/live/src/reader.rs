@@ -154,31 +154,40 @@ fn read(space: &LiveSpace, shard: ShardId) {
     }
 }
 
-/// Does at once what waits for nobody, and queues the rest.
+/// Does at once what waits for nobody, and queues the rest: who leads may not bring pages home, which
+/// waits while news is unread.
 fn sort(space: &LiveSpace, fault: Fault) {
-    if let Wanted::Away { .. } = space.look_for(fault) {
-        space.pool.push(Task::Fault(fault));
-    } else {
-        serve_fault(space, fault);
+    match space.look_for(fault) {
+        Wanted::Away { .. } => space.pool.push(Task::Fault(fault)),
+        Wanted::Travels(end) => wait_for_end(space, fault, end),
+        Wanted::Hole => fill(space, fault),
     }
 }
 
 /// A thread of the process waits for a page.
 fn serve_fault(space: &LiveSpace, fault: Fault) {
     match space.look_for(fault) {
-        // Whoever ends the travel wakes the span.
-        Wanted::Travels { here: true } => {}
-        Wanted::Travels { here: false } => defer(space, fault, space.soon()),
-        Wanted::Hole => {
-            let _or_it_comes_again = space.fill_hole(fault);
-            wake(space, fault);
-        }
         Wanted::Away { page, from } => match page.allocation.migrate_to_ram(from) {
             CpuFaultOutcome::Retry => wake(space, fault),
             CpuFaultOutcome::RetryAt(time) => defer(space, fault, time),
             CpuFaultOutcome::Lost => defer(space, fault, space.env.now().after(LOST_RETRY)),
         },
+        Wanted::Travels(end) => wait_for_end(space, fault, end),
+        Wanted::Hole => fill(space, fault),
     }
+}
+
+fn wait_for_end(space: &LiveSpace, fault: Fault, end: End) {
+    match end {
+        // Whoever ends the travel wakes the span.
+        End::Told => {}
+        End::Untold => defer(space, fault, space.soon()),
+    }
+}
+
+fn fill(space: &LiveSpace, fault: Fault) {
+    let _or_it_comes_again = space.fill_hole(fault);
+    wake(space, fault);
 }
 
 /// Where a page is that a thread wants.
@@ -187,8 +196,14 @@ pub(crate) enum Wanted {
     Hole,
     /// On a device, and so far known by the address `from`.
     Away { page: DevicePage, from: HostVa },
-    /// Between two places; `here` where its end is told to those who wait for the fault's page.
-    Travels { here: bool },
+    /// Between two places.
+    Travels(End),
+}
+
+/// Whether those who wait for a page are told that its travel ends.
+pub(crate) enum End {
+    Told,
+    Untold,
 }
 
 impl LiveSpace {
@@ -199,8 +214,8 @@ impl LiveSpace {
         for (at, before) in places {
             match table.at(at) {
                 Some((shard, State::Transit(_))) => {
-                    let here = shard == fault.shard && at == fault.at;
-                    return Wanted::Travels { here };
+                    let told = shard == fault.shard && at == fault.at;
+                    return Wanted::Travels(if told { End::Told } else { End::Untold });
                 }
                 Some((_, State::Resident(page))) if page.left_at < before => {
                     let page = page.clone();
