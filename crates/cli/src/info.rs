@@ -89,6 +89,15 @@ fn rows(facts: &Facts) -> Vec<(&'static str, String)> {
             "UFFDIO_MOVE",
             if facts.uffd_move { "yes" } else { "no" }.to_owned(),
         ),
+        (
+            "faults on the faulting thread",
+            if facts.uffd_features.contains(&"sigbus") {
+                "yes"
+            } else {
+                "no"
+            }
+            .to_owned(),
+        ),
         ("PROCMAP_QUERY", works(&facts.procmap_query)),
         ("PAGEMAP_SCAN", works(&facts.pagemap_scan)),
         ("transparent huge pages", facts.thp.clone()),

@@ -83,7 +83,7 @@ impl LiveSpace {
         if !self.level().is_patched() {
             let vma = self.look_up(at)?;
             if !self.watch.covers(vma.span) {
-                self.stays.judge(&self.procmap, vma.span);
+                self.judge(vma.span);
             }
             return Some(vma);
         }
@@ -93,11 +93,19 @@ impl LiveSpace {
         let changes = self.remembered.changes.load(Ordering::Acquire);
         let vma = self.look_up(at)?;
         if !self.watch.covers(vma.span) {
-            self.stays.judge(&self.procmap, vma.span);
+            self.judge(vma.span);
         } else if vma.span.contains(at) {
             self.remembered.note(changes, at, vma);
         }
         Some(vma)
+    }
+
+    /// Whether a mapping is a stack. The heap's blocks lie above what nobody may access, as stacks do,
+    /// and are none.
+    fn judge(&self, mapping: HostSpan) {
+        if !heap::contains(mapping.start()) {
+            self.stays.judge(&self.procmap, mapping);
+        }
     }
 
     /// As [`vma_around`](Self::vma_around), for faults of devices. Where nothing migrates by itself

@@ -25,6 +25,9 @@ use crate::sys::advise;
 use crate::sys::heap;
 use crate::watch::CannotArm;
 
+/// How often a migration is tried whose reason for refusal can be removed.
+const ATTEMPTS: usize = 4;
+
 /// Isolated pages of a live migration.
 #[derive(Debug)]
 pub struct LiveMigration<'a> {
@@ -85,18 +88,19 @@ impl LiveSpace {
         if piece.kind != VmaKind::Anonymous || !piece.span.covers(span) {
             return Err(Failed::NotMigratable(span.start()).into());
         }
-        match self.try_out(span, &allocation, aperture)? {
-            Ok(set) => return Ok(set),
-            Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
-            Err(Refused::News) => return Err(Stale::PagesBusy.into()),
-            Err(Refused::Starting) => self.stays.await_certainty(&self.procmap),
-            // A write fault makes fork-shared pages exclusive; pinned ones stay refused.
-            Err(Refused::NotExclusive) => {
-                advise::populate_write(span).map_err(|_errno| Stale::PagesRefused)?;
+        for _attempt in 0..ATTEMPTS {
+            match self.try_out(span, &allocation, aperture)? {
+                Ok(set) => return Ok(set),
+                Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
+                Err(Refused::News) => return Err(Stale::PagesBusy.into()),
+                Err(Refused::Starting) => self.stays.await_certainty(&self.procmap),
+                // A write fault makes fork-shared pages exclusive; pinned ones stay refused.
+                Err(Refused::NotExclusive) => {
+                    advise::populate_write(span).map_err(|_errno| Stale::PagesRefused)?;
+                }
             }
         }
-        self.try_out(span, &allocation, aperture)?
-            .map_err(|_still| Stale::PagesRefused.into())
+        Err(Stale::PagesRefused.into())
     }
 
     /// One attempt: either all pages of the span left, or everything is as before.

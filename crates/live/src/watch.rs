@@ -75,6 +75,14 @@ impl Sets {
         }
     }
 
+    /// The shard that has what touches `span`, if it is not `but`.
+    fn beside(&self, span: HostSpan, but: Option<ShardId>) -> Option<ShardId> {
+        let reach = around(span);
+        let mut others = self.shards.iter().filter(|sets| Some(sets.id) != but);
+        let found = others.find(|sets| sets.registered.overlaps(reach));
+        found.map(|sets| sets.id)
+    }
+
     /// The parts of `span` that no shard has.
     fn unregistered(&self, span: HostSpan) -> Vec<HostSpan> {
         let all = self.shards.iter();
@@ -161,16 +169,20 @@ impl Watch {
         Ok(true)
     }
 
-    /// Registers a mapping where it belongs. One that has moved may have brought another shard along:
-    /// then there.
+    /// Registers what is not yet registered of a mapping: with its neighbour, if that is registered, so
+    /// that a mapping that grows stays in one shard, or where it belongs. One that has moved may have
+    /// brought another shard along: then there.
     fn enter(&self, sets: &mut Sets, mapping: HostSpan) {
-        let home = self.shards.of(mapping.start());
-        for part in sets.compute_only.without(mapping) {
-            self.enter_part(sets, part, home);
-        }
-        let compute_only = self.shards.compute_only().unwrap_or(home);
-        for part in sets.compute_only.within(mapping) {
-            self.enter_part(sets, part, compute_only);
+        let compute_only = self.shards.compute_only();
+        for part in sets.unregistered(mapping) {
+            let home = sets.beside(part, compute_only);
+            let home = home.unwrap_or_else(|| self.shards.of(mapping.start()));
+            for part in sets.compute_only.without(part) {
+                self.enter_part(sets, part, home);
+            }
+            for part in sets.compute_only.within(part) {
+                self.enter_part(sets, part, compute_only.unwrap_or(home));
+            }
         }
     }
 
@@ -395,13 +407,9 @@ impl Watch {
         let sets = self.sets.lock();
         let mut stretch = span;
         loop {
-            let reach = HostSpan::new(
-                HostVa::new(stretch.start().get().saturating_sub(PAGE)),
-                stretch.end().plus(PAGE),
-            );
             let pieces = sets.shards.iter();
             let longer = pieces
-                .flat_map(|sets| sets.registered.overlapping_whole(reach))
+                .flat_map(|sets| sets.registered.overlapping_whole(around(stretch)))
                 .fold(stretch, HostSpan::join);
             if longer == stretch {
                 return stretch;
@@ -423,6 +431,12 @@ impl Watch {
 pub(crate) struct Suspended {
     registered: Vec<(ShardId, HostSpan)>,
     armed: Vec<(ShardId, HostSpan)>,
+}
+
+/// A span and a page on each side.
+fn around(span: HostSpan) -> HostSpan {
+    let below = span.start().get().saturating_sub(PAGE);
+    HostSpan::new(HostVa::new(below), span.end().plus(PAGE))
 }
 
 /// Moves what is in `from` to `to`.

@@ -4,16 +4,12 @@ use core::alloc::Layout;
 use core::ffi::c_void;
 use core::mem::ManuallyDrop;
 use core::ptr;
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::path::Path;
 
 use gpusvm::addr::{HostSpan, HostVa};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
-use crate::sys::fault_copy;
 use crate::sys::heap;
 use crate::sys::owned::OwnedSpan;
 
@@ -47,6 +43,10 @@ unsafe impl Send for AnonMapping {}
 // SAFETY: as above; shared borrows only read.
 unsafe impl Sync for AnonMapping {}
 
+/// Bytes on each side of a mapping that nobody may access. The system would join the mapping with a
+/// neighbour, a stack for instance, of which parts stay; and this is more than a stack's guard.
+const ASIDE: usize = 2 << 20;
+
 impl AnonMapping {
     /// Maps `bytes` bytes of zeros.
     ///
@@ -56,20 +56,30 @@ impl AnonMapping {
         if let Some(block) = Self::in_heap(bytes) {
             return Ok(block);
         }
-        let room = if huge == Huge::Advise { HUGE } else { 0 };
-        let most = bytes.checked_add(room).ok_or(io::ErrorKind::OutOfMemory)?;
-        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // A range of 2 MiB fits where the data begins.
+        let align = HUGE;
+        let length = bytes.checked_next_multiple_of(PAGE);
+        let length = length.ok_or(io::ErrorKind::OutOfMemory)?;
+        let most = length.checked_add(align + 2 * ASIDE);
+        let most = most.ok_or(io::ErrorKind::OutOfMemory)?;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a fresh mapping, which overlaps nothing.
-        let mapped = unsafe { libc::mmap(ptr::null_mut(), most, access, flags, -1, 0) };
+        let mapped = unsafe { libc::mmap(ptr::null_mut(), most, libc::PROT_NONE, flags, -1, 0) };
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
         let whole = (mapped.cast::<u8>(), most);
-        let align = if huge == Huge::Advise { HUGE } else { 1 };
-        let skip = mapped.addr().next_multiple_of(align) - mapped.addr();
-        // SAFETY: `skip` is below `room`, so the start stays inside.
+        let skip = (mapped.addr() + ASIDE).next_multiple_of(align) - mapped.addr();
+        // SAFETY: `skip` is at most `align + ASIDE`, so the start stays inside.
         let start = unsafe { whole.0.add(skip) };
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a part of the new mapping, which nobody uses yet.
+        if unsafe { libc::mprotect(start.cast(), length, access) } != 0 {
+            let error = io::Error::last_os_error();
+            // SAFETY: the new mapping, which nobody uses.
+            let _given_back = unsafe { libc::munmap(mapped, most) };
+            return Err(error);
+        }
         let advice = if huge == Huge::Advise {
             libc::MADV_HUGEPAGE
         } else {
@@ -320,105 +330,6 @@ pub(super) fn check(result: i32) -> io::Result<()> {
     }
 }
 
-/// A file, mapped read-only. Another process may shorten it, so it is read by copies that survive
-/// a fault, never as a slice.
-#[derive(Debug)]
-pub struct FileMapping {
-    start: *mut u8,
-    len: usize,
-}
-
-// SAFETY: the mapping belongs to the value alone, and is only read.
-unsafe impl Send for FileMapping {}
-// SAFETY: as above.
-unsafe impl Sync for FileMapping {}
-
-impl FileMapping {
-    /// Maps all of a regular file.
-    ///
-    /// # Errors
-    /// The system's; `InvalidInput` for what is no regular file or is empty.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let facts = file.metadata()?;
-        if !facts.is_file() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "not a regular file",
-            ));
-        }
-        let len = usize::try_from(facts.len()).map_err(io::Error::other)?;
-        if len == 0 {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "the file is empty",
-            ));
-        }
-        fault_copy::install();
-        let flags = libc::MAP_PRIVATE;
-        // SAFETY: a fresh mapping, which overlaps nothing.
-        let mapped = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                len,
-                libc::PROT_READ,
-                flags,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if mapped == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self {
-            start: mapped.cast(),
-            len,
-        })
-    }
-
-    /// First address.
-    #[must_use]
-    pub fn address(&self) -> u64 {
-        u64::try_from(self.start.expose_provenance()).unwrap_or(0)
-    }
-
-    /// Bytes of the file when it was mapped.
-    #[must_use]
-    pub const fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Never: an empty file cannot be mapped.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Copies bytes out.
-    ///
-    /// # Errors
-    /// `UnexpectedEof` past the end, also where the file was shortened meanwhile.
-    pub fn read(&self, from: usize, out: &mut [u8]) -> io::Result<()> {
-        let inside = from
-            .checked_add(out.len())
-            .is_some_and(|end| end <= self.len);
-        let end = || io::Error::new(io::ErrorKind::UnexpectedEof, "the file is shorter");
-        if !inside {
-            return Err(end());
-        }
-        // SAFETY: `out` is ours; a fault in the mapping is an answer.
-        unsafe { fault_copy::copy(out.as_mut_ptr(), self.start.wrapping_add(from), out.len()) }
-            .map_err(|_left| end())
-    }
-}
-
-impl Drop for FileMapping {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours.
-        let _unmapped = unsafe { libc::munmap(self.start.cast(), self.len) };
-    }
-}
-
 /// Memory that the runtime maps for itself, huge where possible, by raw system calls. Children do
 /// not inherit it, and no device can map it.
 #[derive(Debug)]
@@ -491,6 +402,7 @@ impl Drop for RuntimeMapping {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::fault_copy;
     use crate::sys::owned;
     use core::sync::atomic::{AtomicBool, Ordering};
 
@@ -556,20 +468,5 @@ mod tests {
         assert!(owned::owns(span));
         drop(mapping);
         assert!(!owned::owns(span));
-    }
-
-    #[test]
-    fn files_are_read_with_bounds_and_odd_ones_are_refused() {
-        let map = FileMapping::open(Path::new("/proc/self/exe")).expect("a program is a file");
-        let mut magic = [0; 4];
-        map.read(0, &mut magic).expect("it has a head");
-        assert_eq!(&magic, b"\x7fELF");
-        assert!(map.read(map.len() - 2, &mut magic).is_err());
-        assert!(FileMapping::open(Path::new("/proc")).is_err());
-        assert!(
-            FileMapping::open(Path::new("/proc/version")).is_err(),
-            "empty by its size"
-        );
-        assert!(FileMapping::open(Path::new("/nowhere")).is_err());
     }
 }

@@ -10,6 +10,7 @@ pub(crate) mod atfork;
 pub(crate) mod child;
 pub(crate) mod depth;
 pub(crate) mod fault_copy;
+pub(crate) mod file;
 pub(crate) mod futex;
 pub(crate) mod heap;
 pub(crate) mod in_thread;

@@ -101,9 +101,10 @@ impl Threads {
         let number = words.next()?;
         if number == "running" {
             let mut text = [0; 512];
-            let told = ticks(self.read(name, "/stat", &mut text)?);
-            let done = told.is_some_and(|ticks| ticks >= TICKS);
-            return Some(if done { Seat::Foreign } else { Seat::Starting });
+            let stat = self.read(name, "/stat", &mut text)?;
+            let done = ticks(stat).is_some_and(|ticks| ticks >= TICKS);
+            let never = done || is_kernels(stat);
+            return Some(if never { Seat::Foreign } else { Seat::Starting });
         }
         // In a fault, or where a thread may wait before it tells.
         if number != "-1" && number != FUTEX {
@@ -125,6 +126,17 @@ impl Threads {
         let count = pread(&opened, &mut *text, 0).ok()?;
         str::from_utf8(&text[..count]).ok()
     }
+}
+
+/// Whether a thread is one of the kernel's own, as those of io_uring: `PF_IO_WORKER` or
+/// `PF_USER_WORKER` in field 9.
+fn is_kernels(stat: &str) -> bool {
+    const WORKERS: u64 = 0x10 | 0x4000;
+    let flags = stat.rsplit_once(')').and_then(|(_, rest)| {
+        let mut fields = rest.split_ascii_whitespace().skip(6);
+        fields.next()?.parse::<u64>().ok()
+    });
+    flags.is_some_and(|flags| flags & WORKERS != 0)
 }
 
 /// Processor time of a thread, from its line in `/proc`: fields 14 and 15 (proc(5)), counted from
