@@ -4,6 +4,8 @@
 //!   would wait for migrations that wait for it.
 //! * A process that dies of a signal gets its data home ([`last_wish`]). The dying thread cannot do
 //!   it: it may have been anywhere.
+//! * Staging slots get rid of used pages, and get fresh ones ([`staging`](crate::staging)).
+//!   Migrations need not do that on their way.
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -68,6 +70,7 @@ impl Attendant {
     }
 
     fn run(&self, space: &LiveSpace) {
+        thread::let_others_first();
         loop {
             let seen = last_wish::calls();
             if last_wish::is_made() {
@@ -77,6 +80,7 @@ impl Attendant {
             let next = self.orphans.lock().pop();
             match next {
                 Some(orphan) => fork::feed(space, &orphan),
+                None if space.staging.tend() => {}
                 None if self.stop.load(Ordering::Acquire) => return,
                 None => last_wish::wait_called(seen),
             }

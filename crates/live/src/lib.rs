@@ -78,6 +78,7 @@ pub use space::LiveSpace;
 pub use stall::{ReaderState, ThreadState, Wait, lies_in, threads};
 pub use sys::arena::{RuntimeAlloc, RuntimeScope, is_installed};
 pub use sys::atfork::is_child;
+pub use sys::bare_signal::TakenOver;
 pub use sys::fault_copy::LiveBus;
 pub use sys::file::FileMapping;
 pub use sys::futex::RawFutexMutex;
@@ -88,7 +89,7 @@ pub use sys::territory::{Advise, Backing, Leave, Territory};
 pub use sys::thread;
 pub use sys::vram::{LiveVram, VramMode};
 pub use sys::waits::Reason;
-pub use yardstick::FaultLoop;
+pub use yardstick::{FaultLoop, SignalLoop};
 
 #[cfg(test)]
 #[global_allocator]

@@ -20,7 +20,7 @@ use crate::leg::{Leg, Mapping, Refused, Road, blocks};
 use crate::residency::{Busy, DevicePage, Piece};
 use crate::shard::ShardId;
 use crate::space::LiveSpace;
-use crate::staging::Left;
+use crate::staging::{Left, Purpose, Slot};
 use crate::sys::advise;
 use crate::sys::heap;
 use crate::watch::CannotArm;
@@ -185,9 +185,13 @@ impl LiveSpace {
                     Leg::straight(user, from, parked)
                 }
                 None if heap::contains(user.start()) => Leg::closed(user, from),
-                None => Leg::through(user, from, self.staging.take(Leg::kind(user))),
+                None => Leg::through(user, from, self.slot_for(user, Purpose::Out)),
             })
             .collect()
+    }
+
+    fn slot_for(&self, user: HostSpan, purpose: Purpose) -> Slot {
+        self.staging.take(Leg::kind(user), purpose)
     }
 
     fn begin_home(
@@ -241,7 +245,7 @@ impl LiveSpace {
                 heap::occupy(user);
                 Leg::closed(user, from)
             } else {
-                Leg::through(user, from, self.staging.take(Leg::kind(user)))
+                Leg::through(user, from, self.slot_for(user, Purpose::Home))
             };
             let vram = VramSpan::at(
                 piece.page.allocation.vram().start().plus(offset),

@@ -9,32 +9,62 @@
 //! unread event makes every MOVE *into* memory of its descriptor fail (measured: 4x slower under
 //! churn). Device memory that adopts pages is registered with the same descriptor.
 //!
+//! # Slots between two uses
+//!
+//! ```text
+//!                 ┌──────────────── take, home ─────────────────┐
+//!   fresh ────────┘                                             ▼
+//!     ▲    (attendant)                                       in use
+//!     └─ populate ─ empty ── take, out (and home) ────────────▶ │
+//!                    ▲ ▲ └──── put, its pages are home ─────────┤
+//!       (attendant) drop  └─── used ◀── put, with pages ────────┘
+//! ```
+//!
+//! The way out wants a slot without pages, the way home one with fresh ones: the copy would wait for
+//! the system to clear them. The [`attendant`](crate::attendant) makes both, off the migrations'
+//! path, and a few at a time: a wake-up costs as much as dropping pages. Where it is late, or a child
+//! of fork has none, `take` does what is needed itself.
+//!
 //! Lock rank: leaf.
-
-use core::sync::atomic::{AtomicU32, Ordering};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE_2M};
 use gpusvm::seam::env::Mutex;
 
 use crate::env::LiveEnv;
 use crate::sys::advise;
-use crate::sys::futex;
+use crate::sys::futex::Changes;
+use crate::sys::last_wish;
 use crate::sys::mapping::RuntimeMapping;
 use crate::sys::uffd::{Features, RegisterMode, Uffd};
 use crate::sys::waits::Reason;
 
 /// Slots of each kind; each migration in flight needs one per 2 MiB.
-const SLOTS: u64 = 16;
+const SLOTS: usize = 16;
+/// Slots that are kept with fresh pages, once anything has come home, and fewer than as many keep
+/// used ones: what an idle process pays.
+const FRESH: usize = 4;
 
 /// The slots and the descriptor.
 #[derive(Debug)]
 pub(crate) struct Staging {
     pub(crate) uffd: Uffd,
     arenas: [RuntimeMapping; 2],
-    /// Slots without pages.
-    pools: [Mutex<LiveEnv, Vec<HostVa>>; 2],
-    /// Bumped when a slot comes back; what those who found none sleep on.
-    returned: AtomicU32,
+    shelves: [Mutex<LiveEnv, Shelf>; 2],
+    /// A slot has come back: what those who found none sleep on.
+    returned: Changes,
+}
+
+/// The slots of one kind that are not in use.
+#[derive(Debug)]
+struct Shelf {
+    /// Without pages.
+    empty: Vec<HostVa>,
+    /// With pages that nobody has used.
+    fresh: Vec<HostVa>,
+    /// With pages that were the program's.
+    used: Vec<HostVa>,
+    /// How many fresh ones there should be.
+    goal: usize,
 }
 
 /// A slot in use.
@@ -55,6 +85,15 @@ pub(crate) enum Kind {
     Small,
 }
 
+/// What happens in a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Pages move in: it must have none.
+    Out,
+    /// A copy writes into it: pages are welcome.
+    Home,
+}
+
 /// What a slot holds when it comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Left {
@@ -70,32 +109,34 @@ impl Staging {
     /// # Errors
     /// The system's, from mapping or registering.
     pub(crate) fn new(uffd: Uffd) -> Result<Self, rustix::io::Errno> {
-        let arenas = [
-            RuntimeMapping::new(SLOTS * PAGE_2M)?,
-            RuntimeMapping::new(SLOTS * PAGE_2M)?,
-        ];
+        let arenas = [arena()?, arena()?];
         advise::no_huge_pages(arenas[Kind::Small as usize].span());
         // Without userfaultfd nothing passes through here.
         for arena in arenas.iter().filter(|_| uffd.features() != Features::NONE) {
             uffd.register(arena.span(), RegisterMode::WriteProtect)?;
         }
-        let pools = [slots(&arenas[0]), slots(&arenas[1])].map(Mutex::<LiveEnv, _>::new);
+        let shelves = [Shelf::of(&arenas[0]), Shelf::of(&arenas[1])];
         Ok(Self {
             uffd,
             arenas,
-            pools,
-            returned: AtomicU32::new(0),
+            shelves: shelves.map(Mutex::<LiveEnv, _>::new),
+            returned: Changes::new(),
         })
     }
 
-    /// A slot without pages. Waits for one to come back where all are in use.
-    pub(crate) fn take(&self, kind: Kind) -> Slot {
+    /// A slot that is ready for `purpose`. Waits for one to come back where all are in use.
+    pub(crate) fn take(&self, kind: Kind, purpose: Purpose) -> Slot {
         loop {
-            let seen = self.returned.load(Ordering::Acquire);
-            if let Some(at) = self.pools[kind as usize].lock().pop() {
-                return Slot { at, kind };
+            let seen = self.returned.seen();
+            let found = self.shelf(kind).lock().take(kind, purpose);
+            match found {
+                Some(Found::Ready(at)) => return Slot { at, kind },
+                Some(Found::WithPages(at)) => {
+                    drop_all(at);
+                    return Slot { at, kind };
+                }
+                None => self.returned.wait(seen, Reason::Staging),
             }
-            futex::wait(&self.returned, seen, None, Reason::Staging);
         }
     }
 
@@ -108,17 +149,180 @@ impl Staging {
             self.arenas[slot.kind as usize].span().contains(slot.at),
             "foreign slot"
         );
-        if left == Left::Pages {
-            advise::drop_pages(HostSpan::at(slot.at, PAGE_2M));
+        let mut shelf = self.shelf(slot.kind).lock();
+        match left {
+            Left::Pages => shelf.used.push(slot.at),
+            Left::Nothing => shelf.empty.push(slot.at),
         }
-        self.pools[slot.kind as usize].lock().push(slot.at);
-        self.returned.fetch_add(1, Ordering::Release);
-        futex::wake(&self.returned);
+        let due = shelf.is_due();
+        drop(shelf);
+        self.returned.tell();
+        if due {
+            last_wish::call();
+        }
+    }
+
+    /// Makes one slot ready for its next use; false where there is nothing to do. For the attendant.
+    pub(crate) fn tend(&self) -> bool {
+        self.drop_used(Kind::Huge) || self.drop_used(Kind::Small) || self.refresh()
+    }
+
+    fn drop_used(&self, kind: Kind) -> bool {
+        let Some(at) = self.shelf(kind).lock().used.pop() else {
+            return false;
+        };
+        drop_all(at);
+        self.shelf(kind).lock().empty.push(at);
+        self.returned.tell();
+        true
+    }
+
+    /// Gives an empty slot fresh pages, where there should be more such slots.
+    fn refresh(&self) -> bool {
+        let Some(at) = self.shelf(Kind::Huge).lock().next_to_refresh() else {
+            return false;
+        };
+        let populated = advise::populate_write(HostSpan::at(at, PAGE_2M));
+        if populated.is_err() {
+            drop_all(at);
+        }
+        let mut shelf = self.shelf(Kind::Huge).lock();
+        if populated.is_ok() {
+            shelf.fresh.push(at);
+        } else {
+            // The next one that comes home asks again.
+            shelf.goal = 0;
+            shelf.empty.push(at);
+        }
+        drop(shelf);
+        self.returned.tell();
+        true
+    }
+
+    const fn shelf(&self, kind: Kind) -> &Mutex<LiveEnv, Shelf> {
+        &self.shelves[kind as usize]
     }
 }
 
-/// All slots of an arena.
-fn slots(arena: &RuntimeMapping) -> Vec<HostVa> {
-    let start = arena.span().start();
-    (0..SLOTS).map(|n| start.plus(n * PAGE_2M)).collect()
+/// A slot that was found.
+enum Found {
+    Ready(HostVa),
+    /// Its pages have to go first.
+    WithPages(HostVa),
+}
+
+impl Shelf {
+    /// All slots of an arena.
+    fn of(arena: &RuntimeMapping) -> Self {
+        let start = arena.span().start();
+        let mut empty = Vec::with_capacity(SLOTS);
+        empty.extend((0..).map(|n| start.plus(n * PAGE_2M)).take(SLOTS));
+        Self {
+            empty,
+            fresh: Vec::with_capacity(SLOTS),
+            used: Vec::with_capacity(SLOTS),
+            goal: 0,
+        }
+    }
+
+    fn take(&mut self, kind: Kind, purpose: Purpose) -> Option<Found> {
+        if purpose == Purpose::Home {
+            if kind == Kind::Huge {
+                self.goal = FRESH;
+            }
+            if let Some(at) = self.fresh.pop() {
+                return Some(Found::Ready(at));
+            }
+        }
+        let empty = self.empty.pop().map(Found::Ready);
+        empty.or_else(|| {
+            let full = self.used.pop().or_else(|| self.fresh.pop());
+            full.map(Found::WithPages)
+        })
+    }
+
+    /// Whether waking the attendant is worth its price: a few slots at a time.
+    fn is_due(&self) -> bool {
+        self.used.len() >= FRESH || (self.fresh.len() <= self.goal / 2 && self.goal > 0)
+    }
+
+    /// An empty slot that should be fresh.
+    fn next_to_refresh(&mut self) -> Option<HostVa> {
+        (self.fresh.len() < self.goal).then(|| self.empty.pop())?
+    }
+}
+
+fn arena() -> Result<RuntimeMapping, rustix::io::Errno> {
+    RuntimeMapping::new((0..SLOTS).map(|_| PAGE_2M).sum())
+}
+
+fn drop_all(at: HostVa) {
+    advise::drop_pages(HostSpan::at(at, PAGE_2M));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn staging() -> Staging {
+        // At levels without userfaultfd the slots are plain memory, which is enough here.
+        let uffd = Uffd::none().expect("one more descriptor");
+        Staging::new(uffd).expect("staging can be mapped")
+    }
+
+    fn counts(staging: &Staging) -> [usize; 3] {
+        let shelf = staging.shelf(Kind::Huge).lock();
+        [shelf.empty.len(), shelf.fresh.len(), shelf.used.len()]
+    }
+
+    fn tend_all(staging: &Staging) {
+        while staging.tend() {}
+    }
+
+    #[test]
+    fn nothing_is_done_before_anything_has_come_home() {
+        let staging = staging();
+        assert!(!staging.tend());
+        let slot = staging.take(Kind::Huge, Purpose::Out);
+        staging.put(slot, Left::Pages);
+        assert_eq!(counts(&staging), [SLOTS - 1, 0, 1]);
+        assert!(staging.tend());
+        assert!(!staging.tend(), "dropped, and that is all");
+        assert_eq!(counts(&staging), [SLOTS, 0, 0]);
+    }
+
+    #[test]
+    fn way_home_finds_fresh_slots_and_way_out_empty_ones() {
+        let staging = staging();
+        let first = staging.take(Kind::Huge, Purpose::Home);
+        staging.put(first, Left::Nothing);
+        tend_all(&staging);
+        assert_eq!(counts(&staging), [SLOTS - FRESH, FRESH, 0]);
+        let out = staging.take(Kind::Huge, Purpose::Out);
+        let home = staging.take(Kind::Huge, Purpose::Home);
+        assert_eq!(counts(&staging), [SLOTS - FRESH - 1, FRESH - 1, 0]);
+        staging.put(out, Left::Pages);
+        staging.put(home, Left::Nothing);
+        tend_all(&staging);
+        assert_eq!(counts(&staging), [SLOTS - FRESH, FRESH, 0]);
+    }
+
+    #[test]
+    fn late_attendant_keeps_nobody_waiting() {
+        let staging = staging();
+        let home = staging.take(Kind::Huge, Purpose::Home);
+        staging.put(home, Left::Nothing);
+        tend_all(&staging);
+        let all: Vec<_> = (0..SLOTS)
+            .map(|_| staging.take(Kind::Huge, Purpose::Out))
+            .collect();
+        assert_eq!(counts(&staging), [0, 0, 0], "fresh ones were emptied");
+        all.into_iter()
+            .for_each(|slot| staging.put(slot, Left::Pages));
+        for purpose in [Purpose::Out, Purpose::Home] {
+            let slot = staging.take(Kind::Huge, purpose);
+            staging.put(slot, Left::Nothing);
+        }
+        assert_eq!(counts(&staging), [1, 0, SLOTS - 1]);
+    }
 }

@@ -36,8 +36,6 @@ use crate::sys::threads::{Seat, Threads};
 const AROUND: u64 = 2 << 10;
 /// Bytes at the top of a stack in which the control block lies.
 const TOP: u64 = 16 << 10;
-/// Most bytes of the guard below a stack; more is address space that was set aside.
-const GUARD: u64 = 1 << 20;
 /// How often a thread that is just being made is waited for.
 const PATIENCE: usize = 1000;
 
@@ -86,8 +84,7 @@ impl Stays {
     pub(crate) fn judge(&self, procmap: &ProcMap, mapping: HostSpan) {
         let below = HostVa::new(mapping.start().get().saturating_sub(1));
         let under = procmap.query(below).ok().flatten();
-        let guards = |under: &HostSpan| under.contains(below) && under.bytes() <= GUARD;
-        let stack = under.is_some_and(|under| guards(&under.span) && !under.read);
+        let stack = under.is_some_and(|under| under.span.contains(below) && !under.read);
         let mut known = self.known.lock();
         known.stacks.remove(mapping);
         if stack {

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::io;
 
 use gpusvm::addr::{HostSpan, HostVa};
-use gpusvm_live::{AnonMapping, FaultLoop, Huge, VramMode, thread};
+use gpusvm_live::{AnonMapping, FaultLoop, Huge, OpenError, SignalLoop, VramMode, thread};
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::bench::{BenchError, Samples};
@@ -102,6 +102,25 @@ pub(super) fn fault_back_4k(samples: &mut Samples) -> Result<(), BenchError> {
         machine.send(span_of(&data, 4 << 10))?;
         let fault = time(|| touch_byte(&mut data, 8));
         bare.drop_page();
+        samples.add(fault, time(|| bare.touch()));
+        Ok(())
+    };
+    thread::run(|| (0..400).try_for_each(|_| sample())).map_err(BenchError::Refused)
+}
+
+/// The same where the touching thread serves itself, against a bare signal handler that does.
+pub(super) fn fault_back_in_thread(samples: &mut Samples) -> Result<(), BenchError> {
+    let machine = machine(VramMode::Copy)?;
+    let refused = |error: OpenError| BenchError::Machine(error.into());
+    let mut data = AnonMapping::new(64 << 10, Huge::Never).map_err(BenchError::Io)?;
+    data.bytes_mut().fill(1);
+    let compute_only = machine.space().compute_only(span_of(&data, 64 << 10));
+    let _in_thread = compute_only.map_err(refused)?;
+    let bare = SignalLoop::start().map_err(refused)?;
+    let mut sample = || {
+        machine.send(span_of(&data, 4 << 10))?;
+        let fault = time(|| touch_byte(&mut data, 8));
+        let _served = bare.prepare();
         samples.add(fault, time(|| bare.touch()));
         Ok(())
     };

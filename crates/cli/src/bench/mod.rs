@@ -59,7 +59,7 @@ impl fmt::Display for Bound {
     }
 }
 
-const ROWS: [Row; 11] = [
+const ROWS: [Row; 12] = [
     Row {
         name: "migrate-out",
         about: "2 MiB to the device, copying / memcpy",
@@ -95,6 +95,12 @@ const ROWS: [Row; 11] = [
         about: "CPU fault-back 4 KiB / bare userfaultfd loop",
         bound: Bound::AtMost(1.25),
         measure: measure::fault_back_4k,
+    },
+    Row {
+        name: "fault-back-in-thread",
+        about: "CPU fault-back 4 KiB of compute-only memory / bare SIGBUS loop",
+        bound: Bound::AtMost(1.30),
+        measure: measure::fault_back_in_thread,
     },
     Row {
         name: "fault-back-2m",

@@ -212,25 +212,19 @@ fn late_news_of_one_shard_takes_nothing_from_a_mapping_of_another() {
     bench.send(place).expect("plain memory migrates");
     assert_eq!(byte(place.start()), 1, "home again");
     let old = watch.shard_of(place).expect("it is watched");
-    let unread = watch.shards.hold(old);
-    thread::scope(|scope| {
-        scope.spawn(|| land.unmap_raw(place).expect("it is mapped"));
-        let is_there = || {
-            let found = bench.space.procmap.query(place.start()).ok().flatten();
-            found.is_some_and(|map| map.span.contains(place.start()))
-        };
-        while is_there() {
-            thread::yield_now();
-        }
-        // The place is used again while the news of its end is unread.
-        let whole = HostSpan::new(land.span().start(), place.end());
-        land.map(whole, Huge::Never).expect("a hole");
-        fill(place, 2);
-        bench.send(place).expect("plain memory migrates");
-        assert_ne!(watch.shard_of(place), Some(old));
-        drop(unread);
-    });
+    land.unmap_raw(place).expect("it is mapped");
     bench.space.settle_events();
+    let whole = HostSpan::new(land.span().start(), place.end());
+    land.map(whole, Huge::Never).expect("a hole");
+    fill(place, 2);
+    bench.send(place).expect("plain memory migrates");
+    assert_ne!(watch.shard_of(place), Some(old));
+    let late = News {
+        change: Change::Unmap(place),
+        shard: old,
+        number: u64::MAX,
+    };
+    late_news(&bench.space, &late);
     assert!(
         bench.space.residency.lock().has_departed(place),
         "still away"

@@ -151,6 +151,53 @@ pub(crate) fn wake_one(word: &AtomicU32) {
     let _woken = sys::wake(word, sys::Flags::PRIVATE, 1);
 }
 
+/// Counts changes, for those who wait for the next one. Telling of one is a system call only where
+/// somebody sleeps.
+#[derive(Debug)]
+pub(crate) struct Changes {
+    count: AtomicU32,
+    /// Threads that sleep, or are about to.
+    sleepers: AtomicU32,
+}
+
+impl Changes {
+    /// None so far.
+    pub(crate) const fn new() -> Self {
+        Self {
+            count: AtomicU32::new(0),
+            sleepers: AtomicU32::new(0),
+        }
+    }
+
+    /// How many so far. Asked before the look at what may have changed.
+    pub(crate) fn seen(&self) -> u32 {
+        self.count.load(Ordering::SeqCst)
+    }
+
+    /// Sleeps until there are others than the first `seen`. May return early.
+    pub(crate) fn wait(&self, seen: u32, reason: Reason) {
+        // The sleeper counts itself before the system looks at the count; `tell` looks for sleepers
+        // after it has changed the count. One sees the other.
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        wait(&self.count, seen, None, reason);
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Something has changed: all who sleep look again.
+    pub(crate) fn tell(&self) {
+        self.count.fetch_add(1, Ordering::SeqCst);
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            wake(&self.count);
+        }
+    }
+}
+
+impl Default for Changes {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// Monotonic time in nanoseconds.
 #[must_use]
 pub(crate) fn now_ns() -> u64 {
@@ -180,6 +227,28 @@ mod tests {
         let word = AtomicU32::new(1);
         wait(&word, 0, None, Reason::Clock);
         wait(&word, 1, Some(Duration::from_millis(1)), Reason::Clock);
+    }
+
+    #[test]
+    fn every_change_is_told_to_whoever_sleeps() {
+        let (ping, pong) = (Changes::new(), Changes::new());
+        let turns = AtomicU32::new(0);
+        let play = |mine: u32, here: &Changes, there: &Changes| {
+            for turn in 0..5_000 {
+                let mut seen = here.seen();
+                while turns.load(Ordering::Acquire) != 2 * turn + mine {
+                    here.wait(seen, Reason::Clock);
+                    seen = here.seen();
+                }
+                turns.fetch_add(1, Ordering::AcqRel);
+                there.tell();
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| play(0, &ping, &pong));
+            scope.spawn(|| play(1, &pong, &ping));
+        });
+        assert_eq!(turns.load(Ordering::Relaxed), 10_000);
     }
 
     #[test]

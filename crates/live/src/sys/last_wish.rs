@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use core::time::Duration;
 
 use crate::sys::atfork;
-use crate::sys::futex;
+use crate::sys::futex::{self, Changes};
 use crate::sys::waits::Reason;
 
 /// Longest wait for the data.
@@ -17,9 +17,9 @@ const PATIENCE_NS: u64 = 2_000_000_000;
 /// Somebody attends.
 #[unsafe(link_section = ".data")]
 static ATTENDED: AtomicBool = AtomicBool::new(false);
-/// Bumped by each call of [`call`]: what the attendant sleeps on.
+/// Calls of [`call`]: what the attendant sleeps on.
 #[unsafe(link_section = ".data")]
-static CALLED: AtomicU32 = AtomicU32::new(0);
+static CALLED: Changes = Changes::new();
 /// Some thread is dying.
 #[unsafe(link_section = ".data")]
 static DYING: AtomicBool = AtomicBool::new(false);
@@ -66,18 +66,17 @@ pub(crate) fn grant() {
     futex::wake(&GRANTED);
 }
 
-/// Wakes the attendant.
+/// Wakes the attendant, where it sleeps.
 pub(crate) fn call() {
-    CALLED.fetch_add(1, Ordering::Release);
-    futex::wake(&CALLED);
+    CALLED.tell();
 }
 
 /// The number of calls so far, for [`wait_called`].
 pub(crate) fn calls() -> u32 {
-    CALLED.load(Ordering::Acquire)
+    CALLED.seen()
 }
 
 /// Sleeps until there is a call beyond the first `seen`.
 pub(crate) fn wait_called(seen: u32) {
-    futex::wait(&CALLED, seen, None, Reason::Work);
+    CALLED.wait(seen, Reason::Work);
 }

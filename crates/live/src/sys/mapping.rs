@@ -43,9 +43,10 @@ unsafe impl Send for AnonMapping {}
 // SAFETY: as above; shared borrows only read.
 unsafe impl Sync for AnonMapping {}
 
-/// Bytes on each side of a mapping that nobody may access. The system would join the mapping with a
-/// neighbour, a stack for instance, of which parts stay; and this is more than a stack's guard.
-const ASIDE: usize = 2 << 20;
+/// Bytes on each side of a mapping that may only be read. The system would join the mapping with a
+/// neighbour, a stack for instance, of which parts stay; and what lies above memory that nobody may
+/// access is taken for a stack.
+const ASIDE: usize = 4 << 10;
 
 impl AnonMapping {
     /// Maps `bytes` bytes of zeros.
@@ -64,7 +65,7 @@ impl AnonMapping {
         let most = most.ok_or(io::ErrorKind::OutOfMemory)?;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a fresh mapping, which overlaps nothing.
-        let mapped = unsafe { libc::mmap(ptr::null_mut(), most, libc::PROT_NONE, flags, -1, 0) };
+        let mapped = unsafe { libc::mmap(ptr::null_mut(), most, libc::PROT_READ, flags, -1, 0) };
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

@@ -7,6 +7,7 @@
 pub(crate) mod advise;
 pub(crate) mod arena;
 pub(crate) mod atfork;
+pub(crate) mod bare_signal;
 pub(crate) mod child;
 pub(crate) mod depth;
 pub(crate) mod fault_copy;

@@ -204,6 +204,15 @@ fn on_known_stack<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
+/// From now on the calling thread displaces no other when it wakes up (`SCHED_BATCH`): for work that
+/// is not urgent.
+pub(crate) fn let_others_first() {
+    // SAFETY: all-zero is a valid parameter: no real-time priority.
+    let parameter: libc::sched_param = unsafe { core::mem::zeroed() };
+    // SAFETY: concerns the calling thread only. A refusal leaves it as urgent as it was.
+    let _changed = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameter) };
+}
+
 /// Kernel id of the calling thread.
 pub(crate) fn current_id() -> u32 {
     u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap_or(0)
