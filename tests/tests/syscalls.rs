@@ -219,12 +219,10 @@ fn locks_whose_words_travel() {
         let locks: Vec<(Mutex<u64>, Condvar)> = (0..128 << 10)
             .map(|_| (Mutex::new(0), Condvar::new()))
             .collect();
-        let start = locks.as_ptr().expose_provenance() as u64;
-        let bytes = size_of_val(locks.as_slice()) as u64;
-        let inner = HostSpan::new(
-            HostVa::new(start.next_multiple_of(4096)),
-            HostVa::new((start + bytes) & !4095),
-        );
+        let middle = &raw const locks[64 << 10];
+        // Some way from both ends, where the system may have joined it with a stack.
+        let block = HostVa::new(middle.expose_provenance() as u64).align_down(64 << 10);
+        let inner = HostSpan::at(block, 64 << 10);
         let (lock, changed) = &locks[64 << 10];
         let mut moved = 0_u64;
         thread::scope(|scope| {
