@@ -212,11 +212,12 @@ impl LiveSpace {
         bracket::leave_service();
         in_thread::stop();
         self.watch.close();
+        // What the attendant drops may be news, which somebody has to read.
+        self.attendant.stop();
         let reader = self.reader.lock().take();
         if let Some(reader) = reader {
             reader.stop(self);
         }
-        self.attendant.stop();
     }
 
     pub(crate) fn emit(&self, event: &Event) {

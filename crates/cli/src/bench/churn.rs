@@ -1,6 +1,7 @@
 //! Migrations while another arena makes events: sharded against one userfaultfd for everything.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use gpusvm::addr::{HostSpan, PAGE_2M};
 use gpusvm::error::{Interrupted, Stale};
@@ -19,6 +20,9 @@ const APART: u64 = 64 << 20;
 /// What is discarded again and again.
 const CHURNED: u64 = 64 << 10;
 const CHURNED_BYTES: usize = 64 << 10;
+/// Between two events, so that there are some thousands in a second. Without a pause migrations into
+/// memory of the only userfaultfd may never find a moment without news.
+const PAUSE: Duration = Duration::from_micros(100);
 /// Machines of each kind, in turn, and migrations on each.
 const ROUNDS: usize = 6;
 const MIGRATIONS: usize = 50;
@@ -54,6 +58,10 @@ impl Land {
             // Both go on where the other would fail: there is nothing to keep.
             let _filled = LiveBus.write(self.churned.start().get(), &[1; CHURNED_BYTES]);
             let _dropped = self.territory.advise(self.churned, Advise::Discard);
+            let clock = Stopwatch::start();
+            while clock.elapsed() < PAUSE {
+                std::hint::spin_loop();
+            }
         }
     }
 }
