@@ -185,10 +185,6 @@ fn memory_that_children_do_not_get_or_get_empty() {
 #[test]
 fn threads_come_and_go_while_the_device_uses_their_stacks() {
     each_resident(|r| {
-        // The system writes to a thread's control block, which lies on its stack.
-        if !serves_system_calls(&r.machine) {
-            return;
-        }
         for round in 0..20_u64 {
             thread::scope(|scope| {
                 for _ in 0..3 {
