@@ -30,7 +30,7 @@ static BARE: AtomicPtr<BarePage> = AtomicPtr::new(ptr::null_mut());
 /// Who had the signal when it was first taken over.
 static FORMER: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// SIGBUS belongs to a [`BarePage`] until this is dropped.
+/// SIGBUS belongs to a `BarePage` until this is dropped.
 #[must_use = "dropping it gives the signal back"]
 pub struct TakenOver(libc::sigaction);
 
