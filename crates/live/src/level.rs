@@ -130,7 +130,7 @@ impl FaultLevel {
             Self::Full => "debuggers and /proc/self/mem cannot read memory that is on a device",
             Self::UserModeOnly => {
                 "system calls on memory that is on a device fail with EFAULT; touch it first. A \
-                 signal for a thread whose stack or thread-locals are there ends the process. \
+                 signal for a thread on a stack of the program's own making may end the process. \
                  Children of a raw clone read zeros there"
             }
             Self::Mprotect => {
