@@ -271,7 +271,9 @@ fn late_change(space: &LiveSpace, span: HostSpan, reason: InvalidateReason, news
     space.remembered.forget();
     let invalidation = space.notifiers.start(span, reason);
     if reason == InvalidateReason::Unmap {
-        let kept = space.residency.lock().departed_in(span);
+        let mut kept = space.residency.lock().departed_in(span);
+        // What is about to be let go was armed in a mapping that is gone.
+        kept.retain(|kept| !pieces.iter().any(|piece| piece.span == *kept));
         space.watch.forget_late(span, news.shard, &kept);
     }
     space.let_go(pieces);
