@@ -66,8 +66,8 @@ pub(crate) fn stop() {
 }
 
 impl Service {
-    /// Both bounds are read together or not: a fault between them is looked at, and any other is not
-    /// in compute-only memory.
+    /// A fault that reads one bound old and the other new sees a hull that has all memory of both, or
+    /// misses only memory of which nothing is away: spans enter and leave while they are home.
     fn set_hull(&self, hull: Option<HostSpan>) {
         let (start, end) = hull.map_or((0, 0), |hull| (hull.start().get(), hull.end().get()));
         self.end.store(end, Ordering::Release);
@@ -106,9 +106,9 @@ impl Drop for ComputeOnly {
 }
 
 impl LiveSpace {
-    /// Serves CPU faults in `span`, whole pages, on the thread that faults, which is several times
-    /// quicker than by another thread (`livehost.md` sections 3 and 7). The span is address space
-    /// that the caller keeps: what is mapped there, now and later, counts.
+    /// Serves CPU faults in `span`, whole pages, on the thread that faults, which saves waking another
+    /// one (`livehost.md` sections 3 and 7). The span is address space that the caller keeps: what is
+    /// mapped there, now and later, counts.
     ///
     /// For memory that is computed on and nothing else. System calls on what is on a device fail with
     /// `EFAULT`, children of raw clones read zeros there, and a thread that blocks SIGBUS, or has a

@@ -1,10 +1,9 @@
 //! The fault readers: a few threads that take turns at reading the messages of all
 //! [shards](crate::shard).
 //!
-//! * A **fault** on device memory brings the allocation home, on the thread that read it: one hop
-//!   from the faulting thread and back. A fault on a span that travels is dropped: whoever ends the
-//!   travel wakes the span, and the access faults again if it must. A fault on host memory in an
-//!   armed piece disarms the piece, and the kernel fills the page itself.
+//! * A **fault** on device memory brings the allocation home. A fault on a span that travels is
+//!   dropped: whoever ends the travel wakes the span, and the access faults again if it must. A fault
+//!   on host memory in an armed piece disarms the piece, and the kernel fills the page itself.
 //! * An **event** is news of a change that no bracket saw: bracketed calls take their span out of
 //!   userfaultfd first. It is late by nature, and counted. Events are handled one after the other,
 //!   in the order in which they came. The thread that made the change may be the one that faults

@@ -1,8 +1,8 @@
 //! Shards: the userfaultfds among which watched mappings are divided.
 //!
 //! While an event is unread, no page can move into memory of its userfaultfd (`livehost.md` section
-//! 5). So mappings are spread over several, by where they start: calls that make events in one arena
-//! do not stall migrations in the others. One thread still reads them all.
+//! 5). So mappings are spread over several, by where they start, or as what they touch: calls that
+//! make events in one arena do not stall migrations in the others. One thread still reads them all.
 //!
 //! ```text
 //!   mapping at A ──┐            ┌── shard 0 ──┐
@@ -80,7 +80,7 @@ struct Shard {
 pub(crate) type Unread<'a> = MutexGuard<'a, RawFutexMutex, u64>;
 
 impl Shards {
-    /// One shard per descriptor; at most [`MOST`] count. Faults in the shard of `compute_only` are
+    /// One shard per descriptor, at most [`MOST`] in all. Faults in the shard of `compute_only` are
     /// signals.
     ///
     /// # Errors
@@ -88,6 +88,7 @@ impl Shards {
     pub(crate) fn new(mut uffds: Vec<Uffd>, compute_only: Option<Uffd>) -> Result<Self, Errno> {
         let last = compute_only.is_some();
         uffds.extend(compute_only);
+        debug_assert!(uffds.len() <= MOST, "too many shards");
         let count = u8::try_from(uffds.len()).unwrap_or(u8::MAX);
         let waiting = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
