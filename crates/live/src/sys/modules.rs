@@ -1,4 +1,5 @@
-//! The variables of the libraries that the runtime cannot work without.
+//! What is loaded into this process, and the variables of the libraries that the runtime cannot work
+//! without.
 //!
 //! A library's variables that begin as zero are anonymous memory. `memcpy` itself looks at some of the
 //! C library's, so a thread that serves a fault would wait for itself there.
@@ -8,47 +9,79 @@ use core::slice;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 
-/// Writable memory of the C library, the dynamic linker, and the library that this code is in, where
-/// it is not in the program itself: a program's own variables migrate. Called at set-up.
-pub(crate) fn variables() -> Vec<HostSpan> {
-    let mut found: Vec<HostSpan> = Vec::new();
-    // SAFETY: the callback gets the vector it is made for, which outlives the call.
-    unsafe { libc::dl_iterate_phdr(Some(note_module), (&raw mut found).cast()) };
-    found
+/// A program or library that is loaded.
+pub(super) struct Module<'a> {
+    /// Path; empty for the program itself.
+    pub(super) name: &'a [u8],
+    base: u64,
+    headers: &'a [libc::Elf64_Phdr],
 }
 
-unsafe extern "C" fn note_module(
+impl Module<'_> {
+    pub(super) fn is_libc(&self) -> bool {
+        self.name.ends_with(b"/libc.so.6")
+    }
+
+    pub(super) fn is_linker(&self) -> bool {
+        self.name.ends_with(b"/ld-linux-x86-64.so.2")
+    }
+
+    /// Addresses of the loaded segments that have the rights `rights` (`PF_*`), and how many of their
+    /// bytes are of the file.
+    pub(super) fn segments(&self, rights: u32) -> impl Iterator<Item = (HostSpan, u64)> {
+        let wanted = move |header: &&libc::Elf64_Phdr| {
+            header.p_type == libc::PT_LOAD && header.p_flags & rights == rights
+        };
+        self.headers.iter().filter(wanted).map(|header| {
+            let start = HostVa::new(self.base + header.p_vaddr);
+            (HostSpan::at(start, header.p_memsz), header.p_filesz)
+        })
+    }
+}
+
+/// Shows everything that is loaded to `see`, which must not load or unload anything.
+pub(super) fn each<F: FnMut(&Module<'_>)>(mut see: F) {
+    // SAFETY: the callback gets the closure it is made for, which outlives the call.
+    unsafe { libc::dl_iterate_phdr(Some(show::<F>), (&raw mut see).cast()) };
+}
+
+unsafe extern "C" fn show<F: FnMut(&Module<'_>)>(
     info: *mut libc::dl_phdr_info,
     _size: usize,
-    out: *mut c_void,
+    see: *mut c_void,
 ) -> c_int {
     // SAFETY: the linker passes a valid description.
     let info = unsafe { &*info };
     if info.dlpi_name.is_null() {
         return 0;
     }
-    // SAFETY: a module's name is a C string; the program's own is empty.
-    let name = unsafe { CStr::from_ptr(info.dlpi_name) }.to_bytes();
-    // SAFETY: the description has this many program headers.
-    let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
-    let span = |header: &libc::Elf64_Phdr| {
-        HostSpan::at(HostVa::new(info.dlpi_addr + header.p_vaddr), header.p_memsz)
+    let module = Module {
+        // SAFETY: a module's name is a C string.
+        name: unsafe { CStr::from_ptr(info.dlpi_name) }.to_bytes(),
+        base: info.dlpi_addr,
+        // SAFETY: the description has this many program headers.
+        headers: unsafe { slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) },
     };
-    let loaded = || {
-        headers
-            .iter()
-            .filter(|header| header.p_type == libc::PT_LOAD)
-    };
-    let here = HostVa::new(u64::try_from(variables as fn() -> Vec<HostSpan> as usize).unwrap_or(0));
-    let ours = !name.is_empty() && loaded().any(|header| span(header).contains(here));
-    if !ours && !name.ends_with(b"/libc.so.6") && !name.ends_with(b"/ld-linux-x86-64.so.2") {
-        return 0;
-    }
-    // SAFETY: `variables` passes its vector.
-    let found = unsafe { &mut *out.cast::<Vec<HostSpan>>() };
-    let writable = loaded().filter(|header| header.p_flags & libc::PF_W != 0);
-    found.extend(writable.map(|header| span(header).align_outward(PAGE)));
+    // SAFETY: `each` passes its closure, and calls nobody else meanwhile.
+    let see = unsafe { &mut *see.cast::<F>() };
+    see(&module);
     0
+}
+
+/// Writable memory of the C library, the dynamic linker, and the library that this code is in, where
+/// it is not in the program itself: a program's own variables migrate. Called at set-up.
+pub(crate) fn variables() -> Vec<HostSpan> {
+    let here = HostVa::new(u64::try_from(variables as fn() -> Vec<HostSpan> as usize).unwrap_or(0));
+    let mut found: Vec<HostSpan> = Vec::new();
+    each(|module| {
+        let has_this_code = || module.segments(0).any(|(span, _)| span.contains(here));
+        let ours = !module.name.is_empty() && has_this_code();
+        if ours || module.is_libc() || module.is_linker() {
+            let writable = module.segments(libc::PF_W);
+            found.extend(writable.map(|(span, _)| span.align_outward(PAGE)));
+        }
+    });
+    found
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
 //! Finding system-call sites, and changing their bytes while threads may run them.
 
 use core::arch::asm;
-use core::ffi::{CStr, c_int, c_void};
+use core::ffi::c_void;
 use core::{ptr, slice};
 
 use rustix::mm::{MprotectFlags, mprotect};
 
+use crate::sys::modules;
 use crate::sys::patch::{Call, PatchError};
 
 /// Most sites that one call may have in one module before we doubt that they are sites.
@@ -50,9 +51,7 @@ struct Text {
 /// # Errors
 /// [`PatchError::NoLibc`], or [`PatchError::Sites`] where a call is not where it should be.
 pub(super) fn find(calls: &[Call]) -> Result<Vec<Site>, PatchError> {
-    let mut texts: Vec<Text> = Vec::new();
-    // SAFETY: the callback gets the vector it is made for, which outlives the call.
-    unsafe { libc::dl_iterate_phdr(Some(note_text), (&raw mut texts).cast()) };
+    let texts = texts();
     if !texts.iter().any(|text| text.is_libc) {
         return Err(PatchError::NoLibc);
     }
@@ -74,39 +73,21 @@ pub(super) fn find(calls: &[Call]) -> Result<Vec<Site>, PatchError> {
     Ok(found)
 }
 
-unsafe extern "C" fn note_text(
-    info: *mut libc::dl_phdr_info,
-    _size: usize,
-    out: *mut c_void,
-) -> c_int {
-    // SAFETY: the linker passes a valid description.
-    let info = unsafe { &*info };
-    if info.dlpi_name.is_null() {
-        return 0;
-    }
-    // SAFETY: a module's name is a C string.
-    let name = unsafe { CStr::from_ptr(info.dlpi_name) }.to_bytes();
-    let is_libc = name.ends_with(b"/libc.so.6");
-    if !is_libc && !name.ends_with(b"/ld-linux-x86-64.so.2") {
-        return 0;
-    }
-    // SAFETY: the description has this many program headers.
-    let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
-    // SAFETY: `find` passes its vector.
-    let texts = unsafe { &mut *out.cast::<Vec<Text>>() };
-    let executable = |header: &&libc::Elf64_Phdr| {
-        header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_X != 0
-    };
-    for header in headers.iter().filter(executable) {
-        let start = usize::try_from(info.dlpi_addr + header.p_vaddr).unwrap_or(0);
-        let len = usize::try_from(header.p_filesz).unwrap_or(0);
-        texts.push(Text {
-            start,
-            len,
-            is_libc,
-        });
-    }
-    0
+/// The executable memory of the C library and the dynamic linker.
+fn texts() -> Vec<Text> {
+    let mut texts = Vec::new();
+    modules::each(|module| {
+        let is_libc = module.is_libc();
+        if is_libc || module.is_linker() {
+            let executable = module.segments(libc::PF_X);
+            texts.extend(executable.map(|(span, in_file)| Text {
+                start: usize::try_from(span.start().get()).unwrap_or(0),
+                len: usize::try_from(in_file).unwrap_or(0),
+                is_libc,
+            }));
+        }
+    });
+    texts
 }
 
 fn scan(text: &Text, call: Call, found: &mut Vec<Site>) {
