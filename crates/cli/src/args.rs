@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::machine::{MachineConfig, ServiceMode};
 use crate::size;
+use crate::torture::op::Op;
 use gpusvm_live::{BracketChoice, FaultLevel, LevelChoice, LiveConfig, VramMode};
 
 /// GPU shared virtual memory in user space.
@@ -114,6 +115,9 @@ pub struct RunArgs {
     /// How long torture lasts.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub seconds: Option<u64>,
+    /// What torture does to the address space, of all that it can do.
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "OP,...")]
+    pub(crate) ops: Vec<Op>,
     /// Plant a bug, to see torture find it.
     #[arg(long = "break", value_enum, value_name = "BUG")]
     pub planted: Option<Planted>,

@@ -163,6 +163,9 @@ fn plan(args: &RunArgs) -> Result<Vec<(Workload, u64, u64)>, RunError> {
     if args.planted.is_some() {
         return Err(RunError::Needless("--break"));
     }
+    if !args.ops.is_empty() {
+        return Err(RunError::Needless("--ops"));
+    }
     if args.cpu_faults == CpuFaults::InThread {
         return Err(RunError::Needless("--cpu-faults in-thread"));
     }

@@ -33,6 +33,8 @@ pub(super) struct Churner<'w> {
     pub(super) unit: usize,
     /// Its own place, for what it moves away.
     pub(super) away: HostVa,
+    /// What it may do; all, if empty.
+    pub(super) ops: &'w [Op],
     pub(super) random: Stream,
 }
 
@@ -56,7 +58,11 @@ impl Churner<'_> {
         let ops: Vec<Op> = Op::ALL
             .into_iter()
             .filter(|op| op.is_churned() && op.is_promised(self.world.sight))
+            .filter(|op| self.ops.is_empty() || self.ops.contains(op))
             .collect();
+        if ops.is_empty() {
+            return;
+        }
         while !self.world.stopped() {
             self.world.jam(self.me);
             let op = ops[self.random.index(ops.len())];

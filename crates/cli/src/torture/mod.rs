@@ -65,7 +65,7 @@ mod churn;
 mod forker;
 mod ledger;
 mod migrator;
-mod op;
+pub(crate) mod op;
 mod program;
 mod promise;
 mod random;
@@ -363,6 +363,7 @@ impl Play<'_> {
                     me: crew.first_churner() + n,
                     unit: crew.devices + n,
                     away: away(world, n),
+                    ops: &self.args.ops,
                     random: Stream::named(seed, "churner", n),
                 };
                 scope.spawn(move || churner.work());
@@ -373,7 +374,9 @@ impl Play<'_> {
                 me: crew.forker(),
                 random: Stream::named(seed, "forker", 0),
             };
-            scope.spawn(move || forker.work());
+            if self.args.ops.is_empty() || self.args.ops.iter().any(|op| !op.is_churned()) {
+                scope.spawn(move || forker.work());
+            }
         });
     }
 

@@ -1,12 +1,15 @@
 //! The operations, by name.
 
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
+
 use crate::torture::world::Sight;
 
 macro_rules! operations {
     ($($(#[$doc:meta])* $id:ident = $name:literal,)*) => {
         /// One operation.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(super) enum Op {
+        pub(crate) enum Op {
             $($(#[$doc])* $id,)*
         }
 
@@ -75,6 +78,16 @@ operations! {
     Fork = "fork",
     /// `fork` and `exec`.
     Exec = "exec",
+}
+
+impl ValueEnum for Op {
+    fn value_variants<'a>() -> &'a [Self] {
+        &Self::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
 }
 
 impl Op {

@@ -241,6 +241,10 @@ pub(super) fn repeat(args: &RunArgs, seconds: u64, size: u64, vram: u64) -> Stri
         lower(&args.fault_service),
         lower(&args.live.brackets),
     );
+    if !args.ops.is_empty() {
+        let names: Vec<_> = args.ops.iter().map(|op| op.name()).collect();
+        let _written = write!(command, " --ops {}", names.join(","));
+    }
     if let Some(planted) = args.planted {
         let _written = write!(command, " --break {}", lower(&planted));
     }
