@@ -26,9 +26,6 @@ use crate::sys::uffd::{Moved, Uffd};
 
 /// Why pages did not leave.
 pub(crate) enum Refused {
-    /// A thread is just being made, and may keep its control block there: worth one try when it has
-    /// told.
-    Starting,
     /// Shared after a fork, or pinned: worth one try to make them exclusive.
     NotExclusive,
     /// The mapping is of a kind that does not let pages go.

@@ -93,7 +93,6 @@ impl LiveSpace {
                 Ok(set) => return Ok(set),
                 Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
                 Err(Refused::News) => return Err(Stale::PagesBusy.into()),
-                Err(Refused::Starting) => self.stays.await_certainty(&self.procmap),
                 // A write fault makes fork-shared pages exclusive; pinned ones stay refused.
                 Err(Refused::NotExclusive) => {
                     advise::populate_write(span).map_err(|_errno| Stale::PagesRefused)?;
@@ -113,9 +112,6 @@ impl LiveSpace {
         let Some(shard) = self.shard_of(span) else {
             return Ok(Err(Refused::Mapping));
         };
-        if self.pool.has_news_of(span) {
-            return Err(Stale::PagesBusy.into());
-        }
         self.residency
             .lock()
             .claim(span, shard)
@@ -130,6 +126,7 @@ impl LiveSpace {
         from.left_at = *unread;
         legs.iter_mut().for_each(|leg| leg.from = from);
         let left = free
+            .and_then(|()| self.expect_no_news(span))
             .and_then(|()| self.arm(span, shard).map_err(|CannotArm| Refused::Mapping))
             .and_then(|()| legs.iter().try_for_each(|leg| self.leave(leg)));
         drop(unread);
@@ -156,6 +153,17 @@ impl LiveSpace {
         };
         // On refusal the set is dropped here, which moves back what had left.
         Ok(left.map(|()| set))
+    }
+
+    /// What has been read of `span` has been handled, and no more is read meanwhile. Were it not, part of
+    /// `span` might be mapped to nothing, pass for a hole in the content, and be mapped anew: with pages
+    /// that are here and away.
+    fn expect_no_news(&self, span: HostSpan) -> Result<(), Refused> {
+        if self.pool.has_news_of(span) {
+            Err(Refused::News)
+        } else {
+            Ok(())
+        }
     }
 
     /// Where those wait who touch `span` while it is away. The heap has no shard, and needs none.

@@ -7,15 +7,15 @@
 //! | stacks, where system calls cannot wait for pages | signal frames, and the id of a new thread | memory right above what nobody may access, as the C library makes its stacks; the mapping around a control block |
 //!
 //! A stack of the C library's is known by its shape before it has a thread. A thread on a stack that
-//! the program gave it is known once it has told the kernel where its block is, which it does before
-//! anything else: while one has not, nothing leaves. Threads are looked for when one has been made
-//! since the last look, the last time after a span's pages have been marked as travelling.
+//! the program gave it is known once it has told the kernel where its block is, which it does before it
+//! does anything else, with all signals blocked. Until then nothing has to stay for it: it will touch
+//! its block on the way, and whatever left before that comes home. So threads are looked for when one
+//! has been made since the last look, and those that have told nothing are asked again, the last time
+//! after a span's pages have been marked as travelling.
 //!
 //! **What is not covered.** A thread on a stack of the program's own that is made and ends between
 //! that last look and the moment a few microseconds later when the pages leave. Robust locks of a
 //! dying thread, outside its control block, that are away at its end: their next owner is not told.
-
-use core::ops::ControlFlow;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
 use gpusvm::seam::env::Mutex;
@@ -30,14 +30,12 @@ use crate::spans::SpanSet;
 use crate::sys::modules;
 use crate::sys::procmap::ProcMap;
 use crate::sys::thread;
-use crate::sys::threads::{Seat, Threads};
+use crate::sys::threads::{ThreadId, Threads, Told};
 
 /// Bytes on each side of the head of a robust list: more than a control block has.
 const AROUND: u64 = 2 << 10;
 /// Bytes at the top of a stack in which the control block lies.
 const TOP: u64 = 16 << 10;
-/// How often a thread that is just being made is waited for.
-const PATIENCE: usize = 1000;
 
 /// What stays.
 #[derive(Debug)]
@@ -54,13 +52,11 @@ struct Known {
     variables: SpanSet,
     /// The last thread that had been made before the last complete look.
     made: Option<u64>,
+    /// Threads that had told nothing at the last look.
+    silent: Vec<ThreadId>,
     blocks: SpanSet,
     stacks: SpanSet,
 }
-
-/// A thread is being made, or the system does not tell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Uncertain;
 
 impl Stays {
     /// No thread is known yet.
@@ -110,53 +106,40 @@ impl Stays {
         all.within(span)
     }
 
-    /// Waits for threads that are just being made to tell where their blocks are; not for long.
-    pub(crate) fn await_certainty(&self, procmap: &ProcMap) {
-        for _try in 0..PATIENCE {
-            if self.look(procmap).is_ok() {
-                return;
-            }
-            rustix::thread::sched_yield();
-        }
-    }
-
-    /// Whether all of `span` may leave at this moment.
+    /// Whether all of `span` may leave at this moment. Not where the system does not show its threads.
     pub(crate) fn check(&self, procmap: &ProcMap, span: HostSpan) -> Result<(), Refused> {
-        self.look(procmap).map_err(|Uncertain| Refused::Starting)?;
+        let seen = self.look(procmap);
         // A stack may have become the runtime's since the mapping was looked at.
-        if self.within(span).is_empty() && !thread::runtime_owns(span) {
+        let free = self.within(span).is_empty() && !thread::runtime_owns(span);
+        if free && seen.is_ok() {
             Ok(())
         } else {
             Err(Refused::Mapping)
         }
     }
 
-    /// Looks for threads, if one has been made since the last look.
-    fn look(&self, procmap: &ProcMap) -> Result<(), Uncertain> {
+    /// Looks for threads, if one has been made since the last look, and asks those again that have told
+    /// nothing.
+    fn look(&self, procmap: &ProcMap) -> Result<(), Errno> {
         let made = self.threads.last_made();
         let mut known = self.known.lock();
-        if made.is_some() && known.made == made {
-            return Ok(());
+        let mut threads = core::mem::take(&mut known.silent);
+        if made.is_none() || known.made != made {
+            // Incomplete, should the look fail.
+            known.made = None;
+            threads.clear();
+            self.threads.each(|thread| threads.push(thread))?;
+            known.blocks = SpanSet::default();
+            known.made = made;
         }
-        let mut blocks = SpanSet::default();
-        let (mut certain, mut settled) = (true, true);
-        let seen = self.threads.each(|seat| {
-            match seat {
-                Seat::Starting => certain = false,
-                Seat::Foreign => {}
-                Seat::Block(head) => blocks.insert(self.around(procmap, head)),
-                Seat::Asleep(stack) => {
-                    settled = false;
-                    blocks.insert(mapping_of(procmap, stack));
-                }
+        for thread in threads {
+            match thread.told() {
+                Told::Block(head) => known.blocks.insert(self.around(procmap, head)),
+                Told::Nothing => known.silent.push(thread),
+                Told::Ended => {}
             }
-            ControlFlow::Continue(())
-        });
-        seen.map_err(|_untold| Uncertain)?;
-        known.blocks = blocks;
-        // What is not at its place yet has to be looked for again.
-        known.made = made.filter(|_| certain && settled);
-        if certain { Ok(()) } else { Err(Uncertain) }
+        }
+        Ok(())
     }
 
     /// What stays around a control block.

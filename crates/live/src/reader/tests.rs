@@ -197,6 +197,51 @@ fn content_that_is_gone_does_not_come_home_before_the_news_is_handled() {
     assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 0);
 }
 
+/// Unmaps part of a span unseen when its pages are about to leave.
+struct Unmaps {
+    land: Territory,
+    part: HostSpan,
+    done: AtomicBool,
+}
+
+impl InvalidationSink for Unmaps {
+    fn start(&self, _interval: &Interval, _span: HostSpan, why: InvalidateReason, _seq: Seq) {
+        if why == InvalidateReason::Migrate && !self.done.swap(true, Ordering::SeqCst) {
+            self.land.unmap_raw(self.part).expect("it is mapped");
+        }
+    }
+
+    fn end(&self, _interval: &Interval, _span: HostSpan) {}
+}
+
+#[test]
+fn nothing_leaves_a_span_of_which_news_was_read_and_is_not_handled() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(4 << 20).expect("there is room");
+    let span = filled(&land, 1);
+    let part = HostSpan::at(span.start(), 16 * PAGE);
+    let unmaps = Arc::new(Unmaps {
+        land,
+        part,
+        done: AtomicBool::new(false),
+    });
+    let interval = bench.space.subscribe(span, Arc::<Unmaps>::clone(&unmaps));
+    let interval = interval.expect("it can be watched");
+    let busy = Interrupted::Stale(Stale::PagesBusy);
+    assert_eq!(bench.send(span), Err(busy));
+    assert!(unmaps.done.load(Ordering::SeqCst));
+    bench.space.settle_events();
+    unmaps.land.map(part, Huge::Never).expect("a hole");
+    fill(part, 2);
+    let residency = bench.space.residency.lock();
+    assert!(!residency.has_departed(span), "all is here");
+    drop(residency);
+    assert_eq!([part.start(), last(part), part.end()].map(byte), [2, 2, 1]);
+    bench.space.unsubscribe(&interval);
+}
+
 #[test]
 fn late_news_of_one_shard_takes_nothing_from_a_mapping_of_another() {
     /// Mappings that start so far apart are of neighbouring shards.

@@ -7,38 +7,45 @@
 
 use core::arch::asm;
 use core::mem::MaybeUninit;
-use core::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 
 use gpusvm::addr::HostVa;
-use rustix::fs::{Mode, OFlags, RawDir, SeekFrom, open, openat, seek};
+use rustix::fs::{Mode, OFlags, RawDir, SeekFrom, open, seek};
 use rustix::io::{Errno, pread};
 
 const GET_ROBUST_LIST: usize = 274;
-/// The call that a thread may make before it has told the kernel where its control block is.
-const FUTEX: &str = "202";
-/// Clock ticks of processor time after which a thread that has told nothing never will: the C
-/// library's own tell in their first microsecond.
-const TICKS: u64 = 10;
-
-/// What is known of one thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Seat {
-    /// The head of its robust list, in its control block.
-    Block(HostVa),
-    /// It sleeps, its stack pointer is here, and it has told the kernel nothing yet.
-    Asleep(HostVa),
-    /// It runs, and has told the kernel nothing yet.
-    Starting,
-    /// Not one of the C library's: nothing is written for it that we know of.
-    Foreign,
-}
 
 /// The table of threads.
 #[derive(Debug)]
 pub(crate) struct Threads {
     tasks: OwnedFd,
     load: OwnedFd,
+}
+
+/// Names a thread (`gettid(2)`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ThreadId(usize);
+
+/// What a thread has told of its control block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Told {
+    /// The head of its robust list lies there.
+    Block(HostVa),
+    /// Nothing yet: it is new, or none of the C library's.
+    Nothing,
+    /// It has ended.
+    Ended,
+}
+
+impl ThreadId {
+    /// What it has told.
+    pub(crate) fn told(self) -> Told {
+        match robust_list(self.0) {
+            None => Told::Ended,
+            Some(0) => Told::Nothing,
+            Some(head) => Told::Block(HostVa::new(head)),
+        }
+    }
 }
 
 impl Threads {
@@ -65,87 +72,21 @@ impl Threads {
         text.split_ascii_whitespace().nth(4)?.parse().ok()
     }
 
-    /// Shows every thread to `see`, until it has seen enough. One caller at a time.
+    /// Shows every thread to `see`. One caller at a time.
     ///
     /// # Errors
     /// The system's: not all have been shown then.
-    pub(crate) fn each(&self, mut see: impl FnMut(Seat) -> ControlFlow<()>) -> Result<(), Errno> {
+    pub(crate) fn each(&self, mut see: impl FnMut(ThreadId)) -> Result<(), Errno> {
         seek(&self.tasks, SeekFrom::Start(0))?;
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut entries = RawDir::new(&self.tasks, &mut buffer);
         while let Some(entry) = entries.next() {
-            let entry = entry?;
-            let name = entry.file_name().to_str().unwrap_or_default();
-            // All but `.` and `..`; a thread that has ended meanwhile has nothing written.
-            let seat = name.parse().ok().and_then(|id| self.seat(name, id));
-            if seat.is_some_and(|seat| see(seat).is_break()) {
-                break;
-            }
+            let name = entry?.file_name().to_str().unwrap_or_default().parse();
+            // All but `.` and `..`.
+            name.into_iter().for_each(|id| see(ThreadId(id)));
         }
         Ok(())
     }
-
-    /// `None` where the thread has ended.
-    fn seat(&self, name: &str, id: usize) -> Option<Seat> {
-        match robust_list(id)? {
-            0 => self.silent(name),
-            head => Some(Seat::Block(HostVa::new(head))),
-        }
-    }
-
-    /// A thread that has told nothing: one that is just being made, or none of the C library's.
-    fn silent(&self, name: &str) -> Option<Seat> {
-        let mut text = [0; 512];
-        let call = self.read(name, "/syscall", &mut text)?;
-        let mut words = call.split_ascii_whitespace();
-        let number = words.next()?;
-        if number == "running" {
-            let mut text = [0; 512];
-            let stat = self.read(name, "/stat", &mut text)?;
-            let done = ticks(stat).is_some_and(|ticks| ticks >= TICKS);
-            let never = done || is_kernels(stat);
-            return Some(if never { Seat::Foreign } else { Seat::Starting });
-        }
-        // In a fault, or where a thread may wait before it tells.
-        if number != "-1" && number != FUTEX {
-            return Some(Seat::Foreign);
-        }
-        let pointer = words.rev().nth(1)?.strip_prefix("0x")?;
-        let at = u64::from_str_radix(pointer, 16).ok()?;
-        Some(Seat::Asleep(HostVa::new(at)))
-    }
-
-    fn read<'b>(&self, name: &str, file: &str, text: &'b mut [u8]) -> Option<&'b str> {
-        let mut path = [0_u8; 32];
-        let (head, rest) = path.split_at_mut_checked(name.len())?;
-        head.copy_from_slice(name.as_bytes());
-        rest.get_mut(..file.len())?.copy_from_slice(file.as_bytes());
-        let path = &path[..name.len() + file.len()];
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let opened = openat(&self.tasks, path, flags, Mode::empty()).ok()?;
-        let count = pread(&opened, &mut *text, 0).ok()?;
-        str::from_utf8(&text[..count]).ok()
-    }
-}
-
-/// Whether a thread is one of the kernel's own, as those of io_uring: `PF_IO_WORKER` or
-/// `PF_USER_WORKER` in field 9.
-fn is_kernels(stat: &str) -> bool {
-    const WORKERS: u64 = 0x10 | 0x4000;
-    let flags = stat.rsplit_once(')').and_then(|(_, rest)| {
-        let mut fields = rest.split_ascii_whitespace().skip(6);
-        fields.next()?.parse::<u64>().ok()
-    });
-    flags.is_some_and(|flags| flags & WORKERS != 0)
-}
-
-/// Processor time of a thread, from its line in `/proc`: fields 14 and 15 (proc(5)), counted from
-/// behind the name, which may contain anything.
-fn ticks(stat: &str) -> Option<u64> {
-    let (_, rest) = stat.rsplit_once(')')?;
-    let mut fields = rest.split_ascii_whitespace().skip(11);
-    let mut next = || fields.next()?.parse::<u64>().ok();
-    Some(next()? + next()?)
 }
 
 /// Where a thread's robust list begins, 0 where it has none; `None` where the thread has ended.
@@ -175,11 +116,10 @@ mod tests {
 
     fn blocks(threads: &Threads) -> Vec<HostVa> {
         let mut found = Vec::new();
-        let seen = threads.each(|seat| {
-            if let Seat::Block(at) = seat {
+        let seen = threads.each(|thread| {
+            if let Told::Block(at) = thread.told() {
                 found.push(at);
             }
-            ControlFlow::Continue(())
         });
         seen.expect("the table can be read");
         found
@@ -223,12 +163,5 @@ mod tests {
             other.join().expect("it answers")
         });
         assert_ne!(before, after);
-    }
-
-    #[test]
-    fn processor_time_is_read_past_any_name() {
-        let line = "12 (a) b) R 1 2 3 4 5 6 7 8 9 10 31 11 0 0 20 0";
-        assert_eq!(ticks(line), Some(42));
-        assert_eq!(ticks("12 (a"), None);
     }
 }
