@@ -36,6 +36,7 @@ pub mod chunk;
 pub mod error;
 pub mod event;
 pub mod mmu;
+pub mod mutant;
 mod notifier_held;
 pub mod pagemap;
 pub mod pages;

@@ -22,6 +22,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::addr::{HostSpan, HostVa};
+use crate::mutant::Mutant;
 use crate::seam::env::{Environment, Mutex};
 use crate::seam::mm::{InvalidateReason, InvalidationSink};
 
@@ -224,7 +225,7 @@ impl<E: Environment> IntervalNotifiers<E> {
         let seq = interval.seq.load(Ordering::Acquire);
         let busy = seq == state.seq;
         drop(state);
-        if busy {
+        if busy && !env.mutant(Mutant::ReadBeginDoesNotWait) {
             self.wait_while(env, seq);
         }
         Seq(seq)

@@ -27,9 +27,10 @@ use crate::chunk::{self, Limits};
 use crate::error::{Failed, Interrupted, Stale};
 use crate::event::Event;
 use crate::mmu::{Interval, Seq};
+use crate::mutant::Mutant;
 use crate::pages::{PageSet, in_one_place};
 use crate::range::{Range, RangeKind, RangeRef, Tree};
-use crate::seam::env::{Environment, Mutex, Ns, Point, Work};
+use crate::seam::env::{Environment, Mutex, MutexGuard, Ns, Point, Work};
 use crate::seam::mm::{
     Access, AddressSpace, FaultIn, InvalidateReason, InvalidationSink, PagemapId, Vma, VmaKind,
 };
@@ -178,7 +179,7 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         access: Access,
         keep: Option<PagemapId>,
     ) -> Result<PageSet, Interrupted> {
-        let seq = self.seams.space.read_begin(&range.interval);
+        let mut seq = self.seams.space.read_begin(&range.interval);
         let mut runs = Vec::new();
         let request = FaultIn {
             span: range.span,
@@ -187,6 +188,9 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         };
         self.seams.space.fault_in(&request, &mut runs)?;
         self.seams.env.yield_point(Point::AfterFaultIn);
+        if self.seams.env.mutant(Mutant::SeqTakenLate) {
+            seq = self.seams.space.read_begin(&range.interval);
+        }
         if self.skip_recheck.load(Ordering::Relaxed) {
             // What the missing check would notice has to happen now: more of it does.
             let now = self.seams.env.now();
@@ -214,9 +218,13 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
             .get_mut(range)
             .filter(|r| !r.is_dead())
             .ok_or(Stale::RangeUnmapped)?;
-        let recheck = !self.skip_recheck.load(Ordering::Relaxed);
+        let recheck = !self.skip_recheck.load(Ordering::Relaxed)
+            && !self.seams.env.mutant(Mutant::RecheckDropped);
         if recheck && range.interval.read_retry(pages.seq) {
             return Err(Stale::CpuMappingChanged);
+        }
+        if self.seams.env.mutant(Mutant::CommitWithoutGuard) {
+            return self.commit_unguarded(tree, range, bind);
         }
         bind(&mut found.binding, &NotifierHeld::new());
         core::mem::swap(&mut found.pages.runs, &mut pages.runs);
@@ -271,6 +279,10 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
     ) -> Option<R> {
         let mut tree = self.tree.lock();
         let found = tree.get_mut(range).filter(|r| !r.is_garbage())?;
+        if self.seams.env.mutant(Mutant::TreeBeforeUnbind) {
+            found.pages.mapped = false;
+            return Some(self.remove_first(tree, range, unbind));
+        }
         let result = unbind(&mut found.binding, &NotifierHeld::new());
         found.pages.mapped = false;
         let (_binding, emptied) = tree.remove(range);
@@ -392,7 +404,9 @@ impl<P: Platform, D: Bindings> InvalidationSink for Svm<P, D> {
     fn start(&self, interval: &Interval, span: HostSpan, reason: InvalidateReason, seq: Seq) {
         let started = self.seams.env.now();
         let mut tree = self.tree.lock();
-        interval.set_seq(seq);
+        if !self.seams.env.mutant(Mutant::SeqNotSet) || tree.overlaps(span) {
+            interval.set_seq(seq);
+        }
         let Some(clipped) = span.intersect(interval.window()) else {
             return;
         };
@@ -401,8 +415,13 @@ impl<P: Platform, D: Bindings> InvalidationSink for Svm<P, D> {
             reason,
         });
         let held = NotifierHeld::new();
+        if self.seams.env.mutant(Mutant::ZapAfterFlush) {
+            self.driver.flush(clipped, &held);
+        }
         if let Some(zapped) = self.zap_ranges(&mut tree, clipped, &held) {
-            self.driver.flush(zapped, &held);
+            if !self.keeps_tlbs() {
+                self.driver.flush(zapped, &held);
+            }
             self.driver.zapped(zapped, started);
         }
         unmap_pages(&mut tree, clipped);
@@ -415,6 +434,46 @@ impl<P: Platform, D: Bindings> InvalidationSink for Svm<P, D> {
 }
 
 impl<P: Platform, D: Bindings> Svm<P, D> {
+    /// Mutants that leave the TLBs alone, or have flushed them already.
+    fn keeps_tlbs(&self) -> bool {
+        let env = &self.seams.env;
+        env.mutant(Mutant::FlushSkipped) || env.mutant(Mutant::ZapAfterFlush)
+    }
+
+    /// A mutant: the guard is gone when the entries are written.
+    #[cold]
+    fn commit_unguarded(
+        &self,
+        tree: MutexGuard<'_, P::Env, Tree<D::Binding>>,
+        range: &RangeRef,
+        bind: impl FnOnce(&mut D::Binding, &NotifierHeld<'_>),
+    ) -> Result<(), Stale> {
+        drop(tree);
+        self.seams.env.yield_point(Point::BeforeCommit);
+        let mut tree = self.tree.lock();
+        let found = tree.get_mut(range).ok_or(Stale::RangeUnmapped)?;
+        bind(&mut found.binding, &NotifierHeld::new());
+        Ok(())
+    }
+
+    /// A mutant: nobody finds the range any more, and it is still bound.
+    #[cold]
+    fn remove_first<R>(
+        &self,
+        mut tree: MutexGuard<'_, P::Env, Tree<D::Binding>>,
+        range: &RangeRef,
+        unbind: impl FnOnce(&mut D::Binding, &NotifierHeld<'_>) -> R,
+    ) -> R {
+        let (binding, emptied) = tree.remove(range);
+        drop(tree);
+        self.seams.env.yield_point(Point::Retry);
+        if let Some(interval) = emptied {
+            self.seams.space.unsubscribe(&interval);
+        }
+        let _notifier = self.tree.lock();
+        unbind(&mut binding.unwrap_or_default(), &NotifierHeld::new())
+    }
+
     /// Zaps every overlapping range; returns the joined span of those that had valid entries. The
     /// span grows with every range: one start taken from the last range only would leave the head
     /// of the first one in the TLBs.
@@ -425,13 +484,14 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         held: &NotifierHeld<'_>,
     ) -> Option<HostSpan> {
         let window = tree.window_mut(span.start())?;
+        let last_only = self.seams.env.mutant(Mutant::FlushSpanOverwritten);
         window
             .overlapping_mut(span)
             .filter_map(|range| match self.driver.zap(&mut range.binding, held) {
                 Zapped::Entries => Some(range.span),
                 Zapped::Nothing => None,
             })
-            .reduce(HostSpan::join)
+            .reduce(|all, next| if last_only { next } else { all.join(next) })
     }
 
     /// Marks every overlapping range dead and asks for the collector.
@@ -442,8 +502,11 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
             .window(span.start())
             .and_then(|w| w.overlapping(at).next().map(|r| r.span))
         {
-            tree.mark_unmapped(found.start());
-            queued = true;
+            let partly = !span.covers(found);
+            if !(partly && self.seams.env.mutant(Mutant::PartialUnmapNotFlagged)) {
+                tree.mark_unmapped(found.start());
+                queued = true;
+            }
             at = HostSpan::new(found.end(), span.end());
             if at.is_empty() {
                 break;

@@ -50,7 +50,7 @@ const GPU: GpuConfig = GpuConfig {
     fault_ring: 64,
     asids: 2,
     tlb_timeout_ns: 1_000_000_000,
-    ignore_tlb_invalidation: false,
+    planted: None,
 };
 
 fn main() -> Answer<()> {

@@ -42,9 +42,19 @@ pub struct GpuConfig {
     pub asids: u32,
     /// Time within which units must acknowledge a TLB invalidation.
     pub tlb_timeout_ns: u64,
-    /// Planted fault: units acknowledge TLB invalidations and keep their entries. Tests use it to
-    /// show that they would notice.
-    pub ignore_tlb_invalidation: bool,
+    /// A bug in the device. Tests use it to show that they would notice.
+    pub planted: Option<Planted>,
+}
+
+/// A bug that is planted on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Planted {
+    /// Units acknowledge TLB invalidations and keep their entries.
+    KeepTlb,
+    /// Units walk before they enter an access, and keep what they found.
+    WalkOutsideGate,
+    /// A unit whose fault was answered is not woken.
+    AnswerWakesNobody,
 }
 
 /// A device cannot be made.
@@ -381,6 +391,8 @@ impl<R: RawMutex + Send + Sync> DevicePort for SoftGpu<R> {
     }
 
     fn ack_fault(&self, record: &FaultRecord, response: FaultResponse) {
-        self.ring.answer(record, response, &*self.park);
+        let asleep = self.config.planted == Some(Planted::AnswerWakesNobody);
+        self.ring
+            .answer(record, response, (!asleep).then_some(&*self.park));
     }
 }

@@ -75,8 +75,13 @@ impl<R: RawMutex> FaultRing<R> {
         Some(record)
     }
 
-    /// Answers a record. One with a ticket that no unit has is ignored.
-    pub(crate) fn answer(&self, record: &FaultRecord, response: FaultResponse, park: &dyn Park) {
+    /// Answers a record and wakes its unit by `park`. One with a ticket that no unit has is ignored.
+    pub(crate) fn answer(
+        &self,
+        record: &FaultRecord,
+        response: FaultResponse,
+        park: Option<&dyn Park>,
+    ) {
         let unit = usize::try_from(record.ticket).ok();
         let Some(answer) = unit.and_then(|unit| self.answers.get(unit)) else {
             return;
@@ -86,7 +91,9 @@ impl<R: RawMutex> FaultRing<R> {
             FaultResponse::Refuse => REFUSE,
         };
         answer.store(word, Ordering::Release);
-        park.wake(answer);
+        if let Some(park) = park {
+            park.wake(answer);
+        }
     }
 
     /// Sleeps until a record is there or [`announce`](Self::announce) is called.

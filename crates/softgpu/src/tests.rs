@@ -14,7 +14,7 @@ use gpusvm_abi::bus::{
 use gpusvm_abi::fault::{FaultRecord, FaultResponse};
 use gpusvm_abi::pte;
 
-use crate::{Dispatch, FaultService, GpuConfig, Kernel, SoftGpu, Stop, Tile};
+use crate::{Dispatch, FaultService, GpuConfig, Kernel, Planted, SoftGpu, Stop, Tile};
 
 /// Memory as words; the same type stands for VRAM and for host memory.
 struct Words(Box<[AtomicU64]>);
@@ -135,7 +135,7 @@ const CONFIG: GpuConfig = GpuConfig {
     fault_ring: 1,
     asids: 2,
     tlb_timeout_ns: 500_000_000_000,
-    ignore_tlb_invalidation: false,
+    planted: None,
 };
 const ROOT: u64 = 0x1000;
 const LEAVES: u64 = 0x4000;
@@ -404,7 +404,7 @@ fn no_store_lands_in_a_page_after_its_flush() {
 #[test]
 fn planted_stale_tlb_is_caught() {
     let planted = GpuConfig {
-        ignore_tlb_invalidation: true,
+        planted: Some(Planted::KeepTlb),
         ..CONFIG
     };
     assert!(

@@ -10,7 +10,7 @@ use gpusvm_abi::bus::{AtomicOp, BusError};
 use gpusvm_abi::fault::{AccessType, FaultKind, FaultRecord, FaultResponse};
 use lock_api::RawMutex;
 
-use crate::device::SoftGpu;
+use crate::device::{Planted, SoftGpu};
 use crate::mmu::{self, Leaf, Target};
 use crate::shootdown::Gate;
 use crate::tlb::Tlb;
@@ -140,6 +140,9 @@ impl<R: RawMutex + Send + Sync> Running<'_, R> {
         let mut bus_errors = 0;
         for _replay in 0..REPLAYS {
             self.dispatch.check()?;
+            if self.gpu.config().planted == Some(Planted::WalkOutsideGate) {
+                self.walk_early(va, access);
+            }
             self.enter();
             let tried = self.try_once(va, access, &mut act);
             self.gate.leave();
@@ -162,11 +165,26 @@ impl<R: RawMutex + Send + Sync> Running<'_, R> {
     }
 
     fn enter(&mut self) {
-        if self.gpu.config().ignore_tlb_invalidation {
+        if self.gpu.config().planted == Some(Planted::KeepTlb) {
             self.gate.enter_ignoring(&self.gpu.shootdown);
         } else {
             self.gate.enter(&self.gpu.shootdown, self.tlb);
         }
+    }
+
+    /// A planted bug: the walk is over when the access begins, and an invalidation in between does not
+    /// find its result.
+    #[cold]
+    fn walk_early(&mut self, va: u64, access: AccessType) {
+        self.enter();
+        let found = self.translate(va, access);
+        self.gate.leave();
+        self.gpu.park.wait(&AtomicU32::new(0), 0, Some(1));
+        self.enter();
+        if let Ok(leaf) = found {
+            self.tlb.insert(self.dispatch.asid, leaf);
+        }
+        self.gate.leave();
     }
 
     /// One try, inside the gate.

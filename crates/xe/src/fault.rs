@@ -10,6 +10,7 @@ use alloc::sync::Arc;
 use gpusvm::addr::{HostVa, PAGE, PAGE_64K};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::{Event, FaultEnd};
+use gpusvm::mutant::Mutant;
 use gpusvm::pagemap::ToDevice;
 use gpusvm::pages::PageSet;
 use gpusvm::range::RangeRef;
@@ -55,6 +56,7 @@ pub(crate) fn handle<P: Platform>(device: &Device<P>, record: &FaultRecord) -> F
     };
     match service(&fault) {
         Ok(()) => FaultResponse::Replay,
+        Err(_) if device.seams.env.mutant(Mutant::AckedAfterFailure) => FaultResponse::Replay,
         Err(_reported) => FaultResponse::Refuse,
     }
 }
@@ -131,7 +133,9 @@ fn attempt<P: Platform>(
     found: &mut Option<RangeRef>,
 ) -> Result<FaultEnd, Interrupted> {
     let vm = &*fault.vm;
-    collect::run(vm, state);
+    if !vm.device.seams.env.mutant(Mutant::CollectorSkipped) {
+        collect::run(vm, state);
+    }
     let (area, access) = check_area(fault, state)?;
     let find = find_request(fault, &area, access);
     let range = vm.svm.find_or_insert_range(&mut state.owner, &find)?;
@@ -140,10 +144,10 @@ fn attempt<P: Platform>(
         range: range.span(),
     });
     *found = Some(range.clone());
-    if vm
-        .svm
-        .is_bound(&range, fault.access, |bound, _pagemap| bound.valid)
-    {
+    let shortcut = vm.device.seams.env.mutant(Mutant::DeviceMemoryShortcut);
+    if vm.svm.is_bound(&range, fault.access, |bound, pagemap| {
+        bound.valid || (pagemap.is_some() && shortcut)
+    }) {
         return Ok(FaultEnd::Valid);
     }
     if place::decide(&question(&range, budget)) == Place::Device {
@@ -212,7 +216,8 @@ fn migrate<P: Platform>(
 ) -> Result<(), Failed> {
     let device = &fault.vm.device;
     let started = device.seams.env.now();
-    budget.migrations -= 1;
+    let forever = device.seams.env.mutant(Mutant::MigrationForever);
+    budget.migrations -= u32::from(!forever);
     let wish = ToDevice {
         span: range.span(),
         timeslice: Ns::default(),

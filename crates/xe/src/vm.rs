@@ -6,7 +6,9 @@ use core::fmt;
 
 use gpusvm::addr::{GpuSpan, HostSpan, HostVa};
 use gpusvm::error::Failed;
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::Platform;
+use gpusvm::seam::env::Environment;
 use gpusvm::seam::env::Mutex;
 use gpusvm::svm::{Svm, SvmConfig, SvmOwner};
 use gpusvm::table::PageTable;
@@ -171,7 +173,10 @@ impl<P: Platform> Vm<P> {
         self.svm.close(&mut state.owner);
         self.device.port.set_root(self.asid, None);
         self.svm.driver().flush_all();
-        while let Some(range) = self.svm.pop_garbage(&mut state.owner) {
+        let env = &self.device.seams.env;
+        while !env.mutant(Mutant::CloseKeepsGarbage)
+            && let Some(range) = self.svm.pop_garbage(&mut state.owner)
+        {
             collect::remove(self, &mut state, &range);
         }
         while let Some(range) = self.svm.any_range(&mut state.owner) {

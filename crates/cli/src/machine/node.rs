@@ -8,7 +8,7 @@ use gpusvm::seam::Seams;
 use gpusvm::seam::mm::PagemapId;
 use gpusvm_abi::bus::{DevicePort, FaultHandler, Park, SystemBus, VramStore};
 use gpusvm_live::{LiveBus, thread};
-use gpusvm_softgpu::{FaultService, GpuConfig, SoftGpu};
+use gpusvm_softgpu::{FaultService, GpuConfig, Planted, SoftGpu};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
@@ -165,6 +165,6 @@ fn gpu_config(config: &MachineConfig) -> GpuConfig {
         fault_ring: FAULT_RING,
         asids: u32::from(config.devices) * u32::from(config.vms) + 1,
         tlb_timeout_ns: TLB_TIMEOUT_NS,
-        ignore_tlb_invalidation: config.plant_stale_tlb,
+        planted: config.plant_stale_tlb.then_some(Planted::KeepTlb),
     }
 }

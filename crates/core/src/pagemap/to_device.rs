@@ -6,9 +6,10 @@ use alloc::vec::Vec;
 use crate::addr::{HostSpan, PageCount, VramSpan};
 use crate::error::{Interrupted, Stale};
 use crate::event::Event;
+use crate::mutant::Mutant;
 use crate::pagemap::{Allocation, Pagemap};
 use crate::seam::Platform;
-use crate::seam::copy::CopyEngine;
+use crate::seam::copy::{CopyEngine, CopyMove, CopyWith};
 use crate::seam::env::{Environment, Ns, Point};
 use crate::seam::mm::{
     Access, AddressSpace, DeviceAllocation, FaultIn, MigrateTo, MigrationSet, Placement,
@@ -40,9 +41,12 @@ impl<P: Platform> Pagemap<P> {
         }
         let started = self.seams.env.now();
         let allocation = self.allocate(wish.span)?;
+        let weak: Weak<dyn Evict> = Arc::<Allocation<P>>::downgrade(&allocation);
+        if self.seams.env.mutant(Mutant::VictimWhileFilled) {
+            self.vram.make_evictable(&allocation.bo, weak.clone());
+        }
         let (copied, adopted) = self.fill(&allocation, wish.span)?;
         allocation.hold_until(self.seams.env.now().after(wish.timeslice));
-        let weak: Weak<dyn Evict> = Arc::<Allocation<P>>::downgrade(&allocation);
         self.vram.make_evictable(&allocation.bo, weak);
         let took = self.seams.env.now().since(started);
         self.seams.emit(&Event::ToDevice {
@@ -87,7 +91,16 @@ impl<P: Platform> Pagemap<P> {
         };
         let set = self.seams.space.migrate_begin(span, to)?;
         self.seams.env.yield_point(Point::AfterCollect);
-        self.copy.run(set.moves())?;
+        if self.seams.env.mutant(Mutant::FinalizeBeforeCopyOut) {
+            return self.finalize_first(set);
+        }
+        if self.seams.env.mutant(Mutant::HolesKeepContent) {
+            let content = |m: &&CopyMove| m.with != CopyWith::Hole;
+            let moves: Vec<_> = set.moves().iter().filter(content).copied().collect();
+            self.copy.run(&moves)?;
+        } else {
+            self.copy.run(set.moves())?;
+        }
         self.seams.env.yield_point(Point::BeforeFinalize);
         let copied = set.moves().iter().map(|m| m.vram.pages()).sum();
         let adopted = set.adopted();
@@ -96,6 +109,19 @@ impl<P: Platform> Pagemap<P> {
         } else {
             Ok((copied, adopted))
         }
+    }
+
+    /// A mutant: the content follows the entries.
+    #[cold]
+    fn finalize_first(
+        &self,
+        set: impl MigrationSet,
+    ) -> Result<(PageCount, PageCount), Interrupted> {
+        let moves: Vec<_> = set.moves().to_vec();
+        let moved = set.finalize();
+        self.seams.env.yield_point(Point::BeforeFinalize);
+        self.copy.run(&moves)?;
+        Ok((moved, PageCount::ZERO))
     }
 }
 

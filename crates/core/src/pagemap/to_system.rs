@@ -2,10 +2,12 @@
 //! end here (`svm-design.md` sections 3.5 and 3.6). Callers differ in how they pick the allocation.
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 
 use crate::addr::PageCount;
 use crate::error::Interrupted;
 use crate::event::{Event, HomeCause};
+use crate::mutant::Mutant;
 use crate::pagemap::Allocation;
 use crate::seam::Platform;
 use crate::seam::copy::CopyEngine;
@@ -32,6 +34,13 @@ pub fn move_to_system<P: Platform>(
     };
     let set = seams.space.migrate_begin(allocation.origin(), to)?;
     seams.env.yield_point(Point::AfterCollect);
+    if seams.env.mutant(Mutant::FinalizeBeforeCopyHome) {
+        let moves: Vec<_> = set.moves().to_vec();
+        let moved = set.finalize();
+        seams.env.yield_point(Point::BeforeFinalize);
+        pagemap.copy.run(&moves)?;
+        return Ok(moved);
+    }
     pagemap.copy.run(set.moves())?;
     seams.env.yield_point(Point::BeforeFinalize);
     let copied = set.moves().iter().map(|m| m.vram.pages()).sum();

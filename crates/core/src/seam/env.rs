@@ -3,6 +3,8 @@
 
 use core::sync::atomic::AtomicU32;
 
+use crate::mutant::Mutant;
+
 /// A point in time, or a length of time, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ns(pub u64);
@@ -81,6 +83,12 @@ pub trait Environment: Send + Sync + 'static {
 
     /// Lets another actor run. Called with no lock held but `vm`.
     fn yield_point(&self, _at: Point) {}
+
+    /// Whether a known bug is re-introduced. Only test worlds answer yes.
+    #[doc(hidden)]
+    fn mutant(&self, _which: Mutant) -> bool {
+        false
+    }
 }
 
 /// A framework mutex over the environment's raw lock.

@@ -6,7 +6,8 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::addr::VramSpan;
 use crate::error::{Failed, Interrupted};
-use crate::seam::env::{Environment, Mutex};
+use crate::mutant::Mutant;
+use crate::seam::env::{Environment, Mutex, Point};
 use crate::vram::bo::Bo;
 use crate::vram::buddy::{Buddy, From};
 use crate::vram::lru::{Entry, Lru};
@@ -193,12 +194,18 @@ impl<E: Environment> Manager<E> {
         state.buddy.free(span);
         drop(state);
         drop(entry);
+        if self.env.mutant(Mutant::FreedTwice) {
+            self.env.yield_point(Point::Retry);
+            self.state.lock().buddy.free(span);
+        }
         self.announce();
     }
 
     fn announce(&self) {
         self.freed.fetch_add(1, Ordering::Release);
-        self.env.wake(&self.freed);
+        if !self.env.mutant(Mutant::FreeWakesNobody) {
+            self.env.wake(&self.freed);
+        }
     }
 }
 

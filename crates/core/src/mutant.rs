@@ -1,0 +1,89 @@
+//! Known bugs, to be re-introduced one at a time: the exam of whoever claims to find them.
+//!
+//! A test world makes its environment answer yes to one of them
+//! ([`Environment::mutant`](crate::seam::env::Environment::mutant)). Everywhere else the answer is a
+//! constant no, and the compiler removes what asks.
+
+macro_rules! mutants {
+    ($($(#[$doc:meta])* $id:ident = $name:literal: $what:literal,)*) => {
+        /// One bug: most are from the history of drivers and of the mm, the others break a rule that
+        /// this framework states.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Mutant {
+            $(#[doc = $what] $id,)*
+        }
+
+        impl Mutant {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$id,)*];
+
+            /// Name, as the command line has it.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$id => $name,)* }
+            }
+
+            /// What goes wrong, in a sentence.
+            #[must_use]
+            pub const fn what(self) -> &'static str {
+                match self { $(Self::$id => $what,)* }
+            }
+        }
+    };
+}
+
+mutants! {
+    // The notifier protocol.
+    RecheckDropped = "recheck-dropped": "A binding is committed without asking whether the sequence has moved.",
+    SeqTakenLate = "seq-taken-late": "The sequence is taken after the pages were looked up.",
+    SeqNotSet = "seq-not-set": "An invalidation that finds nothing bound takes no note of its sequence.",
+    ReadBeginDoesNotWait = "read-begin-does-not-wait": "A reader does not wait for the invalidation that runs.",
+    ZapAfterFlush = "zap-after-flush": "The TLBs are flushed before the entries are zapped.",
+    FlushSpanOverwritten = "flush-span-overwritten": "The TLB flush covers the last zapped range instead of all.",
+    FlushSkipped = "flush-skipped": "Entries are zapped and the TLBs are left alone.",
+    CommitWithoutGuard = "commit-without-guard": "Entries are written after the notifier lock was let go.",
+    TreeBeforeUnbind = "tree-before-unbind": "A range leaves the tree before it is unbound.",
+    // Ranges and their collector.
+    CollectorSkipped = "collector-skipped": "A fault looks ranges up before the dead ones were collected.",
+    PartialUnmapNotFlagged = "partial-unmap-not-flagged": "A range is not marked dead if only part of it was unmapped.",
+    CloseKeepsGarbage = "close-keeps-garbage": "A VM that closes forgets the ranges that wait for the collector.",
+    DeviceMemoryShortcut = "device-memory-shortcut": "A range in device memory passes for bound whether it is or not.",
+    AckedAfterFailure = "acked-after-failure": "A fault whose pages could not be had is answered with success.",
+    // Migration and device memory.
+    HolesKeepContent = "holes-keep-content": "Device memory for pages without content is not cleared.",
+    FinalizeBeforeCopyOut = "finalize-before-copy-out": "Entries point to device memory before the content is there.",
+    FinalizeBeforeCopyHome = "finalize-before-copy-home": "Pages are given back before the copy from the device has ended.",
+    FreedTwice = "freed-twice": "Device memory is freed, and a moment later once more.",
+    VictimWhileFilled = "victim-while-filled": "Device memory can be evicted before it is filled.",
+    EvictionSpins = "eviction-spins": "An eviction inside a timeslice spins until it is over.",
+    FreeWakesNobody = "free-wakes-nobody": "Whoever waits for device memory is not told that some is free.",
+    MigrationForever = "migration-forever": "A fault whose migration is refused tries it again without end.",
+    // The device.
+    TlbKeepsEntries = "tlb-keeps-entries": "A unit acknowledges a TLB invalidation and keeps its entries.",
+    WalkOutsideGate = "walk-outside-gate": "A unit fills its TLB from a walk that an invalidation has overtaken.",
+    FaultWakesNobody = "fault-wakes-nobody": "The unit whose fault was answered is not woken.",
+    // The host.
+    NotBracketed = "not-bracketed": "munmap tells no notifier.",
+    ForkNotBracketed = "fork-not-bracketed": "fork tells no notifier, and devices go on writing to shared pages.",
+    NewerPageOverwritten = "newer-page-overwritten": "A page that came while its device copy was away is overwritten by it.",
+    GuardFilled = "guard-filled": "A guard takes part in a migration as if it were a hole.",
+    PinIgnored = "pin-ignored": "A pinned page migrates.",
+    ForkDropsReference = "fork-drops-reference": "fork copies a device entry and counts no reference for it.",
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn names_are_distinct_and_sentences_end() {
+        let names: BTreeSet<_> = Mutant::ALL.iter().map(|mutant| mutant.name()).collect();
+        assert_eq!(names.len(), Mutant::ALL.len());
+        assert!(
+            Mutant::ALL
+                .iter()
+                .all(|mutant| mutant.what().ends_with('.'))
+        );
+    }
+}
