@@ -59,7 +59,7 @@ pub enum Picker {
     /// At random.
     Random(Random),
     /// By priorities that change at random points.
-    Pct(Pct),
+    Pct(Box<Pct>),
     /// As recorded; 0 where the record ends.
     Tape(Playback),
     /// All possible worlds, one after the other.
@@ -87,7 +87,7 @@ impl Picker {
     /// `1 / (actors * choices^(depth - 1))`.
     #[must_use]
     pub fn pct(seed: u64, depth: u32, choices: u32) -> Self {
-        Self::Pct(Pct::new(seed, depth, choices))
+        Self::Pct(Box::new(Pct::new(seed, depth, choices)))
     }
 
     /// One of the pickers above, by the seed: a mix finds more than its best part.

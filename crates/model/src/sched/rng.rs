@@ -57,9 +57,7 @@ impl Stream {
     #[inline]
     pub const fn below(&mut self, n: u32) -> u32 {
         let scaled = (self.draw() >> 32) * n as u64;
-        #[expect(clippy::cast_possible_truncation, reason = "below `n`")]
-        let drawn = (scaled >> 32) as u32;
-        drawn
+        (scaled >> 32) as u32
     }
 
     /// True once in `n` times; never where `n` is 0.

@@ -5,6 +5,7 @@
 
 use core::ops::Range;
 
+use crate::sched::rng::Stream;
 use crate::sched::tape::Tape;
 
 /// What a replay of a candidate says.
@@ -26,6 +27,11 @@ pub struct Progress {
     /// Choices in all.
     pub choices: usize,
 }
+
+/// The share of runs that guessing may use.
+const GUESSES_ONE_IN: u32 = 3;
+/// Most interesting choices of a guess.
+const GUESSED_MAX: u32 = 4;
 
 struct Shrinker<'a> {
     best: Tape,
@@ -52,6 +58,7 @@ pub fn shrink(
         run,
         progress,
     };
+    shrinker.guess();
     loop {
         let before = cost(&shrinker.best.choices);
         shrinker.cut_tail();
@@ -107,6 +114,25 @@ impl Shrinker<'_> {
             choices: self.best.choices.len(),
         };
         (self.progress)(&progress);
+    }
+
+    /// Guesses tapes with few interesting choices. Most races need few; where the tape comes from
+    /// a picker that switches all the time, cutting it down ends far above that.
+    fn guess(&mut self) {
+        let mut stream = Stream::named(self.best.seed, "shrink");
+        let highest = self.best.choices.iter().max().copied().unwrap_or(0);
+        let length = u32::try_from(self.best.choices.len()).unwrap_or(u32::MAX);
+        for n in 0..self.runs_max / GUESSES_ONE_IN {
+            let few = 1 + n % GUESSED_MAX;
+            if self.best.interesting() <= few as usize {
+                continue;
+            }
+            let mut choices = vec![0; length as usize];
+            for _ in 0..few {
+                choices[stream.below(length) as usize] = 1 + stream.below(highest);
+            }
+            self.attempt(choices);
+        }
     }
 
     /// Finds the shortest beginning that fails, by halves.

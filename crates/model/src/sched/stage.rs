@@ -182,10 +182,11 @@ fn refuse(word: &LockWord, site: Site) {
 impl World {
     #[inline]
     fn take(&mut self, word: &LockWord, site: Site) -> Taking {
-        if self.state == State::Running && self.current != HOST {
-            if let Err(taking) = self.check_lock(word, site) {
-                return taking;
-            }
+        if self.state == State::Running
+            && self.current != HOST
+            && let Err(taking) = self.check_lock(word, site)
+        {
+            return taking;
         }
         if word.claim(self.current) {
             if self.state != State::Idle {

@@ -81,7 +81,7 @@ fn a_lost_update_is_found_and_shrunk_to_what_matters() {
         println!("without looking for another way: {}", alone.interesting());
         assert!(alone.interesting() <= 30, "{alone}");
         let again: Tape = tape.to_string().parse().expect("a tape survives its text");
-        let outcome = replay(&explorer.options, &again, &explorer.build);
+        let outcome = replay(&explorer.options, &again, explorer.build);
         assert_eq!(Some(outcome.hash), tape.hash);
         assert!(outcome.trouble.is_some());
     }
