@@ -91,37 +91,39 @@ fn suspend() -> State {
 
 /// Calls the oracles that look at such moments.
 pub(super) fn look(moments: &[When]) {
-    let mut oracles = with(|world| std::mem::take(&mut world.oracles));
-    let found = {
-        let _looking = Looking::start();
-        let quiet = with(|world| world.busy == 0);
-        let due = |oracle: &&mut Oracle| {
-            moments.contains(&oracle.when) && (quiet || oracle.when != When::Quiescent)
-        };
-        let mut looks = oracles.iter_mut().filter(due);
-        looks.find_map(|oracle| (oracle.look)().err())
+    let (mut oracles, quiet) = with(|world| {
+        world.looking = true;
+        (std::mem::take(&mut world.oracles), world.busy == 0)
+    });
+    let looking = Looking;
+    let due = |oracle: &&mut Oracle| {
+        moments.contains(&oracle.when) && (quiet || oracle.when != When::Quiescent)
     };
+    let mut looks = oracles.iter_mut().filter(due);
+    let found = looks.find_map(|oracle| (oracle.look)().err());
+    drop(looking);
     with(|world| {
-        world.oracles.append(&mut oracles);
+        world.looking = false;
+        if world.oracles.is_empty() {
+            world.oracles = oracles;
+        } else {
+            // One of them has made another one.
+            world.oracles.append(&mut oracles);
+        }
         if let Some(text) = found {
             world.fail(FailureKind::Violation, text);
         }
     });
 }
 
-/// While it lives, nothing is a switch point. Ends also when an oracle panics.
+/// Ends the looking of an oracle that panics, before anything else is dropped.
 struct Looking;
-
-impl Looking {
-    fn start() -> Self {
-        with(|world| world.looking = true);
-        Self
-    }
-}
 
 impl Drop for Looking {
     fn drop(&mut self) {
-        with(|world| world.looking = false);
+        if panicking() {
+            with(|world| world.looking = false);
+        }
     }
 }
 
