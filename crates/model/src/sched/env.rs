@@ -6,6 +6,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 use gpusvm::seam::env::{Environment, Ns, Point, Work};
 use gpusvm_abi::bus::Park;
 
+use crate::sched::chaos::Fate;
 use crate::sched::fail::FailureKind;
 use crate::sched::fiber::ModelMutex;
 use crate::sched::lock::{Rank, Site};
@@ -22,15 +23,6 @@ use crate::sched::world::{Block, NEVER, Phase, State, with};
 /// has to wait, and waiting panics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ModelEnv;
-
-/// What chaos wants of a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// It goes on.
-    Go,
-    /// It fails, in a way that its caller must expect.
-    Fail,
-}
 
 /// Delays are powers of two up to this exponent, in steps.
 const DELAY_EXPONENTS: u32 = 8;

@@ -9,7 +9,8 @@
 //! |---|---|
 //! | [`sim`](run) | [`Sim`] makes actors and oracles; [`run`] runs a world to its [`Outcome`] |
 //! | `env` | [`ModelEnv`], the framework's [`Environment`](gpusvm::seam::env::Environment) |
-//! | `world`, `stage` | who can run, who waits, what time it is; what actors do to that |
+//! | `world`, `queue`, `chaos` | who can run, who waits, what time it is, what fails |
+//! | `stage` | what actors do to their world |
 //! | `fiber` | coroutines, and [`ModelMutex`], which blocks the actor |
 //! | `lock` | names, ranks and orders of locks |
 //! | `pick`, `dfs` | pickers: random, PCT, playback, all worlds |
@@ -39,6 +40,7 @@
 //! run. Everything of a world happens on one thread; several threads may run worlds beside each
 //! other. Memory orderings weaker than sequential consistency are not modelled.
 
+mod chaos;
 mod dfs;
 mod env;
 mod explore;
@@ -47,6 +49,7 @@ mod fiber;
 mod lock;
 mod options;
 mod pick;
+mod queue;
 mod rng;
 mod shrink;
 mod sim;
@@ -57,8 +60,9 @@ mod tests;
 mod trace;
 mod world;
 
+pub use chaos::Fate;
 pub use dfs::Dfs;
-pub use env::{Busy, Fate, ModelEnv};
+pub use env::{Busy, ModelEnv};
 pub use explore::{Explorer, Summary};
 pub use fail::{Failure, FailureKind};
 pub use fiber::ModelMutex;

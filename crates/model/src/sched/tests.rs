@@ -6,12 +6,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use gpusvm::seam::env::{Environment, Ns, Work};
+use gpusvm_abi::bus::Park;
 use proptest::prelude::*;
 
 use super::{
     Chaos, Dfs, Explorer, FailureKind, Fate, KeepTape, Kind, Life, LockRules, ModelEnv, ModelMutex,
-    Options, Outcome, Phase, Picker, Points, Rank, Sim, Tape, Verdict, When, keep_panics_quiet,
-    replay, run, shrink,
+    Options, Outcome, Phase, Picker, Points, Rank, Sim, Tape, Texts, Verdict, When,
+    keep_panics_quiet, replay, run, shrink,
 };
 
 type Mutex<T> = lock_api::Mutex<ModelMutex, T>;
@@ -630,6 +631,62 @@ fn opposite_orders_in_different_worlds_are_told() {
     assert!(summary.failure.is_none());
     assert_eq!(summary.lock_cycles.len(), 1, "{summary}");
     assert!(summary.to_string().contains("`left`"), "{summary}");
+}
+
+#[test]
+fn a_wait_of_device_code_ends_at_its_timeout() {
+    let outcome = go(&mut Picker::uniform(1), |sim| {
+        sim.spawn("unit", || {
+            Park::wait(&ModelEnv, &AtomicU32::new(0), 0, Some(5_000));
+            assert!(Park::now_ns(&ModelEnv) >= 5_000);
+        });
+    });
+    assert!(outcome.trouble.is_none(), "{:?}", outcome.trouble);
+}
+
+#[test]
+fn an_actor_makes_actors() {
+    let sum = Rc::new(Cell::new(0));
+    let seen = Rc::clone(&sum);
+    let outcome = go(&mut Picker::uniform(9), |sim| {
+        let sim = *sim;
+        sim.spawn("parent", move || {
+            for n in 1..=3 {
+                let sum = Rc::clone(&sum);
+                sim.spawn(format!("child{n}"), move || sum.set(sum.get() + n));
+            }
+        });
+    });
+    assert!(outcome.trouble.is_none(), "{:?}", outcome.trouble);
+    assert_eq!(seen.get(), 6);
+}
+
+#[test]
+fn a_failure_shows_the_last_events_of_each_actor() {
+    let options = Options {
+        texts: Texts::Kept,
+        ..options()
+    };
+    let outcome = run(&options, &mut Picker::playback(&[]), |sim| {
+        sim.spawn("cpu0", || ModelEnv.emit("store", [0x10, 1]));
+        sim.spawn("gpu0", || {
+            ModelEnv.tell("load", [0x10, 0], || "load of page 16: old".into());
+            ModelEnv.fail("a load returned an old store");
+        });
+    });
+    let trouble = outcome.trouble.expect("the world fails");
+    let shown = trouble.to_string();
+    let lines: Vec<&str> = shown.lines().collect();
+    assert_eq!(
+        lines[0],
+        "violation at 1 ns, gpu0: a load returned an old store"
+    );
+    assert_eq!(lines[1], "      time | cpu0           | gpu0");
+    assert_eq!(lines[2], "         0 | store 0x10 0x1 |");
+    assert_eq!(
+        lines[3],
+        "         1 |                | load of page 16: old"
+    );
 }
 
 #[test]

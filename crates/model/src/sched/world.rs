@@ -21,7 +21,7 @@ use gpusvm::seam::env::{Ns, Work};
 use crate::sched::fail::{Failure, FailureKind};
 use crate::sched::fiber::Fiber;
 use crate::sched::lock::{HOST, LockTable, Site};
-use crate::sched::options::{Chaos, Kind, Options, Texts};
+use crate::sched::options::{Kind, Options, Texts};
 use crate::sched::pick::{ACTORS_MAX, Candidates, Picker, What};
 use crate::sched::rng::{Stream, hash_text, mix};
 use crate::sched::trace::{Entry, Ring};
@@ -71,7 +71,7 @@ pub(super) struct Actor {
     pub(super) name: String,
     pub(super) block: Option<Block>,
     /// When it runs again at the latest; never, where it is the maximum.
-    deadline: u64,
+    pub(super) deadline: u64,
 }
 
 /// What a point asks of the actor that arrived there.
@@ -123,11 +123,11 @@ pub(super) struct World {
     pub(super) next: Option<usize>,
     pub(super) steps: u64,
     pub(super) switches: u64,
-    now: u64,
+    pub(super) now: u64,
     /// Earliest deadline.
-    earliest: u64,
-    streak: u32,
-    phase: Phase,
+    pub(super) earliest: u64,
+    pub(super) streak: u32,
+    pub(super) phase: Phase,
     calm_since: u64,
     picker: Picker,
     pub(super) tape: Vec<u32>,
@@ -296,7 +296,7 @@ impl World {
         }
     }
 
-    fn step(&mut self) {
+    pub(super) fn step(&mut self) {
         self.steps += 1;
         self.now += self.options.tick.0;
         if self.now >= self.earliest {
@@ -358,7 +358,7 @@ impl World {
         Due::Switch
     }
 
-    fn pick_actor(&mut self, n: u32, what: What, among: Candidates) -> usize {
+    pub(super) fn pick_actor(&mut self, n: u32, what: What, among: Candidates) -> usize {
         let index = self.choose(n, what, among);
         among.actor(index)
     }
@@ -370,95 +370,6 @@ impl World {
         self.tape.push(choice);
         self.hash = mix(self.hash, (u64::from(n) << 32) | u64::from(choice));
         choice
-    }
-
-    /// Chooses who runs when the running actor cannot.
-    pub(super) fn pass_on(&mut self) {
-        self.next = None;
-        if self.state != State::Running {
-            return;
-        }
-        while self.ready == 0 && self.earliest != NEVER && self.unfinished != 0 {
-            self.now = self.now.max(self.earliest);
-            self.wake_sleepers();
-        }
-        let among = Candidates {
-            ready: self.ready,
-            first: u32::try_from((self.current + 1) % 64).unwrap_or(0),
-        };
-        self.streak = 0;
-        match among.count() {
-            0 if self.unfinished != 0 => {
-                let text = self.describe_waiting("no actor can run and no deadline lies ahead");
-                self.fail(FailureKind::Deadlock, text);
-            }
-            0 => {}
-            1 => self.next = Some(among.actor(0)),
-            n => self.next = Some(self.pick_actor(n, What::Next, among)),
-        }
-    }
-
-    /// Takes the running actor off until it is woken or `deadline` comes.
-    pub(super) fn block(&mut self, block: Block, deadline: u64) {
-        let current = self.current;
-        self.actors[current].block = Some(block);
-        self.actors[current].deadline = deadline;
-        self.ready &= !(1 << current);
-        if let Block::Lock(..) = block {
-            self.lock_waiters |= 1 << current;
-        }
-        self.earliest = self.earliest.min(deadline);
-        self.pass_on();
-    }
-
-    fn unblock(&mut self, actor: usize) {
-        self.actors[actor].block = None;
-        self.actors[actor].deadline = NEVER;
-        self.ready |= 1 << actor;
-        self.lock_waiters &= !(1 << actor);
-    }
-
-    fn unblock_all(&mut self, wakes: impl Fn(&Actor) -> bool) {
-        for actor in 0..self.actors.len() {
-            if self.actors[actor].block.is_some() && wakes(&self.actors[actor]) {
-                self.unblock(actor);
-            }
-        }
-        let deadlines = self.actors.iter().map(|actor| actor.deadline);
-        self.earliest = deadlines.min().unwrap_or(NEVER);
-    }
-
-    fn wake_sleepers(&mut self) {
-        let now = self.now;
-        self.unblock_all(|actor| actor.deadline <= now);
-    }
-
-    /// Wakes whoever waits for the word at `address`.
-    pub(super) fn wake_word(&mut self, address: usize) {
-        self.unblock_all(|actor| matches!(actor.block, Some(Block::Word(at, _)) if at == address));
-    }
-
-    pub(super) fn wake_lock(&mut self, address: usize) {
-        self.unblock_all(|actor| matches!(actor.block, Some(Block::Lock(at, _)) if at == address));
-    }
-
-    /// Queues work, once, and wakes workers.
-    pub(super) fn defer(&mut self, work: Work) {
-        if !self.deferred.contains(&work) {
-            self.deferred.push(work);
-        }
-        self.unblock_all(|actor| matches!(actor.block, Some(Block::Idle)));
-    }
-
-    /// The running actor is done.
-    pub(super) fn finish(&mut self) {
-        let bit = 1 << self.current;
-        self.ready &= !bit;
-        self.unfinished &= !bit;
-        if self.is_live() {
-            self.step();
-        }
-        self.pass_on();
     }
 
     /// Takes note of the first thing that goes wrong: from now on the world dies.
@@ -497,35 +408,6 @@ impl World {
 
     pub(super) fn keeps_texts(&self) -> bool {
         self.options.texts == Texts::Kept
-    }
-
-    /// One answer of chaos at a site.
-    pub(super) fn chaos(&mut self, site: &'static str, n: u32) -> u32 {
-        if self.phase == Phase::Liveness || self.state == State::Dying || n < 2 {
-            return 0;
-        }
-        let nobody = Candidates { ready: 0, first: 0 };
-        match self.options.chaos {
-            Chaos::Off => 0,
-            Chaos::OneIn(one_in) => self.choose(n, What::Rare(one_in), nobody),
-            Chaos::Nth {
-                site: ref wanted,
-                n: nth,
-            } => {
-                let hit = *wanted == site && self.visits(site) == nth;
-                u32::from(hit)
-            }
-        }
-    }
-
-    /// Counts a visit of a chaos site; how many there were before.
-    fn visits(&mut self, site: &'static str) -> u32 {
-        if let Some((_, visits)) = self.chaos_sites.iter_mut().find(|(name, _)| *name == site) {
-            *visits += 1;
-            return *visits - 1;
-        }
-        self.chaos_sites.push((site, 1));
-        0
     }
 
     pub(super) const fn enter_busy(&mut self) {
