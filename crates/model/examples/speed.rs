@@ -18,7 +18,7 @@ fn empty(sim: &Sim) {
 }
 
 /// Four actors with five operations each, of one lock, four points and one event: 140 steps.
-fn small(sim: &Sim) {
+fn small(sim: &Sim, when: When) {
     let pages = Arc::new(Mutex::new([0_u64; 8]));
     for (n, name) in ["cpu0", "cpu1", "gpu0", "gpu1"].into_iter().enumerate() {
         let pages = Arc::clone(&pages);
@@ -27,6 +27,7 @@ fn small(sim: &Sim) {
                 ModelEnv.point(Kind::Seam);
                 ModelEnv.point(Kind::Pte);
                 pages.lock()[(n + op) % 8] += 1;
+                ModelEnv.touch();
                 ModelEnv.emit("stored", [n as u64, op as u64]);
                 ModelEnv.point(Kind::Tlb);
                 ModelEnv.point(Kind::Fence);
@@ -34,7 +35,7 @@ fn small(sim: &Sim) {
         });
     }
     let seen = Arc::clone(&pages);
-    sim.oracle(When::Quiescent, move || match seen.try_lock() {
+    sim.oracle(when, move || match seen.try_lock() {
         Some(pages) if pages.iter().sum::<u64>() > 20 => Err("too many stores".into()),
         _ => Ok(()),
     });
@@ -68,7 +69,7 @@ fn measure(name: &str, worlds: u64, picker: fn(u64) -> Picker, build: impl Fn(&S
     assert!(best.failure.is_none(), "{best}");
     let ns = best.elapsed.as_nanos() / u128::from(best.steps.max(1));
     println!(
-        "{name:28} {:>11.0} worlds/s {:>6} steps/world {switches:>6} switches/world {ns:>6} ns/step",
+        "{name:30} {:>11.0} worlds/s {:>6} steps/world {switches:>6} switches/world {ns:>6} ns/step",
         best.rate(),
         best.steps / best.worlds
     );
@@ -76,14 +77,27 @@ fn measure(name: &str, worlds: u64, picker: fn(u64) -> Picker, build: impl Fn(&S
 
 fn main() {
     measure("empty, 4 actors", 20_000, Picker::uniform, empty);
-    measure("small, uniform", 4_000, Picker::uniform, small);
-    measure(
-        "small, sticky 1/8",
-        4_000,
-        |seed| Picker::sticky(seed, 8),
-        small,
-    );
-    measure("small, swarm", 4_000, Picker::swarm, small);
+    let moments = [
+        ("step", When::Quiescent),
+        ("change", When::Changed),
+        ("end", When::AtEnd),
+    ];
+    for (name, when) in moments {
+        let world = |sim: &Sim| small(sim, when);
+        let rarely = |seed| Picker::sticky(seed, 8);
+        measure(
+            &format!("small, oracle per {name}, 1/2"),
+            4_000,
+            Picker::uniform,
+            world,
+        );
+        measure(
+            &format!("small, oracle per {name}, 1/8"),
+            4_000,
+            rarely,
+            world,
+        );
+    }
     measure("points, 1 actor", 50, Picker::uniform, |sim| points(sim, 1));
     measure("points, 2 actors, uniform", 50, Picker::uniform, |sim| {
         points(sim, 2)

@@ -14,7 +14,7 @@ use crate::sched::options::Kind;
 use crate::sched::pick::{Candidates, What};
 use crate::sched::rng::Stream;
 use crate::sched::stage::{self, Life};
-use crate::sched::world::{Block, NEVER, Phase, State, with};
+use crate::sched::world::{Block, NEVER, Phase, State, World, with};
 
 /// The environment of the world that runs on this thread.
 ///
@@ -33,7 +33,7 @@ pub struct Busy(());
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        with(super::world::World::leave_busy);
+        with(World::leave_busy);
     }
 }
 
@@ -99,8 +99,15 @@ impl ModelEnv {
     /// Marks an operation in whose midst the rules of quiet moments do not hold.
     #[must_use]
     pub fn busy(&self) -> Busy {
-        with(super::world::World::enter_busy);
+        with(World::enter_busy);
         Busy(())
+    }
+
+    /// Says that something has changed about which [`When::Changed`](crate::sched::When::Changed)
+    /// oracles have rules.
+    #[inline]
+    pub fn touch(&self) {
+        with(World::touch);
     }
 
     /// Says that a rule is broken: the world has failed. Returns only where the caller is no
@@ -117,7 +124,7 @@ impl ModelEnv {
 
     /// Starts the liveness phase: no more chaos, and all actors must be done soon.
     pub fn calm(&self) {
-        with(super::world::World::calm);
+        with(World::calm);
     }
 
     /// The wait of a daemon: sleeps while `*word == seen`, until a wake-up, or until the world is
@@ -157,7 +164,7 @@ impl Environment for ModelEnv {
     }
 
     fn random(&self) -> u64 {
-        with(super::world::World::random)
+        with(World::random)
     }
 
     #[track_caller]

@@ -20,7 +20,7 @@ use crate::sched::rng::mix;
 use crate::sched::stage;
 use crate::sched::tape::Tape;
 use crate::sched::trace::{Entry, timeline};
-use crate::sched::world::{Duty, Oracle, State, When, try_with, with};
+use crate::sched::world::{Duty, Moments, Oracle, State, When, try_with, with};
 
 /// The world being made or running on this thread: makes actors and oracles.
 #[derive(Clone, Copy, Debug)]
@@ -224,7 +224,7 @@ fn look_at_the_end() {
         world.current = HOST;
         world.state == State::Running
     });
-    if running && catch_unwind(AssertUnwindSafe(|| stage::look(&[When::AtEnd]))).is_err() {
+    if running && catch_unwind(AssertUnwindSafe(|| stage::look(Moments::AT_END))).is_err() {
         let text = with(|world| world.panic_site.take()).unwrap_or_default();
         let text = format!("an oracle panicked at the end {text}");
         with(|world| world.fail(FailureKind::Panic, text));

@@ -18,7 +18,7 @@ use crate::sched::fail::FailureKind;
 use crate::sched::fiber;
 use crate::sched::lock::{HOST, LockWord, Rank, Site};
 use crate::sched::options::{Kind, LockRules};
-use crate::sched::world::{Block, Due, NEVER, Oracle, State, When, World, with};
+use crate::sched::world::{Block, Due, Moments, NEVER, Oracle, State, World, with};
 
 /// The payload with which dying actors unwind.
 struct Death;
@@ -45,8 +45,8 @@ fn act(due: Due, kind: Kind) {
         Due::Nothing => {}
         Due::Switch => switch(),
         Due::Death => die_unless_unwinding(),
-        Due::Oracles => {
-            look(&[When::EveryStep, When::Quiescent]);
+        Due::Oracles(moments) => {
+            look(moments);
             let due = with(|world| match world.state {
                 State::Running => world.decide(kind),
                 _ => Due::Death,
@@ -90,15 +90,13 @@ fn suspend() -> State {
 }
 
 /// Calls the oracles that look at such moments.
-pub(super) fn look(moments: &[When]) {
-    let (mut oracles, quiet) = with(|world| {
+pub(super) fn look(moments: Moments) {
+    let mut oracles = with(|world| {
         world.looking = true;
-        (std::mem::take(&mut world.oracles), world.busy == 0)
+        std::mem::take(&mut world.oracles)
     });
     let looking = Looking;
-    let due = |oracle: &&mut Oracle| {
-        moments.contains(&oracle.when) && (quiet || oracle.when != When::Quiescent)
-    };
+    let due = |oracle: &&mut Oracle| moments.has(oracle.when);
     let mut looks = oracles.iter_mut().filter(due);
     let found = looks.find_map(|oracle| (oracle.look)().err());
     drop(looking);
@@ -385,12 +383,12 @@ pub(super) fn live(body: impl FnOnce()) {
 
 /// Oracles also look at the state in which an actor ends.
 fn last_look() {
-    let due = with(|world| {
-        let quiet = world.watched == Some(When::Quiescent) && world.busy == 0;
-        world.is_live() && (quiet || world.watched == Some(When::EveryStep))
+    let due = with(|world| match world.is_live() {
+        true => world.moments(),
+        false => Moments::NONE,
     });
-    if due {
-        look(&[When::EveryStep, When::Quiescent]);
+    if due != Moments::NONE {
+        look(due);
     }
 }
 

@@ -445,6 +445,29 @@ fn oracles_look_at_quiet_moments_only() {
 }
 
 #[test]
+fn oracles_of_changes_look_once_per_change() {
+    let looks = Rc::new(Cell::new(0));
+    let seen = Rc::clone(&looks);
+    let outcome = go(&mut Picker::uniform(1), |sim| {
+        sim.spawn("writer", || {
+            for step in 0..30 {
+                if step % 10 == 5 {
+                    ModelEnv.touch();
+                }
+                ModelEnv.point(Kind::Other);
+            }
+        });
+        sim.oracle(When::Changed, move || {
+            looks.set(looks.get() + 1);
+            Ok(())
+        });
+    });
+    assert!(outcome.trouble.is_none());
+    // The first look is at the beginning.
+    assert_eq!(seen.get(), 1 + 3);
+}
+
+#[test]
 fn a_panic_is_a_finding_with_its_place() {
     let outcome = go(&mut Picker::uniform(1), |sim| {
         let lock = Arc::new(Mutex::new(()));

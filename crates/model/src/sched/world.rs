@@ -78,7 +78,7 @@ pub(super) struct Actor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Due {
     Nothing,
-    Oracles,
+    Oracles(Moments),
     Switch,
     Death,
 }
@@ -91,10 +91,35 @@ pub(super) type Look = Box<dyn FnMut() -> Result<(), String>>;
 pub enum When {
     /// After every step at which no actor is inside a busy operation.
     Quiescent,
+    /// After such steps, if [`touch`](crate::sched::ModelEnv::touch) was called since the oracle
+    /// last looked: cheaper, where it is known what can break a rule.
+    Changed,
     /// After every step.
     EveryStep,
     /// When all actors are done.
     AtEnd,
+}
+
+/// A set of [`When`]s.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Moments(u8);
+
+impl Moments {
+    pub(super) const NONE: Self = Self(0);
+    pub(super) const AT_END: Self = Self::of(When::AtEnd);
+
+    const fn of(when: When) -> Self {
+        Self(match when {
+            When::Quiescent => 1,
+            When::Changed => 2,
+            When::EveryStep => 4,
+            When::AtEnd => 8,
+        })
+    }
+
+    pub(super) const fn has(self, when: When) -> bool {
+        self.0 & Self::of(when).0 != 0
+    }
 }
 
 pub(super) struct Oracle {
@@ -135,8 +160,10 @@ pub(super) struct World {
     pub(super) locks: LockTable,
     pub(super) ring: Ring,
     pub(super) oracles: Vec<Oracle>,
-    /// Whether some oracle looks at steps.
-    pub(super) watched: Option<When>,
+    /// When some oracle looks.
+    watched: Moments,
+    /// Something has changed since oracles looked at changes.
+    touched: bool,
     pub(super) looking: bool,
     pub(super) busy: u32,
     pub(super) deferred: Vec<Work>,
@@ -190,7 +217,8 @@ impl World {
             locks: LockTable::new(),
             ring: Ring::default(),
             oracles: Vec::new(),
-            watched: None,
+            watched: Moments::NONE,
+            touched: false,
             looking: false,
             busy: 0,
             deferred: Vec::new(),
@@ -217,7 +245,8 @@ impl World {
         (self.ready, self.unfinished, self.steps, self.switches) = (0, 0, 0, 0);
         (self.now, self.earliest, self.streak, self.dying_waits) = (0, NEVER, 0, 0);
         (self.phase, self.calm_since) = (Phase::Safety, options.safety_steps);
-        (self.watched, self.looking, self.busy) = (None, false, 0);
+        (self.watched, self.touched) = (Moments::NONE, true);
+        (self.looking, self.busy) = (false, 0);
         self.lock_waiters = 0;
         (self.current, self.next) = (HOST, None);
         (self.failure, self.panic_site) = (None, None);
@@ -254,11 +283,7 @@ impl World {
     }
 
     pub(super) fn watch(&mut self, oracle: Oracle) {
-        match oracle.when {
-            When::AtEnd => {}
-            When::EveryStep => self.watched = Some(When::EveryStep),
-            When::Quiescent => self.watched = self.watched.or(Some(When::Quiescent)),
-        }
+        self.watched.0 |= Moments::of(oracle.when).0;
         self.oracles.push(oracle);
     }
 
@@ -289,11 +314,28 @@ impl World {
         if self.steps > self.calm_since && self.is_late() {
             return Due::Death;
         }
-        match self.watched {
-            Some(When::EveryStep) => Due::Oracles,
-            Some(_) if self.busy == 0 => Due::Oracles,
-            _ => self.decide(kind),
+        match self.moments() {
+            Moments::NONE => self.decide(kind),
+            moments => Due::Oracles(moments),
         }
+    }
+
+    /// Which oracles are to look after a step.
+    #[inline]
+    pub(super) fn moments(&mut self) -> Moments {
+        let mut now = Moments::of(When::EveryStep).0;
+        if self.busy == 0 {
+            now |= Moments::of(When::Quiescent).0;
+            if self.touched {
+                now |= Moments::of(When::Changed).0;
+                self.touched = false;
+            }
+        }
+        Moments(now & self.watched.0)
+    }
+
+    pub(super) const fn touch(&mut self) {
+        self.touched = true;
     }
 
     pub(super) fn step(&mut self) {
