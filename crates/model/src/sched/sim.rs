@@ -46,7 +46,7 @@ impl Sim {
     ///
     /// # Panics
     /// When there are too many actors, or no memory for a stack.
-    pub fn spawn(&self, name: impl Into<String>, body: impl FnOnce() + 'static) {
+    pub fn spawn(&self, name: impl Into<Cow<'static, str>>, body: impl FnOnce() + 'static) {
         enter(name.into(), Duty::Required, body);
     }
 
@@ -55,7 +55,7 @@ impl Sim {
     ///
     /// # Panics
     /// As [`spawn`](Self::spawn).
-    pub fn daemon(&self, name: impl Into<String>, body: impl FnOnce() + 'static) {
+    pub fn daemon(&self, name: impl Into<Cow<'static, str>>, body: impl FnOnce() + 'static) {
         enter(name.into(), Duty::Daemon, body);
     }
 
@@ -63,7 +63,7 @@ impl Sim {
     ///
     /// # Panics
     /// As [`spawn`](Self::spawn).
-    pub fn worker(&self, name: impl Into<String>, mut run: impl FnMut(Work) + 'static) {
+    pub fn worker(&self, name: impl Into<Cow<'static, str>>, mut run: impl FnMut(Work) + 'static) {
         self.daemon(name, move || {
             while let Some(work) = stage::next_work() {
                 run(work);
@@ -89,7 +89,7 @@ impl Sim {
     }
 }
 
-fn enter(name: String, duty: Duty, body: impl FnOnce() + 'static) {
+fn enter(name: Cow<'static, str>, duty: Duty, body: impl FnOnce() + 'static) {
     let (stack, bytes) = with(|world| {
         assert!(
             matches!(world.state, State::Building | State::Running),
@@ -191,7 +191,9 @@ impl Drop for Stopping {
 fn drive(fibers: &mut Vec<Option<Fiber>>) {
     loop {
         let next = with(|world| {
-            fibers.extend(world.newborn.drain(..).map(Some));
+            if !world.newborn.is_empty() {
+                fibers.extend(world.newborn.drain(..).map(Some));
+            }
             world.current = HOST;
             let next = world.next.take();
             if let Some(next) = next {
@@ -274,7 +276,11 @@ fn conclude(abandoned: usize) -> Outcome {
             Box::new(Trouble {
                 failure: *failure,
                 tape: tape.clone().unwrap_or_default(),
-                actors: world.actors.iter().map(|a| a.name.clone()).collect(),
+                actors: world
+                    .actors
+                    .iter()
+                    .map(|actor| actor.name.to_string())
+                    .collect(),
                 events: world.ring.take(),
                 abandoned,
             })

@@ -13,6 +13,7 @@
 //!
 //! Borrows of the world are short and never last while foreign code runs.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 
 use corosensei::stack::DefaultStack;
@@ -68,7 +69,7 @@ pub(super) enum Duty {
 
 #[derive(Debug)]
 pub(super) struct Actor {
-    pub(super) name: String,
+    pub(super) name: Cow<'static, str>,
     pub(super) block: Option<Block>,
     /// When it runs again at the latest; never, where it is the maximum.
     pub(super) deadline: u64,
@@ -264,7 +265,7 @@ impl World {
     }
 
     /// Enters a new actor, which can run at once.
-    pub(super) fn enter(&mut self, name: String, duty: Duty) -> usize {
+    pub(super) fn enter(&mut self, name: Cow<'static, str>, duty: Duty) -> usize {
         let index = self.actors.len();
         assert!(
             index < ACTORS_MAX,
@@ -431,7 +432,7 @@ impl World {
 
     pub(super) fn name_of(&self, actor: usize) -> String {
         let actor = self.actors.get(actor);
-        actor.map_or_else(|| "the world".into(), |actor| actor.name.clone())
+        actor.map_or_else(|| "the world".into(), |actor| actor.name.to_string())
     }
 
     /// Reports something that the running actor did.
