@@ -213,7 +213,12 @@ impl Pct {
 
     /// Applies the change points that are due, and puts who gives way behind all others.
     fn lower(&mut self, running: usize, what: What) {
-        while self.changes.get(self.changed) == Some(&self.count) {
+        // A change that fell on a choice without a running actor is due now.
+        while self
+            .changes
+            .get(self.changed)
+            .is_some_and(|at| *at <= self.count)
+        {
             self.changed += 1;
             self.priorities[running] = CHANGED + (self.changes.len() - self.changed) as u64;
         }

@@ -217,7 +217,7 @@ fn the_search_is_complete_where_it_finds_nothing() {
 fn priorities_find_a_bug_of_depth_two_as_often_as_promised() {
     const POINTS: u32 = 20;
     // `checker` must run completely between two given steps of `worker`.
-    let build = |sim: &Sim| {
+    let build = |sim: &Sim, wanted: u32| {
         let stage = Arc::new(AtomicU32::new(0));
         let seen = Arc::clone(&stage);
         sim.spawn("worker", move || {
@@ -227,23 +227,23 @@ fn priorities_find_a_bug_of_depth_two_as_often_as_promised() {
             }
         });
         sim.spawn("checker", move || {
-            if seen.load(Ordering::Relaxed) == 13 {
-                ModelEnv.fail("seen at stage 13");
+            if seen.load(Ordering::Relaxed) == wanted {
+                ModelEnv.fail("seen at the wrong moment");
             }
         });
     };
-    let runs = 4_000;
-    let found = (0..runs)
-        .filter(|seed| {
-            go(&mut Picker::pct(*seed, 2, POINTS), build)
-                .trouble
-                .is_some()
-        })
-        .count();
+    let runs = 40_000;
+    let fails = |seed: &u32| {
+        // Neither the first step nor the last one, which are easier or cannot be met.
+        let world = |sim: &Sim| build(sim, 1 + seed % (POINTS - 2));
+        let mut picker = Picker::pct(u64::from(*seed), 2, POINTS);
+        go(&mut picker, world).trouble.is_some()
+    };
+    let found = (0..runs).filter(fails).count();
     println!("PCT, depth 2: {found} of {runs}");
-    let promised = usize::try_from(runs).expect("few") / (2 * POINTS as usize);
+    let promised = (runs / (2 * POINTS)) as usize;
     assert!(
-        found >= promised * 8 / 10,
+        found >= promised * 95 / 100,
         "{found} of {runs}, {promised} promised"
     );
 }
@@ -516,6 +516,57 @@ fn a_failed_world_is_taken_down_without_losing_exclusion() {
     });
     assert!(text(&outcome).contains("enough"));
     assert_eq!(*lock.lock(), 1);
+}
+
+/// Actors that hold, wait and let go in every possible place, until one of them fails.
+fn doomed(sim: &Sim) {
+    let locks = Rc::new([0, 1, 2].map(|_| Arc::new(Mutex::new(0))));
+    let word = Rc::new(AtomicU32::new(0));
+    for n in 0..4 {
+        let (locks, word) = (Rc::clone(&locks), Rc::clone(&word));
+        sim.spawn(format!("actor{n}"), move || {
+            for _ in 0..10 {
+                let _late = LocksLate(Arc::clone(&locks[ModelEnv.choose(3) as usize]));
+                let mut held = locks[ModelEnv.choose(3) as usize].lock();
+                *held += 1;
+                match ModelEnv.choose(5) {
+                    0 if ModelEnv.random().is_multiple_of(2) => panic!("doomed"),
+                    0 => ModelEnv.fail("doomed"),
+                    1 => ModelEnv.sleep_until(Environment::now(&ModelEnv).after(Ns(20))),
+                    2 => Environment::wake(&ModelEnv, &word),
+                    3 => Park::wait(&ModelEnv, &word, 0, Some(30)),
+                    _ => *locks[ModelEnv.choose(3) as usize].lock() += 1,
+                }
+            }
+        });
+    }
+    sim.daemon("server", || {
+        while ModelEnv.idle(&AtomicU32::new(0), 0) == Life::Goes {}
+    });
+}
+
+#[test]
+fn failed_worlds_end_wherever_their_actors_are() {
+    keep_panics_quiet();
+    let mut kinds = std::collections::BTreeMap::new();
+    for seed in 0..3_000 {
+        let options = Options {
+            seed,
+            lock_rules: LockRules::Ignore,
+            ..Options::default()
+        };
+        let trouble = run(&options, &mut Picker::swarm(seed), doomed).trouble;
+        let Some(trouble) = trouble else { continue };
+        assert_eq!(trouble.abandoned, 0, "{trouble}");
+        *kinds.entry(trouble.failure.kind.to_string()).or_insert(0) += 1;
+        let again = replay(&options, &trouble.tape, doomed);
+        assert_eq!(Some(again.hash), trouble.tape.hash);
+    }
+    println!("{kinds:?}");
+    assert!(
+        kinds.len() == 3,
+        "violations, panics and deadlocks: {kinds:?}"
+    );
 }
 
 #[test]
