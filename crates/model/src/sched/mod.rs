@@ -57,6 +57,8 @@ mod stage;
 mod tape;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_locks;
 mod trace;
 mod world;
 

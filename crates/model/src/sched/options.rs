@@ -146,6 +146,9 @@ pub struct Options {
     pub calm_steps: u64,
     /// Virtual time that a step takes.
     pub tick: Ns,
+    /// Once in so many points, time jumps to the next deadline although somebody can run: slow
+    /// machines exist. 0: never.
+    pub jump_one_in: u32,
     /// Events that are kept.
     pub events: usize,
     /// Whether events keep their texts.
@@ -171,6 +174,7 @@ impl Default for Options {
             safety_steps: 50_000,
             calm_steps: 50_000,
             tick: Ns(1),
+            jump_one_in: 0,
             events: 64,
             texts: Texts::Dropped,
             keep_tape: KeepTape::OnFailure,

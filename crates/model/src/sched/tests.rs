@@ -10,12 +10,12 @@ use gpusvm_abi::bus::Park;
 use proptest::prelude::*;
 
 use super::{
-    Chaos, Dfs, Explorer, FailureKind, Fate, KeepTape, Kind, Life, LockRules, ModelEnv, ModelMutex,
-    Options, Outcome, Phase, Picker, Points, Rank, Sim, Tape, Texts, Verdict, When,
-    keep_panics_quiet, replay, run, shrink,
+    Chaos, Dfs, Explorer, Fate, KeepTape, Kind, Life, LockRules, ModelEnv, ModelMutex, Options,
+    Outcome, Phase, Picker, Points, Sim, Tape, Texts, Verdict, When, keep_panics_quiet, replay,
+    run, shrink,
 };
 
-type Mutex<T> = lock_api::Mutex<ModelMutex, T>;
+pub(super) type Mutex<T> = lock_api::Mutex<ModelMutex, T>;
 
 fn options() -> Options {
     Options {
@@ -24,12 +24,12 @@ fn options() -> Options {
     }
 }
 
-fn go(picker: &mut Picker, build: impl FnOnce(&Sim)) -> Outcome {
+pub(super) fn go(picker: &mut Picker, build: impl FnOnce(&Sim)) -> Outcome {
     keep_panics_quiet();
     run(&options(), picker, build)
 }
 
-fn text(outcome: &Outcome) -> String {
+pub(super) fn text(outcome: &Outcome) -> String {
     let trouble = outcome.trouble.as_ref().expect("the world fails");
     assert_eq!(trouble.abandoned, 0);
     trouble.failure.to_string()
@@ -249,126 +249,6 @@ fn priorities_find_a_bug_of_depth_two_as_often_as_promised() {
 }
 
 #[test]
-fn a_deadlock_is_told_by_name() {
-    let build = |sim: &Sim| {
-        let locks = Arc::new((Mutex::new(0), Mutex::new(0)));
-        sim.name_locks(&locks.0, "left", Rank::VM);
-        sim.name_locks(&locks.1, "right", Rank::VRAM);
-        let (a, b) = (Arc::clone(&locks), locks);
-        sim.spawn("cpu", move || {
-            let _left = a.0.lock();
-            let _right = a.1.lock();
-        });
-        sim.spawn("gpu", move || {
-            let _right = b.1.lock();
-            let _left = b.0.lock();
-        });
-    };
-    let explorer = Explorer {
-        options: Options {
-            lock_rules: LockRules::Ignore,
-            ..Options::default()
-        },
-        picker: Picker::uniform,
-        threads: 1,
-        build,
-    };
-    let summary = explorer.run_seeds(0..1000, &|_| {});
-    let (_, trouble) = summary.failure.expect("they meet");
-    assert_eq!(trouble.failure.kind, FailureKind::Deadlock);
-    assert_eq!(trouble.abandoned, 0);
-    let told = &trouble.failure.text;
-    assert!(told.contains("cpu waits for `right`"), "{told}");
-    assert!(told.contains("held by gpu, taken at tests.rs:"), "{told}");
-    assert!(told.contains("gpu waits for `left`"), "{told}");
-}
-
-#[test]
-fn a_wake_up_that_never_comes_is_a_deadlock() {
-    let word = Arc::new(AtomicU32::new(0));
-    let outcome = go(&mut Picker::uniform(1), |sim| {
-        sim.name_locks(&*word, "ended", Rank::LEAF);
-        let word = Arc::clone(&word);
-        sim.spawn("reader", move || Environment::wait(&ModelEnv, &word, 0));
-    });
-    let told = text(&outcome);
-    assert!(told.starts_with("deadlock"), "{told}");
-    assert!(
-        told.contains("reader waits for a word in `ended`"),
-        "{told}"
-    );
-}
-
-#[test]
-fn a_lock_taken_twice_is_a_deadlock() {
-    let outcome = go(&mut Picker::uniform(1), |sim| {
-        let lock = Mutex::new(());
-        sim.spawn("one", move || {
-            let _first = lock.lock();
-            let _second = lock.lock();
-        });
-    });
-    let told = text(&outcome);
-    assert!(told.contains("held by one"), "{told}");
-}
-
-fn two_locks(name: [&'static str; 2], rank: [Rank; 2]) -> impl Fn(&Sim) {
-    move |sim: &Sim| {
-        let locks = Arc::new((Mutex::new(0), Mutex::new(0)));
-        if !name[0].is_empty() {
-            sim.name_locks(&locks.0, name[0], rank[0]);
-            sim.name_locks(&locks.1, name[1], rank[1]);
-        }
-        let other = Arc::clone(&locks);
-        sim.spawn("first", move || {
-            let _left = locks.0.lock();
-            let _right = locks.1.lock();
-        });
-        sim.spawn("second", move || {
-            let _right = other.1.lock();
-            let _left = other.0.lock();
-        });
-    }
-}
-
-#[test]
-fn ranks_are_checked_in_worlds_that_do_not_deadlock() {
-    let build = two_locks(["vm", "notifier"], [Rank::VM, Rank::NOTIFIER]);
-    let outcome = go(&mut Picker::playback(&[]), build);
-    let told = text(&outcome);
-    assert!(
-        told.contains("second: takes `vm` (rank 10)") && told.contains("holds `notifier`"),
-        "{told}"
-    );
-}
-
-#[test]
-fn orders_of_locks_without_names_are_checked_too() {
-    let outcome = go(
-        &mut Picker::playback(&[]),
-        two_locks(["", ""], [Rank::VM; 2]),
-    );
-    let told = text(&outcome);
-    assert!(told.starts_with("lock order"), "{told}");
-    assert!(told.contains("elsewhere the order is"), "{told}");
-}
-
-#[test]
-fn no_lock_but_the_outermost_is_held_while_sleeping() {
-    for (rank, fails) in [(Rank::VM, false), (Rank::NOTIFIER, true)] {
-        let outcome = go(&mut Picker::uniform(1), |sim| {
-            let lock = Arc::new(Mutex::new(()));
-            sim.name_locks(&*lock, "lock", rank);
-            sim.spawn("sleeper", move || {
-                let _held = lock.lock();
-                ModelEnv.sleep_until(Ns(1000));
-            });
-        });
-        assert_eq!(outcome.trouble.is_some(), fails);
-    }
-}
-
-#[test]
 fn time_goes_to_the_next_deadline_when_all_sleep() {
     let seen = Rc::new(RefCell::new(Vec::new()));
     let outcome = go(&mut Picker::uniform(1), |sim| {
@@ -383,6 +263,35 @@ fn time_goes_to_the_next_deadline_when_all_sleep() {
     assert!(outcome.trouble.is_none());
     assert_eq!(*seen.borrow(), [1, 2, 3]);
     assert!(outcome.time >= Ns(3_000_000) && outcome.time < Ns(3_001_000));
+}
+
+#[test]
+fn time_may_jump_while_somebody_runs() {
+    let slept_through = |jump_one_in| {
+        let options = Options {
+            jump_one_in,
+            ..Options::default()
+        };
+        let steps = Rc::new(Cell::new(0));
+        let (counted, seen) = (Rc::clone(&steps), Rc::new(Cell::new(0)));
+        let shown = Rc::clone(&seen);
+        let outcome = run(&options, &mut Picker::uniform(1), |sim| {
+            sim.spawn("sleeper", move || {
+                ModelEnv.sleep_until(Ns(1_000_000));
+                seen.set(steps.get());
+            });
+            sim.spawn("runner", move || {
+                for step in 1..=100 {
+                    counted.set(step);
+                    ModelEnv.point(Kind::Other);
+                }
+            });
+        });
+        assert!(outcome.trouble.is_none());
+        shown.get()
+    };
+    assert_eq!(slept_through(0), 100);
+    assert!(slept_through(4) < 100);
 }
 
 #[test]
@@ -672,39 +581,6 @@ fn the_summary_is_the_same_on_any_number_of_threads() {
         (summary.worlds, summary.steps, summary.hash)
     };
     assert_eq!(summary(1), summary(3));
-}
-
-#[test]
-fn opposite_orders_in_different_worlds_are_told() {
-    let build = |sim: &Sim| {
-        let locks = Arc::new((Mutex::new(0), Mutex::new(0)));
-        sim.name_locks(&locks.0, "left", Rank(1));
-        sim.name_locks(&locks.1, "right", Rank(1));
-        let turned = sim.seed() % 2 == 1;
-        sim.spawn("one", move || {
-            let (a, b) = if turned {
-                (&locks.1, &locks.0)
-            } else {
-                (&locks.0, &locks.1)
-            };
-            let _outer = a.lock();
-            let _inner = b.lock();
-        });
-    };
-    let explorer = Explorer {
-        options: Options {
-            scenario: "opposite orders".into(),
-            lock_rules: LockRules::Ignore,
-            ..Options::default()
-        },
-        picker: Picker::uniform,
-        threads: 1,
-        build,
-    };
-    let summary = explorer.run_seeds(0..4, &|_| {});
-    assert!(summary.failure.is_none());
-    assert_eq!(summary.lock_cycles.len(), 1, "{summary}");
-    assert!(summary.to_string().contains("`left`"), "{summary}");
 }
 
 #[test]

@@ -373,8 +373,7 @@ impl World {
     /// Chooses who goes on after a point that the running actor could pass.
     #[inline]
     pub(super) fn decide(&mut self, kind: Kind) -> Due {
-        if kind == Kind::Spin && self.ready.count_ones() < 2 && self.earliest != NEVER {
-            // It can only wait for a sleeper.
+        if self.earliest != NEVER && self.time_jumps(kind) {
             self.now = self.now.max(self.earliest);
             self.wake_sleepers();
         }
@@ -399,6 +398,17 @@ impl World {
         }
         self.next = Some(chosen);
         Due::Switch
+    }
+
+    /// Whether the next sleeper wakes now, before its time has come step by step.
+    fn time_jumps(&mut self, kind: Kind) -> bool {
+        if kind == Kind::Spin && self.ready.count_ones() < 2 {
+            // Who spins can only wait for the sleeper.
+            return true;
+        }
+        let one_in = self.options.jump_one_in;
+        let nobody = Candidates { ready: 0, first: 0 };
+        one_in != 0 && self.choose(2, What::Rare(one_in), nobody) != 0
     }
 
     pub(super) fn pick_actor(&mut self, n: u32, what: What, among: Candidates) -> usize {
