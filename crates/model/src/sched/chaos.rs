@@ -1,0 +1,45 @@
+//! What fails or comes late, to see what the others make of it.
+
+use crate::sched::options::Chaos;
+use crate::sched::pick::{Candidates, What};
+use crate::sched::world::{Phase, World};
+
+/// What chaos wants of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It goes on.
+    Go,
+    /// It fails, in a way that its caller must expect.
+    Fail,
+}
+
+impl World {
+    /// One answer of chaos at a site.
+    pub(super) fn chaos(&mut self, site: &'static str, n: u32) -> u32 {
+        if self.phase() == Phase::Liveness || !self.is_live() {
+            return 0;
+        }
+        let nobody = Candidates { ready: 0, first: 0 };
+        match self.options.chaos {
+            Chaos::Off => 0,
+            Chaos::OneIn(one_in) => self.choose(n, What::Rare(one_in), nobody),
+            Chaos::Nth {
+                site: ref wanted,
+                n: nth,
+            } => {
+                let hit = *wanted == site && self.visits(site) == nth;
+                u32::from(hit)
+            }
+        }
+    }
+
+    /// Counts a visit of a chaos site; how many there were before.
+    fn visits(&mut self, site: &'static str) -> u32 {
+        if let Some((_, visits)) = self.chaos_sites.iter_mut().find(|(name, _)| *name == site) {
+            *visits += 1;
+            return *visits - 1;
+        }
+        self.chaos_sites.push((site, 1));
+        0
+    }
+}
