@@ -9,12 +9,13 @@ use std::process::Command;
 use gpusvm_tests::{Source, functions, root, skipped, sources, walk};
 
 /// Folder of each crate, and which of ours it may use.
-const CRATES: [(&str, &str, &[&str]); 8] = [
+const CRATES: [(&str, &str, &[&str]); 9] = [
     ("core", "gpusvm", &[]),
     ("abi", "gpusvm-abi", &[]),
     ("softgpu", "gpusvm-softgpu", &["gpusvm-abi"]),
     ("xe", "gpusvm-xe", &["gpusvm", "gpusvm-abi"]),
     ("live", "gpusvm-live", &["gpusvm", "gpusvm-abi"]),
+    ("model", "gpusvm-model", &["gpusvm", "gpusvm-abi"]),
     (
         "cli",
         "gpusvm-cli",
@@ -52,7 +53,7 @@ const CRATES: [(&str, &str, &[&str]); 8] = [
     ),
 ];
 const NO_STD: [&str; 4] = ["core", "abi", "softgpu", "xe"];
-const NO_UNSAFE: [&str; 5] = ["core", "abi", "softgpu", "xe", "cli"];
+const NO_UNSAFE: [&str; 6] = ["core", "abi", "softgpu", "xe", "model", "cli"];
 const DOCUMENTS: [&str; 5] = [
     "README.md",
     "ARCHITECTURE.md",
