@@ -53,6 +53,10 @@ pub enum Point {
     BeforeFinalize,
     /// A retry loop starts over.
     Retry,
+    /// Inside a host that is written in steps: between two changes of a CPU page table.
+    PteWrite,
+    /// Inside a host that is written in steps: a lock of its own is about to be taken.
+    HostLock,
 }
 
 /// Clock, randomness, locks, waiting and deferred work of one instance.
@@ -81,7 +85,8 @@ pub trait Environment: Send + Sync + 'static {
     /// allocate, sleep or call back. Asking again before it ran is one request.
     fn defer(&self, work: Work);
 
-    /// Lets another actor run. Called with no lock held but `vm`.
+    /// Lets another actor run. Called with no lock held but `vm`, and at [`Point::PteWrite`] such
+    /// locks of the host as are waited for by [`wait`](Self::wait).
     fn yield_point(&self, _at: Point) {}
 
     /// Whether a known bug is re-introduced. Only test worlds answer yes.

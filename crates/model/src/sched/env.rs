@@ -196,6 +196,8 @@ impl Environment for ModelEnv {
             | Point::BeforeCommit
             | Point::AfterCollect
             | Point::BeforeFinalize => Kind::Seam,
+            Point::PteWrite => Kind::Pte,
+            Point::HostLock => Kind::Lock,
         });
     }
 }

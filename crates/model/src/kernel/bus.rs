@@ -1,0 +1,191 @@
+//! [`Bus`]: how a device reaches host memory. Every frame has a bus address; an access to a frame
+//! that nobody has is refused and noted, as by an IOMMU that traps use after unmap.
+
+use core::fmt;
+use std::sync::Arc;
+
+use gpusvm::addr::{BusAddr, PAGE};
+use gpusvm::seam::env::Environment;
+use gpusvm::seam::mm::Access;
+use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus};
+
+use crate::kernel::Kernel;
+use crate::mm::Machine;
+use crate::mm::around::Around;
+use crate::mm::memory::FrameId;
+
+/// Bus address of frame 0. Nothing answers below it.
+const FIRST: u64 = 1 << 32;
+
+/// Bus address of the page of zeros, which may only be read.
+pub const ZERO_PAGE: BusAddr = BusAddr::new(FIRST - PAGE);
+
+/// What a device did that it must not do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Violation {
+    /// It used the address of a page that nobody has any more.
+    UseAfterFree(BusAddr),
+    /// It used an address at which there never was a page.
+    NoMemory(BusAddr),
+    /// It wrote to the page of zeros.
+    WroteZeroPage(BusAddr),
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::UseAfterFree(at) => write!(f, "a device used the freed page at bus address {at}"),
+            Self::WroteZeroPage(at) => write!(f, "a device wrote to the page of zeros at {at}"),
+            Self::NoMemory(at) => write!(f, "a device used bus address {at}, where nothing is"),
+        }
+    }
+}
+
+/// The bus of a machine.
+pub struct Bus<E: Environment>(Arc<Kernel<E>>);
+
+impl<E: Environment> fmt::Debug for Bus<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bus").finish_non_exhaustive()
+    }
+}
+
+impl<E: Environment> Bus<E> {
+    /// The bus of `kernel`.
+    #[must_use]
+    pub const fn new(kernel: Arc<Kernel<E>>) -> Self {
+        Self(kernel)
+    }
+
+    /// Runs `act` for every piece of `[address, address + len)` that lies in one page, with the
+    /// offset of the piece in the whole and in the page.
+    fn pieces(
+        &self,
+        address: u64,
+        len: usize,
+        access: Access,
+        mut act: impl FnMut(&mut Machine, Option<FrameId>, Piece),
+    ) -> Result<(), BusError> {
+        let mut done = 0;
+        while done < len {
+            let at = address + done as u64;
+            let offset = usize::try_from(at % PAGE).unwrap_or(0);
+            let whole = usize::try_from(PAGE).unwrap_or(4096);
+            let piece = Piece {
+                done,
+                offset,
+                len: (whole - offset).min(len - done),
+            };
+            self.in_page(at, access, |mm, frame| act(mm, frame, piece))?;
+            done += piece.len;
+        }
+        Ok(())
+    }
+
+    /// Runs `act` on the page at a bus address.
+    fn in_page<R>(
+        &self,
+        address: u64,
+        access: Access,
+        act: impl FnOnce(&mut Machine, Option<FrameId>) -> R,
+    ) -> Result<R, BusError> {
+        let done = self.0.with(|mm| match frame_at(mm, address, access) {
+            Ok(frame) => Ok(act(mm, frame)),
+            Err(violation) => Err(violation),
+        });
+        done.map_err(|violation| {
+            self.0.violations.lock().push(violation);
+            BusError { address }
+        })
+    }
+}
+
+/// A piece of an access inside one page.
+#[derive(Clone, Copy)]
+struct Piece {
+    done: usize,
+    offset: usize,
+    len: usize,
+}
+
+/// The bus address of a frame of host memory.
+#[must_use]
+pub fn address_of(frame: FrameId) -> BusAddr {
+    BusAddr::new(FIRST + u64::from(frame.0) * PAGE)
+}
+
+/// The frame at a bus address; `None` for the page of zeros.
+fn frame_at(mm: &Machine, address: u64, access: Access) -> Result<Option<FrameId>, Violation> {
+    let at = BusAddr::new(address);
+    if at.align_down(PAGE) == ZERO_PAGE {
+        return match access {
+            Access::Read => Ok(None),
+            Access::Write => Err(Violation::WroteZeroPage(at)),
+        };
+    }
+    let none = Violation::NoMemory(at);
+    let offset = address.checked_sub(FIRST).ok_or(none)?;
+    let frame = u32::try_from(offset / PAGE).map_err(|_far| none)?;
+    if frame >= mm.memory().host_frames() {
+        return Err(none);
+    }
+    if mm.memory().is_free(FrameId(frame)) {
+        return Err(Violation::UseAfterFree(at));
+    }
+    Ok(Some(FrameId(frame)))
+}
+
+/// Reads bytes of a page; those behind the words that a page has are zero.
+fn read_page(mm: &Machine, frame: Option<FrameId>, offset: usize, dst: &mut [u8]) {
+    let words = frame.map_or(&[][..], |frame| mm.memory().content(frame));
+    for (n, byte) in dst.iter_mut().enumerate() {
+        let at = offset + n;
+        *byte = words
+            .get(at / 8)
+            .map_or(0, |word| word.to_ne_bytes()[at % 8]);
+    }
+}
+
+/// Writes bytes of a page; those behind the words that a page has are dropped.
+fn write_page(mm: &mut Machine, frame: Option<FrameId>, offset: usize, src: &[u8]) {
+    let Some(frame) = frame else { return };
+    let words = mm.memory.content_mut(frame);
+    for (n, byte) in src.iter().enumerate() {
+        let at = offset + n;
+        if let Some(word) = words.get_mut(at / 8) {
+            let mut bytes = word.to_ne_bytes();
+            bytes[at % 8] = *byte;
+            *word = u64::from_ne_bytes(bytes);
+        }
+    }
+}
+
+impl<E: Environment> SystemBus for Bus<E> {
+    fn read(&self, address: u64, dst: &mut [u8]) -> Result<(), BusError> {
+        let len = dst.len();
+        self.pieces(address, len, Access::Read, |mm, frame, piece| {
+            let part = &mut dst[piece.done..piece.done + piece.len];
+            read_page(mm, frame, piece.offset, part);
+        })
+    }
+
+    fn write(&self, address: u64, src: &[u8]) -> Result<(), BusError> {
+        self.pieces(address, src.len(), Access::Write, |mm, frame, piece| {
+            let part = &src[piece.done..piece.done + piece.len];
+            write_page(mm, frame, piece.offset, part);
+        })
+    }
+
+    fn atomic(&self, address: u64, op: AtomicOp) -> Result<u64, BusError> {
+        let word = usize::try_from(address % PAGE / 8).unwrap_or(0);
+        self.in_page(address, Access::Write, |mm, frame| {
+            let words = frame.map(|frame| mm.memory.content_mut(frame));
+            let Some(word) = words.and_then(|words| words.get_mut(word)) else {
+                return 0;
+            };
+            let old = *word;
+            *word = op.apply(old);
+            old
+        })
+    }
+}

@@ -1,0 +1,255 @@
+//! What a program does in its process: system calls, loads and stores; and what the system does to
+//! it: reclaim, merging, memory errors.
+
+use std::sync::Arc;
+
+use gpusvm::addr::{HostSpan, HostVa, PAGE};
+use gpusvm::error::Failed;
+use gpusvm::seam::env::Environment;
+use gpusvm::seam::mm::{Access, InvalidateReason};
+use gpusvm_abi::bus::AtomicOp;
+
+use crate::kernel::space::ModelSpace;
+use crate::mm::around::{Around, MmapLock};
+use crate::mm::entry::Entry;
+use crate::mm::errno::{Errno, Signal};
+use crate::mm::fault::{Hit, fault};
+use crate::mm::flags::Prot;
+use crate::mm::map::{Map, split_blocks};
+use crate::mm::memory::FrameId;
+use crate::mm::remap::Remap;
+use crate::mm::{Pages, advise, fork, ksm, map, protect, reclaim, remap};
+
+impl<E: Environment> ModelSpace<E> {
+    /// `mmap`.
+    ///
+    /// # Errors
+    /// As the system call.
+    pub fn mmap(&self, map: &Map) -> Result<HostVa, Errno> {
+        map::mmap(&*self.kernel, self.pid, map)
+    }
+
+    /// `munmap`.
+    ///
+    /// # Errors
+    /// As the system call.
+    pub fn munmap(&self, at: HostVa, len: u64) -> Result<(), Errno> {
+        map::munmap(&*self.kernel, self.pid, at, len)
+    }
+
+    /// `mprotect`.
+    ///
+    /// # Errors
+    /// As the system call.
+    pub fn mprotect(&self, at: HostVa, len: u64, prot: Prot) -> Result<(), Errno> {
+        protect::mprotect(&*self.kernel, self.pid, at, len, prot)
+    }
+
+    /// `mremap`.
+    ///
+    /// # Errors
+    /// As the system call.
+    pub fn mremap(&self, remap: &Remap) -> Result<HostVa, Errno> {
+        remap::mremap(&*self.kernel, self.pid, remap)
+    }
+
+    /// `madvise`, by the number of the advice.
+    ///
+    /// # Errors
+    /// As the system call.
+    pub fn madvise(&self, at: HostVa, len: u64, advice: i32) -> Result<(), Errno> {
+        advise::madvise(&*self.kernel, self.pid, at, len, advice)
+    }
+
+    /// `process_madvise` of the process itself.
+    ///
+    /// # Errors
+    /// As the system call.
+    pub fn process_madvise(&self, spans: &[HostSpan], advice: i32) -> Result<u64, Errno> {
+        advise::process_madvise(&*self.kernel, self.pid, spans, advice)
+    }
+
+    /// `mlock`.
+    ///
+    /// # Errors
+    /// As the system call.
+    pub fn mlock(&self, at: HostVa, len: u64) -> Result<(), Errno> {
+        protect::mlock(&*self.kernel, self.pid, at, len)
+    }
+
+    /// `munlock`.
+    ///
+    /// # Errors
+    /// As the system call.
+    pub fn munlock(&self, at: HostVa, len: u64) -> Result<(), Errno> {
+        protect::munlock(&*self.kernel, self.pid, at, len)
+    }
+
+    /// `fork`: the child's address space.
+    ///
+    /// # Errors
+    /// As the system call.
+    pub fn fork(&self) -> Result<Arc<Self>, Errno> {
+        let child = fork::fork(&*self.kernel, self.pid)?;
+        Ok(Self::of(&self.kernel, child))
+    }
+
+    /// The process ends: its memory goes.
+    pub fn exit(&self) {
+        fork::exit(&*self.kernel, self.pid);
+    }
+
+    /// Clears soft-dirty bits (`clear_refs`).
+    pub fn clear_soft_dirty(&self) {
+        protect::clear_soft_dirty(&*self.kernel, self.pid);
+    }
+
+    /// Loads the word at `at`, which is 8-byte aligned.
+    ///
+    /// # Errors
+    /// The signal that the thread gets.
+    pub fn load(&self, at: HostVa) -> Result<u64, Signal> {
+        self.touch(at, Access::Read, |word| *word)
+    }
+
+    /// Stores the word at `at`, which is 8-byte aligned.
+    ///
+    /// # Errors
+    /// The signal that the thread gets.
+    pub fn store(&self, at: HostVa, value: u64) -> Result<(), Signal> {
+        self.touch(at, Access::Write, |word| *word = value)
+    }
+
+    /// Updates the word at `at` and returns what it was.
+    ///
+    /// # Errors
+    /// The signal that the thread gets.
+    pub fn atomic(&self, at: HostVa, op: AtomicOp) -> Result<u64, Signal> {
+        self.touch(at, Access::Write, |word| {
+            let old = *word;
+            *word = op.apply(old);
+            old
+        })
+    }
+
+    /// Makes an access, faulting until it can be made. A word that pages of this machine do not
+    /// have reads as zero.
+    fn touch<R>(
+        &self,
+        at: HostVa,
+        access: Access,
+        act: impl FnOnce(&mut u64) -> R,
+    ) -> Result<R, Signal> {
+        let word = usize::try_from(at.get() % PAGE / 8).unwrap_or(0);
+        let page = self
+            .kernel
+            .look(|mm| mm.shape().page(at))
+            .ok_or(Signal::Segv)?;
+        let mut act = Some(act);
+        loop {
+            let done = self.kernel.with(|mm| {
+                let hit = mm.access(self.pid, page, access)?;
+                let act = act.take()?;
+                let words = match hit {
+                    Hit::Frame(frame) => mm.memory.content_mut(frame),
+                    Hit::Zero => &mut [],
+                };
+                Some(act(words.get_mut(word).unwrap_or(&mut 0)))
+            });
+            match done {
+                Some(result) => return Ok(result),
+                None => fault(&*self.kernel, self.pid, page, access)?,
+            }
+        }
+    }
+
+    /// Reclaims the page at `at`, whoever else maps it. Returns whether it is free.
+    #[must_use]
+    pub fn reclaim(&self, at: HostVa) -> bool {
+        let frame = self.present(at);
+        frame.is_some_and(|frame| reclaim::reclaim(&*self.kernel, frame))
+    }
+
+    /// Has a memory error in the page at `at`.
+    pub fn poison(&self, at: HostVa) {
+        if let Some(frame) = self.present(at) {
+            reclaim::poison(&*self.kernel, frame);
+        }
+    }
+
+    /// Merges the page at `first` with the one at `second` of another process or this one.
+    #[must_use]
+    pub fn merge(&self, first: HostVa, other: &Self, second: HostVa) -> bool {
+        let page = |at| self.kernel.look(|mm| mm.shape().page(at));
+        match (page(first), page(second)) {
+            (Some(a), Some(b)) => ksm::merge(&*self.kernel, (self.pid, a), (other.pid, b)),
+            (Some(_) | None, _) => false,
+        }
+    }
+
+    /// Pins the page at `at`.
+    ///
+    /// # Errors
+    /// The signal that the access would raise.
+    pub fn pin(&self, at: HostVa, access: Access) -> Result<FrameId, Signal> {
+        let page = self
+            .kernel
+            .look(|mm| mm.shape().page(at))
+            .ok_or(Signal::Segv)?;
+        reclaim::pin(&*self.kernel, self.pid, page, access)
+    }
+
+    /// Ends a pin.
+    pub fn unpin(&self, frame: FrameId) {
+        reclaim::unpin(&*self.kernel, frame);
+    }
+
+    /// The frame of the page at `at`, if it is present.
+    fn present(&self, at: HostVa) -> Option<FrameId> {
+        self.kernel.look(|mm| {
+            let page = mm.shape().page(at)?;
+            let entry = mm.entry(self.pid, page);
+            entry
+                .mapped_frame()
+                .filter(|frame| !mm.memory().is_device(*frame))
+        })
+    }
+
+    /// Gives the page at `at` to a device alone, for atomics on host memory; the next access by a
+    /// CPU takes it back. Returns whether it worked: the page must be private anonymous memory.
+    ///
+    /// # Errors
+    /// The page cannot be written.
+    pub fn make_device_exclusive(&self, at: HostVa) -> Result<bool, Failed> {
+        let page = self
+            .kernel
+            .look(|mm| mm.shape().page(at))
+            .ok_or(Failed::NoVma(at))?;
+        let kernel = &*self.kernel;
+        fault(kernel, self.pid, page, Access::Write).map_err(|_signal| Failed::BadPage(at))?;
+        let _lock = MmapLock::read(kernel, self.pid);
+        split_blocks(kernel, self.pid, Pages::one(page));
+        let open = kernel.open(self.pid, Pages::one(page), InvalidateReason::Clear);
+        kernel.step();
+        let made = kernel.with(|mm| mm.make_exclusive(self.pid, page));
+        kernel.close(self.pid, open);
+        Ok(made)
+    }
+
+    /// The entry of the page at `at`.
+    #[must_use]
+    pub fn entry(&self, at: HostVa) -> Option<Entry> {
+        self.kernel
+            .look(|mm| Some(mm.entry(self.pid, mm.shape().page(at)?)))
+    }
+
+    /// The pagemap word of the page at `at`.
+    #[must_use]
+    pub fn pagemap(&self, at: HostVa) -> u64 {
+        self.kernel.look(|mm| {
+            mm.shape()
+                .page(at)
+                .map_or(0, |page| mm.pagemap(self.pid, page))
+        })
+    }
+}

@@ -1,0 +1,5 @@
+//! A machine at work, with a toy device memory.
+
+mod test_bench;
+mod test_random;
+mod test_space;

@@ -1,0 +1,259 @@
+//! An environment of real threads, and a device memory of one word per page.
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use gpusvm::addr::{HostSpan, HostVa, PAGE, PageCount, VramAddr, VramSpan};
+use gpusvm::error::Interrupted;
+use gpusvm::event::HomeCause;
+use gpusvm::mmu::{Interval, Seq};
+use gpusvm::seam::copy::{CopyMove, CopyWith};
+use gpusvm::seam::env::{Environment, Ns, Point, Work};
+use gpusvm::seam::mm::{
+    AddressSpace, AllocationId, AllocationRef, CpuFaultOutcome, CpuFaultSink, DeviceAllocation,
+    InvalidateReason, InvalidationSink, MigrateTo, MigrationSet, PagemapId,
+};
+use gpusvm_abi::bus::SystemBus;
+
+use crate::kernel::bus::Bus;
+use crate::kernel::{Kernel, ModelSpace};
+use crate::mm::Shape;
+use crate::mm::flags::VmFlags;
+use crate::mm::map::{Map, Place, What};
+
+pub(super) const RW: VmFlags = VmFlags::READ.with(VmFlags::WRITE);
+
+type Hook = Box<dyn FnOnce() + Send>;
+
+/// Waits by yielding; runs a hook at a switch point.
+#[derive(Default)]
+pub(super) struct TestEnv {
+    hook: Mutex<Option<(Point, Hook)>>,
+    yields: AtomicU64,
+}
+
+impl TestEnv {
+    /// Runs `hook` at the next switch point of this kind.
+    pub(super) fn at(&self, point: Point, hook: impl FnOnce() + Send + 'static) {
+        *self.hook.lock().expect("no panics") = Some((point, Box::new(hook)));
+    }
+}
+
+impl Environment for TestEnv {
+    type RawMutex = parking_lot::RawMutex;
+
+    fn now(&self) -> Ns {
+        Ns(self.yields.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn random(&self) -> u64 {
+        self.yields.load(Ordering::Relaxed)
+    }
+
+    fn wait(&self, word: &AtomicU32, seen: u32) {
+        while word.load(Ordering::Acquire) == seen {
+            std::thread::yield_now();
+        }
+    }
+
+    fn wake(&self, _word: &AtomicU32) {}
+
+    fn sleep_until(&self, _deadline: Ns) {}
+
+    fn defer(&self, _work: Work) {}
+
+    fn yield_point(&self, at: Point) {
+        let mut slot = self.hook.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = slot.take_if(|(point, _)| *point == at);
+        drop(slot);
+        if let Some((_, hook)) = due {
+            hook();
+        }
+    }
+}
+
+pub(super) type TestSpace = ModelSpace<TestEnv>;
+
+/// A machine, its first process, its bus, and device memory.
+pub(super) struct Bench {
+    pub(super) env: Arc<TestEnv>,
+    pub(super) kernel: Arc<Kernel<TestEnv>>,
+    pub(super) space: Arc<TestSpace>,
+    pub(super) vram: Arc<Mutex<Vec<u64>>>,
+    next: AtomicU64,
+}
+
+impl Bench {
+    pub(super) fn new() -> Self {
+        let env = Arc::new(TestEnv::default());
+        let kernel = Kernel::new(Arc::clone(&env), Shape::default());
+        Self {
+            space: ModelSpace::first(&kernel),
+            env,
+            kernel,
+            vram: Arc::new(Mutex::new(vec![0; 1 << 16])),
+            next: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn at(&self, page: u32) -> HostVa {
+        Shape::default().address(page)
+    }
+
+    pub(super) fn span(&self, page: u32, pages: u32) -> HostSpan {
+        HostSpan::at(self.at(page), u64::from(pages) * PAGE)
+    }
+
+    pub(super) fn map(&self, page: u32, pages: u32) {
+        let map = Map {
+            place: Place::Fixed(self.at(page)),
+            len: u64::from(pages) * PAGE,
+            prot: RW,
+            what: What::Private,
+            extra: VmFlags::NONE,
+        };
+        self.space.mmap(&map).expect("inside");
+    }
+
+    pub(super) fn store(&self, page: u32, value: u64) {
+        self.space.store(self.at(page), value).expect("writable");
+    }
+
+    pub(super) fn load(&self, page: u32) -> u64 {
+        self.space.load(self.at(page)).expect("readable")
+    }
+
+    /// An allocation for `span`.
+    pub(super) fn allocation(&self, span: HostSpan) -> Arc<Toy> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        Arc::new(Toy {
+            kernel: Arc::downgrade(&self.kernel),
+            vram: Arc::clone(&self.vram),
+            id,
+            origin: span,
+        })
+    }
+
+    /// Sends a span to the device. Returns the pages that moved, and the allocation.
+    pub(super) fn send(&self, span: HostSpan) -> Result<(PageCount, Weak<Toy>), Interrupted> {
+        self.send_with(span, || ())
+    }
+
+    /// Does something between isolating and finalizing.
+    pub(super) fn send_with(
+        &self,
+        span: HostSpan,
+        between: impl FnOnce(),
+    ) -> Result<(PageCount, Weak<Toy>), Interrupted> {
+        let toy = self.allocation(span);
+        let weak = Arc::downgrade(&toy);
+        let set = self.space.migrate_begin(
+            span,
+            MigrateTo::Device {
+                allocation: toy,
+                aperture: None,
+            },
+        )?;
+        copy(&self.kernel, &self.vram, set.moves());
+        between();
+        Ok((set.finalize(), weak))
+    }
+
+    /// Checks that nothing is wrong.
+    pub(super) fn check(&self) {
+        self.kernel.check_quiet().expect("the state makes sense");
+        assert_eq!(self.kernel.violations(), []);
+    }
+}
+
+/// An allocation of the toy memory.
+pub(super) struct Toy {
+    kernel: Weak<Kernel<TestEnv>>,
+    vram: Arc<Mutex<Vec<u64>>>,
+    id: u64,
+    origin: HostSpan,
+}
+
+impl CpuFaultSink for Toy {
+    fn migrate_to_ram(self: Arc<Self>, _at: HostVa) -> CpuFaultOutcome {
+        match self.bring_home(HomeCause::CpuFault) {
+            Ok(_) | Err(Interrupted::Stale(_)) => CpuFaultOutcome::Retry,
+            Err(Interrupted::Failed(_)) => CpuFaultOutcome::Lost,
+        }
+    }
+}
+
+impl DeviceAllocation for Toy {
+    fn id(&self) -> AllocationId {
+        AllocationId(self.id)
+    }
+
+    fn pagemap(&self) -> PagemapId {
+        PagemapId(1)
+    }
+
+    fn vram(&self) -> VramSpan {
+        VramSpan::at(
+            VramAddr::new(self.id % 1024 * 64 * PAGE),
+            self.origin.bytes(),
+        )
+    }
+
+    fn origin(&self) -> HostSpan {
+        self.origin
+    }
+
+    fn bring_home(self: Arc<Self>, _cause: HomeCause) -> Result<PageCount, Interrupted> {
+        let Some(kernel) = self.kernel.upgrade() else {
+            return Ok(PageCount::ZERO);
+        };
+        let (origin, vram) = (self.origin, Arc::clone(&self.vram));
+        let allocation: AllocationRef = self;
+        let space = ModelSpace::first(&kernel);
+        let to = MigrateTo::System {
+            allocation,
+            aperture: None,
+        };
+        let set = space.migrate_begin(origin, to)?;
+        copy(&kernel, &vram, set.moves());
+        Ok(set.finalize())
+    }
+}
+
+fn copy(kernel: &Arc<Kernel<TestEnv>>, vram: &Mutex<Vec<u64>>, moves: &[CopyMove]) {
+    let bus = Bus::new(Arc::clone(kernel));
+    let mut vram = vram.lock().unwrap_or_else(PoisonError::into_inner);
+    for step in moves {
+        for n in 0..step.vram.pages().get() {
+            let bytes = n * PAGE;
+            let word = usize::try_from((step.vram.start().get() + bytes) / PAGE).expect("small");
+            let mut value = [0; 8];
+            match step.with {
+                CopyWith::From(at) => {
+                    bus.read(at.get() + bytes, &mut value)
+                        .expect("held by the set");
+                    vram[word] = u64::from_ne_bytes(value);
+                }
+                CopyWith::To(at) => {
+                    let value = vram[word].to_ne_bytes();
+                    bus.write(at.get() + bytes, &value)
+                        .expect("held by the set");
+                }
+                CopyWith::Hole => vram[word] = 0,
+            }
+        }
+    }
+}
+
+/// Takes note of invalidations.
+#[derive(Default)]
+pub(super) struct Notes(pub(super) Mutex<Vec<(HostSpan, InvalidateReason)>>);
+
+impl InvalidationSink for Notes {
+    fn start(&self, interval: &Interval, span: HostSpan, reason: InvalidateReason, seq: Seq) {
+        interval.set_seq(seq);
+        self.0.lock().expect("no panics").push((span, reason));
+    }
+
+    fn end(&self, _interval: &Interval, _span: HostSpan) {}
+}

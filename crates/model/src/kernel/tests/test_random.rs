@@ -1,0 +1,137 @@
+//! Random operations with migrations, against a map from page to value.
+
+use std::collections::BTreeMap;
+
+use gpusvm::addr::PAGE;
+use gpusvm::error::Interrupted;
+use proptest::prelude::*;
+
+use super::test_bench::Bench;
+use crate::mm::remap::{Remap, Target};
+
+const PAGES: u32 = 12;
+
+#[derive(Clone, Debug)]
+enum Op {
+    Store(u32, u64),
+    Load(u32),
+    Send(u32, u32),
+    Drop(u32, u32),
+    Unmap(u32, u32),
+    Map(u32, u32),
+    Move(u32, u32, u32),
+    Reclaim(u32),
+    Large(u32, u32),
+    Collapse(u32, u32),
+    ForkAndWrite(u32),
+    Exclusive(u32),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let at = || 0..PAGES;
+    let len = || 1..5u32;
+    prop_oneof![
+        6 => (at(), 1..9u64).prop_map(|(a, v)| Op::Store(a, v)),
+        4 => at().prop_map(Op::Load),
+        6 => (at(), len()).prop_map(|(a, l)| Op::Send(a, l)),
+        2 => (at(), len()).prop_map(|(a, l)| Op::Drop(a, l)),
+        1 => (at(), len()).prop_map(|(a, l)| Op::Unmap(a, l)),
+        2 => (at(), len()).prop_map(|(a, l)| Op::Map(a, l)),
+        2 => (at(), len(), at()).prop_map(|(a, l, b)| Op::Move(a, l, b)),
+        2 => at().prop_map(Op::Reclaim),
+        1 => (at(), len()).prop_map(|(a, l)| Op::Large(a, l)),
+        1 => (at(), len()).prop_map(|(a, l)| Op::Collapse(a, l)),
+        1 => at().prop_map(Op::ForkAndWrite),
+        1 => at().prop_map(Op::Exclusive),
+    ]
+}
+
+fn run(bench: &Bench, values: &mut BTreeMap<u32, u64>, op: &Op) {
+    let bytes = |pages: u32| u64::from(pages) * PAGE;
+    let inside = |at: u32, len: u32| at + len <= PAGES;
+    match *op {
+        Op::Store(page, value) => {
+            if bench.space.store(bench.at(page), value).is_ok() {
+                assert!(values.insert(page, value).is_some());
+            }
+        }
+        Op::Load(page) => {
+            let got = bench.space.load(bench.at(page)).ok();
+            assert_eq!(got, values.get(&page).copied());
+        }
+        Op::Send(at, len) => match bench.send(bench.span(at, len)) {
+            Ok(_) | Err(Interrupted::Stale(_) | Interrupted::Failed(_)) => {}
+        },
+        Op::Drop(at, len) => {
+            let held = bench.space.madvise(bench.at(at), bytes(len), 4);
+            assert_eq!(
+                held.is_ok(),
+                (at..at + len).all(|page| values.contains_key(&page))
+            );
+            values
+                .range_mut(at..at + len)
+                .for_each(|(_, value)| *value = 0);
+        }
+        Op::Unmap(at, len) => {
+            bench
+                .space
+                .munmap(bench.at(at), bytes(len))
+                .expect("inside the window");
+            values.retain(|page, _| !(at..at + len).contains(page));
+        }
+        Op::Map(at, len) if inside(at, len) => {
+            bench.map(at, len);
+            values.extend((at..at + len).map(|page| (page, 0)));
+        }
+        Op::Move(at, len, to) if inside(to, len) => {
+            let remap = Remap {
+                at: bench.at(at),
+                old_len: bytes(len),
+                new_len: bytes(len),
+                target: Target::At(bench.at(to)),
+            };
+            if bench.space.mremap(&remap).is_ok() {
+                for n in 0..len {
+                    let value = values.remove(&(at + n)).expect("was mapped");
+                    values.insert(to + n, value);
+                }
+            }
+        }
+        Op::Map(..) | Op::Move(..) => {}
+        Op::Reclaim(page) => assert!([true, false].contains(&bench.space.reclaim(bench.at(page)))),
+        Op::Large(at, len) => drop(bench.space.madvise(bench.at(at), bytes(len), 14)),
+        Op::Collapse(at, len) => drop(bench.space.madvise(bench.at(at), bytes(len), 25)),
+        Op::ForkAndWrite(page) => {
+            let child = bench.space.fork().expect("room");
+            bench.kernel.check_quiet().expect("consistent");
+            if child.load(bench.at(page)).ok() == Some(1) {
+                child.store(bench.at(page), 99).expect("mapped");
+            }
+            child.exit();
+        }
+        Op::Exclusive(page) => drop(bench.space.make_device_exclusive(bench.at(page))),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_write_is_lost_whatever_moves(ops in prop::collection::vec(op(), 1..50)) {
+        let bench = Bench::new();
+        let mut values = BTreeMap::new();
+        bench.map(0, 8);
+        values.extend((0..8).map(|page| (page, 0)));
+        for op in &ops {
+            run(&bench, &mut values, op);
+            bench.check();
+        }
+        for (page, value) in &values {
+            assert_eq!(bench.load(*page), *value, "page {page}");
+        }
+        bench.space.exit();
+        bench.check();
+        let free = bench.kernel.look(|mm| mm.memory().free_frames() == mm.memory().host_frames());
+        assert!(free, "no page is left");
+    }
+}

@@ -1,0 +1,155 @@
+//! `fork` and the end of a process.
+
+use gpusvm::seam::mm::InvalidateReason;
+
+use crate::mm::around::{Around, MmapLock};
+use crate::mm::entry::{Block, Entry};
+use crate::mm::errno::Errno;
+use crate::mm::file::NoFrame;
+use crate::mm::flags::{Bits, VmFlags};
+use crate::mm::map::{split_block, unmap_locked};
+use crate::mm::memory::{FrameId, Owner};
+use crate::mm::vma::{Descent, Vma};
+use crate::mm::{Machine, Pages, Pid};
+
+/// `fork`: a child with the same memory, copied when either writes.
+///
+/// # Errors
+/// `EAGAIN` where there is no room for a process, `ENOMEM` where a pinned page cannot be copied.
+pub fn fork<A: Around>(around: &A, parent: Pid) -> Result<Pid, Errno> {
+    let _lock = MmapLock::write(around, parent);
+    let free = |mm: &mut Machine| {
+        let dead = |pid: &Pid| !mm.process(*pid).alive && mm.process(*pid).vmas.all().is_empty();
+        mm.pids().find(dead)
+    };
+    let child = around.with(free).ok_or(Errno::Again)?;
+    let mut at = 0;
+    while let Some(vma) = around.with(|mm| mm.process(parent).vmas.first_from(at).copied()) {
+        at = vma.pages.end;
+        if vma.flags.has(VmFlags::DONT_COPY) {
+            continue;
+        }
+        let copied = around.with(|mm| mm.inherit(child, &vma));
+        if copied.anon.is_some() && copy_pages(around, parent, child, &vma).is_err() {
+            let whole = around.with(|mm| Pages::new(0, mm.shape.pages));
+            unmap_locked(around, child, whole);
+            return Err(Errno::NoMem);
+        }
+    }
+    around.with(|mm| mm.process_mut(child).alive = true);
+    Ok(child)
+}
+
+/// Copies the entries of a mapping with anonymous memory; the parent's lose the right to write.
+fn copy_pages<A: Around>(around: &A, parent: Pid, child: Pid, vma: &Vma) -> Result<(), NoFrame> {
+    let open = around.open(parent, vma.pages, InvalidateReason::ProtectPage);
+    let mut result = Ok(());
+    let mut at = vma.pages.start;
+    while let Some(page) = around.with(|mm| mm.next_used(parent, at, vma.pages)) {
+        around.step();
+        if around.with(|mm| mm.pinned_block(parent, page)) {
+            split_block(around, parent, page);
+        }
+        match around.with(|mm| mm.copy_entry(parent, child, page)) {
+            Ok(next) => at = next,
+            Err(NoFrame) => {
+                result = Err(NoFrame);
+                break;
+            }
+        }
+    }
+    around.close(parent, open);
+    result
+}
+
+/// The end of a process: devices let go of it, then its mappings go.
+pub fn exit<A: Around>(around: &A, pid: Pid) {
+    let _lock = MmapLock::write(around, pid);
+    let whole = around.with(|mm| {
+        mm.process_mut(pid).alive = false;
+        Pages::new(0, mm.shape.pages)
+    });
+    let open = around.open(pid, whole, InvalidateReason::Release);
+    around.close(pid, open);
+    unmap_locked(around, pid, whole);
+}
+
+impl Machine {
+    /// Gives a child the mapping of its parent.
+    fn inherit(&mut self, child: Pid, vma: &Vma) -> Vma {
+        let wiped = vma.flags.has(VmFlags::WIPE_ON_FORK);
+        let anon = vma.anon.filter(|_| !wiped).map(|_| self.new_anon());
+        let copy = Vma {
+            flags: vma.flags.without(VmFlags::LOCKS),
+            anon,
+            descent: if anon.is_some() {
+                Descent::ForkChild
+            } else {
+                Descent::Own
+            },
+            ..*vma
+        };
+        self.process_mut(child).vmas.insert_apart(copy);
+        copy
+    }
+
+    fn pinned_block(&self, pid: Pid, page: u32) -> bool {
+        match self.block(pid, page) {
+            Block::Table | Block::Zero(_) => false,
+            Block::Huge(head, _) => self.memory.frame(head).pins > 0,
+        }
+    }
+
+    /// Copies one entry, or one block entry. Returns the first page behind it.
+    fn copy_entry(&mut self, parent: Pid, child: Pid, page: u32) -> Result<u32, NoFrame> {
+        match self.block(parent, page) {
+            Block::Table => {}
+            Block::Zero(bits) => self.set_block(child, page, Block::Zero(bits)),
+            Block::Huge(head, bits) => {
+                for page in self.memory.pages_of(head) {
+                    self.memory.frame_mut(page).exclusive = false;
+                }
+                let bits = bits.without(Bits::WRITE);
+                self.set_bits(parent, page, bits);
+                let start = self.shape.block_around(page).start;
+                self.map_block(child, start, head, bits);
+            }
+        }
+        if self.block(parent, page) != Block::Table {
+            return Ok(self.after(parent, page));
+        }
+        self.restore_exclusive(parent, page);
+        let old = self.entry(parent, page);
+        let ours = old.bits().without(Bits::WRITE).without(Bits::EXCLUSIVE);
+        let new = match old {
+            Entry::None | Entry::UffdWp => Entry::None,
+            Entry::Zero(_) | Entry::HwPoison(_) | Entry::Guard => old,
+            Entry::Present(frame, _) if self.must_copy(frame) => self.copy_pinned(frame, old)?,
+            Entry::Present(frame, _)
+            | Entry::DevicePrivate(frame, _)
+            | Entry::DeviceExclusive(frame, _) => {
+                self.memory.frame_mut(frame).exclusive = false;
+                self.set_bits(parent, page, ours);
+                old.with_bits(ours)
+            }
+            Entry::Swap(..) | Entry::Migration(..) => {
+                self.set_bits(parent, page, ours);
+                old.with_bits(ours)
+            }
+        };
+        self.replace(child, page, new);
+        Ok(page + 1)
+    }
+
+    /// Whether the child gets a copy at once: the parent's page is pinned and stays the parent's.
+    fn must_copy(&self, frame: FrameId) -> bool {
+        let anon = self.memory.folio(frame).owner == Owner::Anon;
+        anon && self.memory.frame(frame).exclusive && self.memory.folio(frame).pins > 0
+    }
+
+    fn copy_pinned(&mut self, frame: FrameId, old: Entry) -> Result<Entry, NoFrame> {
+        let copy = self.new_page().ok_or(NoFrame)?;
+        self.memory.copy_content(frame, copy);
+        Ok(Entry::Present(copy, old.bits()))
+    }
+}

@@ -1,0 +1,281 @@
+//! Page frames and folios: a fixed number of frames of host memory, then device pages.
+//!
+//! A folio is a naturally aligned run of frames with one reference count, kept at its first frame,
+//! the *head*. A frame with reference count zero is free. Host frames are handed out in turn, so
+//! that a freed one stays free for long: who still uses it is found out.
+
+use crate::mm::entry::SlotId;
+use crate::mm::rmap::RmapId;
+
+/// A page frame. Those of host memory come first; behind them are the device pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FrameId(pub u32);
+
+impl FrameId {
+    /// The frame as an index.
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// The frame `n` further on.
+    #[must_use]
+    pub const fn plus(self, n: u32) -> Self {
+        Self(self.0 + n)
+    }
+}
+
+/// Whose content a folio holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Owner {
+    /// Nobody's: the frame is free.
+    #[default]
+    Free,
+    /// Private anonymous memory.
+    Anon,
+    /// Identical pages that were merged.
+    Ksm,
+    /// Page `1` of file `0`.
+    File(u32, u32),
+    /// Anonymous memory in page `1` of the device allocation in place `0` of the table.
+    Device(u32, u32),
+    /// Withdrawn after a memory error; never handed out again.
+    Poisoned,
+}
+
+flags! {
+    /// State of a folio.
+    FolioFlags: u8 {
+        /// Differs from its copy in a file or in swap.
+        DIRTY = 1;
+        /// `MADV_FREE`: may be dropped while it is clean.
+        LAZYFREE = 2;
+        /// An operation has it; others come back later.
+        LOCKED = 4;
+        /// Used of late.
+        ACTIVE = 8;
+        /// Used since reclaim looked last.
+        REFERENCED = 16;
+    }
+}
+
+/// A frame, and its folio where it is a head.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Frame {
+    /// Head of the folio; itself for a head and where free.
+    pub head: u32,
+    /// Order of the folio (head).
+    pub order: u8,
+    /// State of the folio (head).
+    pub flags: FolioFlags,
+    /// Whose content it is (head).
+    pub owner: Owner,
+    /// References to the folio (head): mappings, pins, caches, operations.
+    pub refs: u32,
+    /// Of these, pins by system calls and devices (head).
+    pub pins: u32,
+    /// Of these, operations under way (head).
+    pub held: u32,
+    /// Mappings of the whole folio by one block entry (head).
+    pub entire: u32,
+    /// Mappings of this very page by a small entry.
+    pub mapcount: u32,
+    /// The page belongs to one process alone, which may write it.
+    pub exclusive: bool,
+    /// A memory error was found in it.
+    pub poisoned: bool,
+    /// Slot in swap that has a copy, or had (head).
+    pub swap: Option<SlotId>,
+    /// First of its mappings (block mappings: at the head).
+    pub rmap: Option<RmapId>,
+}
+
+/// All frames and the content of those in host memory.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Memory {
+    pub(crate) frames: Vec<Frame>,
+    words: Vec<u64>,
+    host: u32,
+    per_page: u32,
+    next: u32,
+    free: u32,
+    device_free: Vec<u32>,
+}
+
+impl Memory {
+    pub(crate) fn new(host: u32, per_page: u32) -> Self {
+        let mut frames = vec![Frame::default(); host as usize];
+        for (frame, n) in frames.iter_mut().zip(0..) {
+            frame.head = n;
+        }
+        Self {
+            frames,
+            words: vec![0; (host * per_page) as usize],
+            host,
+            per_page,
+            next: 0,
+            free: host,
+            device_free: Vec::new(),
+        }
+    }
+
+    /// Frames of host memory.
+    #[must_use]
+    pub const fn host_frames(&self) -> u32 {
+        self.host
+    }
+
+    /// Frames of host memory that are free.
+    #[must_use]
+    pub const fn free_frames(&self) -> u32 {
+        self.free
+    }
+
+    /// Words of content that every page has.
+    #[must_use]
+    pub const fn words_per_page(&self) -> u32 {
+        self.per_page
+    }
+
+    /// A frame.
+    #[must_use]
+    pub fn frame(&self, frame: FrameId) -> &Frame {
+        &self.frames[frame.index()]
+    }
+
+    pub(crate) fn frame_mut(&mut self, frame: FrameId) -> &mut Frame {
+        &mut self.frames[frame.index()]
+    }
+
+    /// Head of the folio that `frame` is in.
+    #[must_use]
+    pub fn head(&self, frame: FrameId) -> FrameId {
+        FrameId(self.frames[frame.index()].head)
+    }
+
+    /// The folio that `frame` is in.
+    #[must_use]
+    pub fn folio(&self, frame: FrameId) -> &Frame {
+        self.frame(self.head(frame))
+    }
+
+    pub(crate) fn folio_mut(&mut self, frame: FrameId) -> &mut Frame {
+        let head = self.head(frame);
+        self.frame_mut(head)
+    }
+
+    /// Frames of the folio at `head`.
+    pub(crate) fn pages_of(&self, head: FrameId) -> impl Iterator<Item = FrameId> + use<> {
+        (head.0..head.0 + (1 << self.frame(head).order)).map(FrameId)
+    }
+
+    /// Whether the frame is in device memory.
+    #[must_use]
+    pub const fn is_device(&self, frame: FrameId) -> bool {
+        frame.0 >= self.host
+    }
+
+    /// Whether nobody has the frame.
+    #[must_use]
+    pub fn is_free(&self, frame: FrameId) -> bool {
+        self.folio(frame).owner == Owner::Free
+    }
+
+    /// The content of a page in host memory.
+    #[must_use]
+    pub fn content(&self, frame: FrameId) -> &[u64] {
+        let at = (frame.0 * self.per_page) as usize;
+        &self.words[at..at + self.per_page as usize]
+    }
+
+    pub(crate) fn content_mut(&mut self, frame: FrameId) -> &mut [u64] {
+        let at = (frame.0 * self.per_page) as usize;
+        &mut self.words[at..at + self.per_page as usize]
+    }
+
+    pub(crate) fn copy_content(&mut self, from: FrameId, to: FrameId) {
+        let at = (from.0 * self.per_page) as usize;
+        let whole = at..at + self.per_page as usize;
+        self.words
+            .copy_within(whole, (to.0 * self.per_page) as usize);
+    }
+
+    /// A folio of zeros with no references; `None` where memory is exhausted or in pieces.
+    pub(crate) fn allocate(&mut self, order: u8, owner: Owner) -> Option<FrameId> {
+        let size = 1 << order;
+        if self.free < size {
+            return None;
+        }
+        let head = self.find_free(size)?;
+        self.next = (head.0 + size) % self.host;
+        self.free -= size;
+        self.make_folio(head, order, owner);
+        let at = (head.0 * self.per_page) as usize;
+        self.words[at..at + (size * self.per_page) as usize].fill(0);
+        Some(head)
+    }
+
+    /// The next aligned run of `size` free frames, going round once.
+    fn find_free(&self, size: u32) -> Option<FrameId> {
+        let blocks = self.host / size;
+        let first = self.next.div_ceil(size);
+        (0..blocks)
+            .map(|n| (first + n) % blocks * size)
+            .find(|at| {
+                (*at..at + size).all(|n| {
+                    self.frames[n as usize].owner == Owner::Free
+                        && self.frames[n as usize].head == n
+                })
+            })
+            .map(FrameId)
+    }
+
+    fn make_folio(&mut self, head: FrameId, order: u8, owner: Owner) {
+        for n in 0..1 << order {
+            *self.frame_mut(head.plus(n)) = Frame {
+                head: head.0,
+                ..Frame::default()
+            };
+        }
+        let folio = self.frame_mut(head);
+        folio.order = order;
+        folio.owner = owner;
+    }
+
+    /// A device page with no references.
+    pub(crate) fn allocate_device(&mut self, owner: Owner) -> FrameId {
+        let at = self.device_free.pop().unwrap_or_else(|| {
+            self.frames.push(Frame::default());
+            index32(self.frames.len() - 1)
+        });
+        self.make_folio(FrameId(at), 0, owner);
+        FrameId(at)
+    }
+
+    /// Gives the frames of a folio back that nobody references.
+    pub(crate) fn release(&mut self, head: FrameId) {
+        for page in self.pages_of(head) {
+            let poisoned = self.frame(page).poisoned;
+            *self.frame_mut(page) = Frame {
+                head: page.0,
+                poisoned,
+                owner: if poisoned {
+                    Owner::Poisoned
+                } else {
+                    Owner::Free
+                },
+                ..Frame::default()
+            };
+            if self.is_device(page) {
+                self.device_free.push(page.0);
+            } else if !poisoned {
+                self.free += 1;
+            }
+        }
+    }
+}
+
+/// An index as the arenas keep it.
+pub(crate) fn index32(index: usize) -> u32 {
+    u32::try_from(index).unwrap_or(u32::MAX)
+}

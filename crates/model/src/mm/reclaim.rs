@@ -1,0 +1,259 @@
+//! Reclaim, swap, memory errors and page pins.
+//!
+//! Only anonymous pages are reclaimed; those of files stay. A page leaves in steps: it is locked
+//! and gets a slot, its mappings go one by one, each in a bracket of its own, and it is free when
+//! nobody else had a reference. Otherwise it stays in the swap cache.
+
+use gpusvm::seam::mm::{Access, InvalidateReason};
+
+use crate::mm::around::{Around, MmapLock};
+use crate::mm::cow::commit;
+use crate::mm::entry::{Entry, SlotId};
+use crate::mm::errno::Signal;
+use crate::mm::fault::{Faulted, Hit, fault};
+use crate::mm::flags::{Bits, VmFlags};
+use crate::mm::map::split_block;
+use crate::mm::memory::{FolioFlags, FrameId, Owner};
+use crate::mm::rmap::{Level, Mapping};
+use crate::mm::thp::Split;
+use crate::mm::{Machine, Pages, Pid};
+
+/// What a page in reclaim leaves behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leaves {
+    /// Its content goes to this slot.
+    Slot(SlotId),
+    /// Nothing: it was freed lazily.
+    Nothing,
+}
+
+/// Swaps the anonymous pages of a span out, as far as they go (`MADV_PAGEOUT`).
+pub fn page_out<A: Around>(around: &A, pid: Pid, pages: Pages) {
+    for page in pages.iter() {
+        if let Entry::Present(frame, _) = around.with(|mm| mm.entry(pid, page)) {
+            reclaim(around, frame);
+        }
+    }
+}
+
+/// Tries to free the page in `frame`, which no process may have mapped at all. Returns whether it
+/// is free now.
+pub fn reclaim<A: Around>(around: &A, frame: FrameId) -> bool {
+    make_small(around, frame);
+    let Some(leaves) = around.with(|mm| mm.begin_reclaim(frame)) else {
+        return false;
+    };
+    unmap_all(around, frame, |mm, mapping| {
+        mm.unmap_reclaimed(frame, mapping, leaves)
+    });
+    around.step();
+    let freed = around.with(|mm| mm.finish_reclaim(frame, leaves));
+    around.announce();
+    freed
+}
+
+/// Splits a large folio, entries first.
+fn make_small<A: Around>(around: &A, frame: FrameId) {
+    let block = |mm: &mut Machine| {
+        let mut mappings = mm.rmaps.of(&mm.memory, mm.memory.head(frame));
+        mappings.find(|mapping| mapping.level == Level::Block)
+    };
+    while let Some(mapping) = around.with(block) {
+        split_block(around, mapping.pid, mapping.page);
+    }
+    around.with(|mm| mm.split_folio(frame, Split::Uniform));
+}
+
+/// Visits every mapping that a page has, each inside a bracket, until `unmap` has dealt with all
+/// or refuses one.
+pub(crate) fn unmap_all<A: Around>(
+    around: &A,
+    frame: FrameId,
+    mut unmap: impl FnMut(&mut Machine, Mapping) -> Unmapped,
+) {
+    while let Some(mapping) = around.with(|mm| mm.next_mapping(frame)) {
+        let open = around.open(
+            mapping.pid,
+            Pages::one(mapping.page),
+            InvalidateReason::Clear,
+        );
+        around.step();
+        let done = around.with(|mm| unmap(mm, mapping));
+        around.close(mapping.pid, open);
+        if done == Unmapped::Stays {
+            return;
+        }
+    }
+}
+
+/// What became of a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unmapped {
+    /// It is gone, or was gone.
+    Gone,
+    /// It has to stay: the page cannot go.
+    Stays,
+}
+
+/// A memory error in a page of host memory: its processes lose it, and nobody gets it again.
+pub fn poison<A: Around>(around: &A, frame: FrameId) {
+    make_small(around, frame);
+    around.with(|mm| mm.mark_poisoned(frame));
+    unmap_all(around, frame, |mm, mapping| {
+        let entry = mm.entry(mapping.pid, mapping.page);
+        if entry.mapped_frame() == Some(frame) {
+            mm.replace(mapping.pid, mapping.page, Entry::HwPoison(frame));
+        }
+        Unmapped::Gone
+    });
+    around.with(|mm| mm.unhold(frame));
+    around.announce();
+}
+
+/// Pins the page at `page` for a device or a system call; it is faulted in like a CPU access. A
+/// page of the process's own that others share is copied first, so that the pin sees what the
+/// process sees from then on.
+///
+/// # Errors
+/// The signal that the access would raise; `SIGBUS` for the page of zeros, which has no owner.
+pub fn pin<A: Around>(around: &A, pid: Pid, page: u32, access: Access) -> Result<FrameId, Signal> {
+    loop {
+        fault(around, pid, page, access)?;
+        let _lock = MmapLock::read(around, pid);
+        match around.with(|mm| mm.pin(pid, page, access)) {
+            Pinned::Yes(frame) => return Ok(frame),
+            Pinned::Shared(entry) => match around.with(|mm| mm.copy_page(pid, page, entry)) {
+                Faulted::Copy(copied) => commit(around, pid, copied),
+                Faulted::Refused(signal) => return Err(signal),
+                Faulted::Retry | Faulted::Wait | Faulted::Device(_) | Faulted::Exclusive => {}
+            },
+            Pinned::Zero => return Err(Signal::Bus),
+            Pinned::Gone => {}
+        }
+    }
+}
+
+/// What came of pinning a page.
+enum Pinned {
+    Yes(FrameId),
+    /// Others have it, too: it must be copied first.
+    Shared(Entry),
+    /// Nobody owns it.
+    Zero,
+    /// It has gone meanwhile.
+    Gone,
+}
+
+/// Ends a pin.
+pub fn unpin<A: Around>(around: &A, frame: FrameId) {
+    around.with(|mm| {
+        mm.memory.folio_mut(frame).pins -= 1;
+        mm.put(frame);
+    });
+    around.announce();
+}
+
+impl Machine {
+    /// A mapping of the page by an entry that counts as one.
+    fn next_mapping(&self, frame: FrameId) -> Option<Mapping> {
+        let counts =
+            |mapping: &Mapping| self.entry(mapping.pid, mapping.page).mapped_frame() == Some(frame);
+        self.rmaps.of(&self.memory, frame).find(counts)
+    }
+
+    fn begin_reclaim(&mut self, frame: FrameId) -> Option<Leaves> {
+        let folio = *self.memory.folio(frame);
+        let usable = folio.owner == Owner::Anon && folio.order == 0 && folio.pins == 0;
+        let busy = folio.held > 0 || self.memory.frame(frame).poisoned;
+        if !usable || busy || !self.try_lock(frame) {
+            return None;
+        }
+        if folio.flags.has(FolioFlags::LAZYFREE) && !folio.flags.has(FolioFlags::DIRTY) {
+            self.hold(frame);
+            return Some(Leaves::Nothing);
+        }
+        let Some(slot) = folio.swap.or_else(|| self.swap.allocate(frame)) else {
+            self.unlock(frame);
+            return None;
+        };
+        if folio.swap.is_none() {
+            self.memory.frame_mut(frame).swap = Some(slot);
+            self.get(frame);
+        }
+        self.hold(frame);
+        Some(Leaves::Slot(slot))
+    }
+
+    fn unmap_reclaimed(&mut self, frame: FrameId, mapping: Mapping, leaves: Leaves) -> Unmapped {
+        let Mapping { pid, page, .. } = mapping;
+        let entry = self.entry(pid, page);
+        if entry.mapped_frame() != Some(frame) {
+            return Unmapped::Gone;
+        }
+        let bits = entry.bits();
+        let locked = self
+            .process(pid)
+            .vmas
+            .at(page)
+            .is_some_and(|vma| vma.flags.has(VmFlags::LOCKED));
+        if locked {
+            return Unmapped::Stays;
+        }
+        let new = match leaves {
+            Leaves::Nothing if bits.has(Bits::DIRTY) => {
+                let folio = self.memory.folio_mut(frame);
+                folio.flags = folio.flags.without(FolioFlags::LAZYFREE);
+                return Unmapped::Stays;
+            }
+            Leaves::Nothing => Entry::None,
+            Leaves::Slot(slot) => {
+                let kept = bits.common(Bits::SOFT_DIRTY.with(Bits::UFFD_WP));
+                let sole = self.memory.frame(frame).exclusive;
+                let sole = if sole { Bits::EXCLUSIVE } else { Bits::NONE };
+                Entry::Swap(slot, kept.with(sole))
+            }
+        };
+        self.replace(pid, page, new);
+        Unmapped::Gone
+    }
+
+    /// Writes the page out if nobody else refers to it. Returns whether it is free.
+    fn finish_reclaim(&mut self, frame: FrameId, leaves: Leaves) -> bool {
+        let folio = *self.memory.folio(frame);
+        let cached = u32::from(folio.swap.is_some());
+        let alone = folio.refs == folio.held + cached && folio.held == 1;
+        if let (Leaves::Slot(slot), true) = (leaves, alone) {
+            let content = self.memory.content(frame);
+            self.swap.content_mut(slot).copy_from_slice(content);
+            self.uncache_slot(slot, frame);
+        }
+        self.unlock(frame);
+        if let Leaves::Slot(slot) = leaves {
+            self.try_free_slot(slot);
+        }
+        self.unhold(frame);
+        alone
+    }
+
+    fn mark_poisoned(&mut self, frame: FrameId) {
+        self.hold(frame);
+        self.memory.frame_mut(frame).poisoned = true;
+    }
+
+    /// Takes the pin, if the page is still what the access needs and belongs to nobody else.
+    fn pin(&mut self, pid: Pid, page: u32, access: Access) -> Pinned {
+        match self.access(pid, page, access) {
+            None => Pinned::Gone,
+            Some(Hit::Zero) => Pinned::Zero,
+            Some(Hit::Frame(frame)) => {
+                let anon = matches!(self.memory.folio(frame).owner, Owner::Anon | Owner::Ksm);
+                if anon && !self.memory.frame(frame).exclusive {
+                    return Pinned::Shared(self.entry(pid, page));
+                }
+                self.memory.folio_mut(frame).pins += 1;
+                self.get(frame);
+                Pinned::Yes(frame)
+            }
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! `mremap`: shrink, grow, move; with a given target, or leaving the old mapping behind.
+
+use gpusvm::addr::{HostVa, PAGE};
+use gpusvm::seam::mm::InvalidateReason;
+
+use crate::mm::around::{Around, MmapLock};
+use crate::mm::entry::{Block, Entry};
+use crate::mm::errno::Errno;
+use crate::mm::flags::{Bits, VmFlags};
+use crate::mm::map::{split_blocks, unmap_locked};
+use crate::mm::protect::populate_locked;
+use crate::mm::vma::{Backing, Left, Vma};
+use crate::mm::{Machine, Pages, Pid};
+
+/// What `mremap` may do to get room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The mapping stays where it is.
+    InPlace,
+    /// It may move (`MREMAP_MAYMOVE`).
+    Anywhere,
+    /// It moves there; what is in the way goes (`MREMAP_FIXED`).
+    At(HostVa),
+    /// Its pages move anywhere, the mapping stays, empty (`MREMAP_DONTUNMAP`).
+    LeaveBehind,
+    /// Its pages move there, the mapping stays, empty.
+    LeaveBehindAt(HostVa),
+}
+
+impl Target {
+    const fn fixed(self) -> Option<HostVa> {
+        match self {
+            Self::At(at) | Self::LeaveBehindAt(at) => Some(at),
+            Self::InPlace | Self::Anywhere | Self::LeaveBehind => None,
+        }
+    }
+
+    const fn leaves(self) -> bool {
+        matches!(self, Self::LeaveBehind | Self::LeaveBehindAt(_))
+    }
+}
+
+/// Arguments of `mremap`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Remap {
+    /// Start of what is moved or resized.
+    pub at: HostVa,
+    /// Its length, rounded up to pages.
+    pub old_len: u64,
+    /// Its length afterwards.
+    pub new_len: u64,
+    /// How.
+    pub target: Target,
+}
+
+/// A checked request.
+struct Plan {
+    old: Pages,
+    new_len: u32,
+    fixed: Option<Pages>,
+    target: Target,
+}
+
+/// `mremap`.
+///
+/// # Errors
+/// As the system call.
+pub fn mremap<A: Around>(around: &A, pid: Pid, remap: &Remap) -> Result<HostVa, Errno> {
+    let plan = around.with(|mm| mm.plan_remap(remap))?;
+    let (pages, fresh) = {
+        let _lock = MmapLock::write(around, pid);
+        around.with(|mm| mm.check_remap(pid, &plan))?;
+        remap_locked(around, pid, &plan)?
+    };
+    populate_locked(around, pid, fresh);
+    Ok(around.with(|mm| mm.shape.address(pages.start)))
+}
+
+/// The pages of the result, and those of them that are new.
+fn remap_locked<A: Around>(around: &A, pid: Pid, plan: &Plan) -> Result<(Pages, Pages), Errno> {
+    let old = plan.old;
+    let stays = Pages::new(old.start, old.start + plan.new_len);
+    if plan.fixed.is_none() && !plan.target.leaves() {
+        if plan.new_len < old.len() {
+            unmap_locked(around, pid, Pages::new(stays.end, old.end));
+        }
+        let grown = Pages::new(old.end, stays.end);
+        if plan.new_len <= old.len() || around.with(|mm| mm.grow(pid, old, grown)) {
+            return Ok((stays, grown));
+        }
+        if plan.target == Target::InPlace {
+            return Err(Errno::NoMem);
+        }
+    }
+    move_mapping(around, pid, plan)
+}
+
+fn move_mapping<A: Around>(around: &A, pid: Pid, plan: &Plan) -> Result<(Pages, Pages), Errno> {
+    let mut old = plan.old;
+    if let Some(target) = plan.fixed {
+        unmap_locked(around, pid, target);
+        if old.len() > plan.new_len {
+            let kept = Pages::new(old.start, old.start + plan.new_len);
+            unmap_locked(around, pid, Pages::new(kept.end, old.end));
+            old = kept;
+        }
+    }
+    let gap = |mm: &mut Machine| mm.gap(pid, plan.new_len);
+    let new = plan
+        .fixed
+        .or_else(|| around.with(gap))
+        .ok_or(Errno::NoMem)?;
+    around.with(|mm| mm.copy_vma(pid, old, new))?;
+    move_pages(around, pid, old, new.start);
+    if plan.target.leaves() {
+        around.with(|mm| mm.leave_behind(pid, old));
+    } else {
+        unmap_locked(around, pid, old);
+    }
+    Ok((new, Pages::new(new.start + old.len(), new.end)))
+}
+
+/// Moves entries one by one; devices lose the old addresses.
+fn move_pages<A: Around>(around: &A, pid: Pid, old: Pages, to: u32) {
+    let aligned = around.with(|mm| old.start % mm.shape.block() == to % mm.shape.block());
+    split_blocks(around, pid, old);
+    let open = around.open(pid, old, InvalidateReason::Unmap);
+    let mut at = old.start;
+    while let Some(page) = around.with(|mm| mm.next_used(pid, at, old)) {
+        around.step();
+        let target = to + (page - old.start);
+        at = around.with(|mm| {
+            if mm.block(pid, page) != Block::Table && !aligned {
+                mm.split_block(pid, page);
+            }
+            mm.move_entry(pid, page, target)
+        });
+    }
+    around.close(pid, open);
+    around.announce();
+}
+
+impl Machine {
+    /// Checks that need no look at mappings.
+    fn plan_remap(&self, remap: &Remap) -> Result<Plan, Errno> {
+        let old = self.argument(remap.at, remap.old_len)?;
+        let new_len = remap
+            .new_len
+            .checked_next_multiple_of(PAGE)
+            .ok_or(Errno::Invalid)?;
+        let new_len = u32::try_from(new_len / PAGE).map_err(|_large| Errno::Invalid)?;
+        if new_len == 0 || new_len > self.shape.pages {
+            return Err(Errno::Invalid);
+        }
+        if remap.target.leaves() && new_len != old.len() {
+            return Err(Errno::Invalid);
+        }
+        let fixed = match remap.target.fixed() {
+            Some(at) => Some(self.fixed_target(at, new_len, old)?),
+            None => None,
+        };
+        Ok(Plan {
+            old,
+            new_len,
+            fixed,
+            target: remap.target,
+        })
+    }
+
+    fn fixed_target(&self, at: HostVa, len: u32, old: Pages) -> Result<Pages, Errno> {
+        let start = self.shape.page(at).ok_or(Errno::Invalid)?;
+        let pages = Pages::new(start, start + len);
+        if !at.is_aligned(PAGE) || pages.end > self.shape.pages || pages.overlaps(old) {
+            return Err(Errno::Invalid);
+        }
+        Ok(pages)
+    }
+
+    /// Checks against the mapping.
+    fn check_remap(&self, pid: Pid, plan: &Plan) -> Result<(), Errno> {
+        let vma = self
+            .process(pid)
+            .vmas
+            .at(plan.old.start)
+            .ok_or(Errno::Fault)?;
+        if plan.old.is_empty() {
+            let shared = vma.flags.has(VmFlags::SHARED);
+            return Err(if shared {
+                Errno::NotSupported
+            } else {
+                Errno::Invalid
+            });
+        }
+        if plan.target.leaves() && vma.flags.any(VmFlags::DONT_EXPAND.with(VmFlags::PFN_MAP)) {
+            return Err(Errno::Invalid);
+        }
+        let shrinks = plan.new_len < plan.old.len() && plan.fixed.is_none();
+        if !shrinks && !vma.pages.covers(plan.old) {
+            return Err(Errno::Fault);
+        }
+        let rigid = vma.flags.any(VmFlags::DONT_EXPAND.with(VmFlags::PFN_MAP));
+        if plan.new_len > plan.old.len() && rigid {
+            return Err(Errno::Fault);
+        }
+        Ok(())
+    }
+
+    /// Extends a mapping in place, if `old` is its end and there is room. Returns whether it did.
+    fn grow(&mut self, pid: Pid, old: Pages, grown: Pages) -> bool {
+        let vmas = &self.process(pid).vmas;
+        let Some(vma) = vmas.at(old.start).copied() else {
+            return false;
+        };
+        let room = grown.end <= self.shape.pages && !self.is_mapped(pid, grown);
+        if vma.pages.end != old.end || !room {
+            return false;
+        }
+        let more = Vma {
+            pages: grown,
+            offset: vma.index_of(grown.start),
+            ..vma
+        };
+        self.process_mut(pid).vmas.insert(more);
+        true
+    }
+
+    /// Makes the mapping to which the pages of `old` move.
+    fn copy_vma(&mut self, pid: Pid, old: Pages, new: Pages) -> Result<(), Errno> {
+        let vma = *self.process(pid).vmas.at(old.start).ok_or(Errno::Fault)?;
+        // What was never written has no place of its own yet, and takes the new one.
+        let fresh = vma.backing == Backing::Anon && vma.anon.is_none();
+        let offset = if fresh {
+            new.start
+        } else {
+            vma.index_of(old.start)
+        };
+        let copy = Vma {
+            pages: new,
+            offset,
+            left: Left::Tried,
+            ..vma
+        };
+        self.process_mut(pid).vmas.insert(copy);
+        Ok(())
+    }
+
+    /// Moves an entry, or a whole block entry. Returns the first page behind what it moved.
+    fn move_entry(&mut self, pid: Pid, from: u32, to: u32) -> u32 {
+        match self.block(pid, from) {
+            Block::Table => {
+                let entry = self.entry(pid, from);
+                let bits = match entry {
+                    Entry::Present(..) | Entry::Swap(..) => entry.bits().with(Bits::SOFT_DIRTY),
+                    Entry::None
+                    | Entry::Zero(_)
+                    | Entry::Migration(..)
+                    | Entry::DevicePrivate(..)
+                    | Entry::DeviceExclusive(..)
+                    | Entry::HwPoison(_)
+                    | Entry::Guard
+                    | Entry::UffdWp => entry.bits(),
+                };
+                self.replace(pid, to, entry.with_bits(bits));
+                self.replace(pid, from, Entry::None);
+                return from + 1;
+            }
+            Block::Huge(head, bits) => {
+                self.hold(head);
+                self.unmap_block(pid, from);
+                self.map_block(pid, to, head, bits.with(Bits::SOFT_DIRTY));
+                self.unhold(head);
+            }
+            Block::Zero(bits) => {
+                self.unmap_block(pid, from);
+                self.set_block(pid, to, Block::Zero(bits));
+            }
+        }
+        self.shape.block_around(from).end
+    }
+
+    /// The mapping whose pages moved away stays, unlocked; if they were all of it, it forgets its
+    /// anonymous memory.
+    fn leave_behind(&mut self, pid: Pid, old: Pages) {
+        let vmas = &mut self.process_mut(pid).vmas;
+        let Some(vma) = vmas.get_mut(old.start) else {
+            return;
+        };
+        vma.flags = vma.flags.without(VmFlags::LOCKS);
+        vma.left = Left::Untried;
+        if vma.pages == old {
+            vma.anon = None;
+        }
+        let end = vma.pages.end;
+        if let Some(next) = vmas.get_mut(end) {
+            next.left = Left::Untried;
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! Operations on a machine that nobody else uses.
+
+mod test_random;
+mod test_rules;
