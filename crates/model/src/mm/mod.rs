@@ -23,7 +23,7 @@
 //!
 //! * Huge page files (`MAP_HUGETLB` answers `EOPNOTSUPP`), mappings that grow down, userfaultfd
 //!   registrations (only the entry kinds exist), limits on counts and sizes, NUMA.
-//! * `mremap` of several mappings in one call answers `EFAULT`, as kernels before 6.17 do.
+//! * `mremap` with an old length of zero answers `EOPNOTSUPP` for shared memory.
 //! * Large folios are of the order of a block only; device pages are small, as before 6.19; large
 //!   folios are split before they are swapped out.
 //! * `MADV_HWPOISON` and `MADV_SOFT_OFFLINE` answer `EPERM`, as for a process without privileges;
