@@ -110,6 +110,8 @@ flags! {
         RANDOM = 1 << 19;
         /// Pages of a huge page file.
         HUGETLB = 1 << 20;
+        /// Its memory is accounted for: it is private and may be or was written.
+        ACCOUNT = 1 << 21;
     }
 }
 

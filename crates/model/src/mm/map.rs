@@ -93,6 +93,7 @@ pub fn munmap<A: Around>(around: &A, pid: Pid, at: HostVa, len: u64) -> Result<(
 
 /// Takes mappings away; the mmap lock is held.
 pub(crate) fn unmap_locked<A: Around>(around: &A, pid: Pid, pages: Pages) {
+    let pages = around.with(|mm| pages.clip(Pages::new(0, mm.shape.pages)));
     cut(around, pid, pages);
     let gone = around.with(|mm| {
         let process = mm.process_mut(pid);
@@ -263,7 +264,10 @@ impl Machine {
             }
             What::Hugetlb => return Err(Errno::NotSupported),
         };
-        let rights = map.prot.common(VmFlags::RIGHTS).with(VmFlags::MAY);
+        let mut rights = map.prot.common(VmFlags::RIGHTS).with(VmFlags::MAY);
+        if rights.has(VmFlags::WRITE) && !shared.has(VmFlags::SHARED) {
+            rights = rights.with(VmFlags::ACCOUNT);
+        }
         let vma = Vma {
             pages,
             offset,

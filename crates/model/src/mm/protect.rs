@@ -26,8 +26,9 @@ pub fn mprotect<A: Around>(
     if pages.is_empty() {
         return Ok(());
     }
-    let _lock = MmapLock::write(around, pid);
-    for_each_part(around, pid, pages, |part| {
+    let mut locked = Vec::new();
+    let lock = MmapLock::write(around, pid);
+    let result = for_each_part(around, pid, pages, |part| {
         let may = part.flags.common(VmFlags::MAY);
         let allowed = [
             (VmFlags::READ, VmFlags::MAY_READ),
@@ -43,11 +44,39 @@ pub fn mprotect<A: Around>(
         let rights = prot.common(VmFlags::RIGHTS);
         let flags = part.flags.without(VmFlags::RIGHTS).with(rights);
         if flags != part.flags {
+            let flags = accounted(&part, flags);
             change_flags(around, pid, part.pages, flags);
             protect_pages(around, pid, part.pages, flags);
+            if becomes_writable(part.flags, flags) {
+                locked.push(part.pages);
+            }
         }
         Ok(())
-    })
+    });
+    drop(lock);
+    for pages in locked {
+        populate_some(around, pid, pages);
+    }
+    result
+}
+
+/// The flags with what accounting makes of them: memory that may be written is accounted for, and
+/// stays so once it was.
+fn accounted(part: &Vma, flags: VmFlags) -> VmFlags {
+    let before = VmFlags::ACCOUNT.with(VmFlags::WRITE).with(VmFlags::SHARED);
+    if flags.has(VmFlags::WRITE) && !part.flags.any(before) {
+        flags.with(VmFlags::ACCOUNT)
+    } else if !flags.has(VmFlags::WRITE) && part.is_anon() && part.anon.is_none() {
+        flags.without(VmFlags::ACCOUNT)
+    } else {
+        flags
+    }
+}
+
+/// Whether pages of a locked mapping are to be copied now and not at the next store.
+const fn becomes_writable(old: VmFlags, new: VmFlags) -> bool {
+    let own = !old.any(VmFlags::WRITE.with(VmFlags::SHARED));
+    own && old.has(VmFlags::LOCKED) && new.has(VmFlags::WRITE)
 }
 
 /// Visits the parts of mappings in `pages`, in order, until one refuses or a hole comes.

@@ -69,11 +69,46 @@ pub fn mremap<A: Around>(around: &A, pid: Pid, remap: &Remap) -> Result<HostVa, 
     let plan = around.with(|mm| mm.plan_remap(remap))?;
     let (pages, fresh) = {
         let _lock = MmapLock::write(around, pid);
-        around.with(|mm| mm.check_remap(pid, &plan))?;
-        remap_locked(around, pid, &plan)?
+        match plan.fixed {
+            Some(target) if plan.new_len == plan.old.len() => {
+                move_all(around, pid, &plan, target.start)?;
+                (target, Pages::new(target.end, target.end))
+            }
+            Some(_) | None => {
+                around.with(|mm| mm.check_remap(pid, &plan))?;
+                remap_locked(around, pid, &plan)?
+            }
+        }
     };
     populate_locked(around, pid, fresh);
     Ok(around.with(|mm| mm.shape.address(pages.start)))
+}
+
+/// Moves all mappings of a span to a given target, each to where it would be in a copy of the span;
+/// holes stay holes, but not at the start. What was moved before a refusal stays moved.
+fn move_all<A: Around>(around: &A, pid: Pid, plan: &Plan, to: u32) -> Result<(), Errno> {
+    if around.with(|mm| mm.process(pid).vmas.at(plan.old.start).is_none()) {
+        return Err(Errno::Fault);
+    }
+    let mut at = plan.old.start;
+    while at < plan.old.end {
+        let vma = around.with(|mm| mm.process(pid).vmas.first_from(at).copied());
+        let Some(vma) = vma.filter(|vma| vma.pages.start < plan.old.end) else {
+            return Ok(());
+        };
+        let part = vma.part(plan.old).part(Pages::new(at, plan.old.end)).pages;
+        let start = to + (part.start - plan.old.start);
+        let one = Plan {
+            old: part,
+            new_len: part.len(),
+            fixed: Some(Pages::new(start, start + part.len())),
+            target: plan.target,
+        };
+        around.with(|mm| mm.check_remap(pid, &one))?;
+        move_mapping(around, pid, &one)?;
+        at = part.end;
+    }
+    Ok(())
 }
 
 /// The pages of the result, and those of them that are new.
@@ -194,7 +229,9 @@ impl Machine {
         if plan.target.leaves() && vma.flags.any(VmFlags::DONT_EXPAND.with(VmFlags::PFN_MAP)) {
             return Err(Errno::Invalid);
         }
-        let shrinks = plan.new_len < plan.old.len() && plan.fixed.is_none();
+        // What shrinks or stays as it is may span several mappings.
+        let stays = plan.fixed.is_none() && !plan.target.leaves();
+        let shrinks = stays && plan.new_len <= plan.old.len();
         if !shrinks && !vma.pages.covers(plan.old) {
             return Err(Errno::Fault);
         }

@@ -14,10 +14,14 @@ use crate::mm::{Machine, Pages, Pid};
 /// Collapses the whole blocks of a part of a mapping; the mmap lock is held for writing. The error
 /// is that of the last block that failed.
 pub(crate) fn collapse_pages<A: Around>(around: &A, pid: Pid, part: &Vma) -> Result<(), Errno> {
-    if part.flags.has(VmFlags::NO_HUGE) || !part.is_anon() {
+    let block = around.with(|mm| mm.shape.block());
+    let room = |mm: &mut Machine| {
+        let vma = mm.process(pid).vmas.at(part.pages.start);
+        vma.is_some_and(|vma| vma.pages.start.next_multiple_of(block) + block <= vma.pages.end)
+    };
+    if part.flags.has(VmFlags::NO_HUGE) || !part.is_anon() || !around.with(room) {
         return Err(Errno::Invalid);
     }
-    let block = around.with(|mm| mm.shape.block());
     let mut result = Ok(());
     let mut start = part.pages.start.next_multiple_of(block);
     while start + block <= part.pages.end {

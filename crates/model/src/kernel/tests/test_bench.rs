@@ -30,9 +30,16 @@ type Hook = Box<dyn FnOnce() + Send>;
 pub(super) struct TestEnv {
     hook: Mutex<Option<(Point, Hook)>>,
     yields: AtomicU64,
+    /// Checked at every switch point.
+    watched: Mutex<Weak<Kernel<Self>>>,
 }
 
 impl TestEnv {
+    /// Checks the state at every switch point from now on. Threads must not run side by side.
+    pub(super) fn watch(&self, kernel: &Arc<Kernel<Self>>) {
+        *self.watched.lock().expect("no panics") = Arc::downgrade(kernel);
+    }
+
     /// Runs `hook` at the next switch point of this kind.
     pub(super) fn at(&self, point: Point, hook: impl FnOnce() + Send + 'static) {
         *self.hook.lock().expect("no panics") = Some((point, Box::new(hook)));
@@ -63,6 +70,14 @@ impl Environment for TestEnv {
     fn defer(&self, _work: Work) {}
 
     fn yield_point(&self, at: Point) {
+        let watched = self
+            .watched
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .upgrade();
+        if let Some(kernel) = watched {
+            kernel.check().expect("the state makes sense between steps");
+        }
         let mut slot = self.hook.lock().unwrap_or_else(PoisonError::into_inner);
         let due = slot.take_if(|(point, _)| *point == at);
         drop(slot);

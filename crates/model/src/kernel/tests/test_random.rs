@@ -1,12 +1,15 @@
 //! Random operations with migrations, against a map from page to value.
 
+use core::sync::atomic::{AtomicBool, Ordering};
 use std::collections::BTreeMap;
 
 use gpusvm::addr::PAGE;
 use gpusvm::error::Interrupted;
+use gpusvm_abi::bus::AtomicOp;
 use proptest::prelude::*;
 
 use super::test_bench::Bench;
+use crate::mm::errno::Errno;
 use crate::mm::remap::{Remap, Target};
 
 const PAGES: u32 = 12;
@@ -92,8 +95,9 @@ fn run(bench: &Bench, values: &mut BTreeMap<u32, u64>, op: &Op) {
             };
             if bench.space.mremap(&remap).is_ok() {
                 for n in 0..len {
-                    let value = values.remove(&(at + n)).expect("was mapped");
-                    values.insert(to + n, value);
+                    if let Some(value) = values.remove(&(at + n)) {
+                        values.insert(to + n, value);
+                    }
                 }
             }
         }
@@ -113,12 +117,50 @@ fn run(bench: &Bench, values: &mut BTreeMap<u32, u64>, op: &Op) {
     }
 }
 
+#[test]
+fn no_write_is_lost_when_everything_happens_at_once() {
+    let bench = Bench::new();
+    bench.map(0, 8);
+    let (adds, done) = (400, AtomicBool::new(false));
+    let until_done = |act: &dyn Fn(u32)| {
+        for n in (0..).take_while(|_| !done.load(Ordering::Acquire)) {
+            act(n);
+        }
+    };
+    let space = &bench.space;
+    std::thread::scope(|scope| {
+        scope.spawn(|| until_done(&|n| drop(bench.send(bench.span(n % 7, 1 + n % 2)))));
+        scope.spawn(|| {
+            until_done(&|n| {
+                let gone = space.reclaim(bench.at(n % 8));
+                let advice = if gone { 25 } else { 14 };
+                let advised = space.madvise(bench.at(0), 8 * PAGE, advice);
+                assert_ne!(advised, Err(Errno::Fault));
+                if let Ok(child) = space.fork() {
+                    child.exit();
+                }
+            });
+        });
+        for n in 0..adds {
+            let page = n % 8;
+            let added = space.atomic(bench.at(page), AtomicOp::Add(1));
+            assert!(added.is_ok(), "{added:?}");
+        }
+        done.store(true, Ordering::Release);
+    });
+    for page in 0..8 {
+        assert_eq!(bench.load(page), u64::from(adds / 8), "page {page}");
+    }
+    bench.check();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_write_is_lost_whatever_moves(ops in prop::collection::vec(op(), 1..50)) {
         let bench = Bench::new();
+        bench.env.watch(&bench.kernel);
         let mut values = BTreeMap::new();
         bench.map(0, 8);
         values.extend((0..8).map(|page| (page, 0)));

@@ -2,3 +2,4 @@
 
 mod test_random;
 mod test_rules;
+mod test_transcript;

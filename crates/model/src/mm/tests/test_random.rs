@@ -293,7 +293,9 @@ impl Pair {
             }
         }
         if matches!(target, Target::LeaveBehindAt(_)) {
-            self.unlock_around(pid, from);
+            for page in from..from + old {
+                self.unlock_around(pid, page);
+            }
         }
         let table = &mut self.slow.tables[usize::from(pid)];
         for (n, page) in (0..).zip(&pages) {
@@ -324,12 +326,9 @@ impl Pair {
 
     /// What stays behind loses its lock, as far as its mapping goes.
     fn unlock_around(&mut self, pid: u8, from: u32) {
-        let vma = *self
-            .mm
-            .process(Pid(pid))
-            .vmas
-            .at(from)
-            .expect("left behind");
+        let Some(vma) = self.mm.process(Pid(pid)).vmas.at(from).copied() else {
+            return;
+        };
         for page in vma.pages.iter() {
             if let Some(page) = self.slow.tables[usize::from(pid)].get_mut(&page) {
                 page.locked = false;
