@@ -35,6 +35,11 @@ pub enum Command {
         gpusvm run sort --report out   pictures over time, in out/report.html\n  \
         gpusvm run torture --seconds 60 --seed 7  whatever a process can do, at once")]
     Run(RunArgs),
+    /// Run worlds that exist only in memory under a scheduler that tries every order of events.
+    #[command(after_help = "Examples:\n  gpusvm explore --seeds 10000\n  \
+        gpusvm explore --scenario all\n  gpusvm explore --mutant all     does it find known bugs?\n  \
+        gpusvm explore --tape FILE      what failed, again")]
+    Explore(ExploreArgs),
     /// Show what this machine and kernel allow, and what follows for you.
     Info(InfoArgs),
     /// Measure against yardsticks taken in the same run, as ratios.
@@ -121,6 +126,35 @@ pub struct RunArgs {
     /// Plant a bug, to see torture find it.
     #[arg(long = "break", value_enum, value_name = "BUG")]
     pub planted: Option<Planted>,
+    /// How results are shown.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Options of `explore`.
+#[derive(Args, Clone, Debug)]
+pub struct ExploreArgs {
+    /// Kind of world, or all of them.
+    #[arg(long, default_value = "swarm", value_name = "NAME|all")]
+    pub scenario: String,
+    /// How many worlds of each kind.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub seeds: u64,
+    /// The first one.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Run the one world of this tape.
+    #[arg(long, value_name = "FILE")]
+    pub tape: Option<PathBuf>,
+    /// Write the tape of a failure there.
+    #[arg(long, value_name = "FILE", default_value = "gpusvm.tape")]
+    pub save: PathBuf,
+    /// Re-introduce a known bug, or all of them one after the other: each must be found.
+    #[arg(long, value_name = "NAME|all")]
+    pub mutant: Option<String>,
+    /// Threads that run worlds; one for each processor, if nothing is said.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub threads: Option<u16>,
     /// How results are shown.
     #[command(flatten)]
     pub output: OutputArgs,

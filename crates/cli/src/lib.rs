@@ -6,6 +6,7 @@
 
 pub mod args;
 pub mod bench;
+pub mod explore;
 pub mod folder;
 pub mod info;
 pub mod machine;

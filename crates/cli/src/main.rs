@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
 use gpusvm_cli::args::{self, Cli, Command, RunArgs};
-use gpusvm_cli::{bench, info, run};
+use gpusvm_cli::{bench, explore, info, run};
 
 /// Keeps the runtime's own memory apart from the memory that migrates.
 #[global_allocator]
@@ -28,6 +28,10 @@ fn main() -> ExitCode {
         Command::Info(args) => match info::info(args, &mut out) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error, 1),
+        },
+        Command::Explore(args) => match explore::explore(&args, &mut out) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error, error.exit_code()),
         },
         Command::Bench(args) => match bench::bench(&args, &mut out) {
             Ok(()) => ExitCode::SUCCESS,

@@ -15,6 +15,7 @@ use lock_api::{Mutex, RawMutex};
 
 use crate::copy;
 use crate::fault_ring::FaultRing;
+use crate::mmu::{self, Permit, Target};
 use crate::shootdown::{self, Gate, Shootdown};
 use crate::tlb::Tlb;
 use crate::unit::{Running, Tally};
@@ -104,6 +105,25 @@ pub struct UnitState {
     pub awaited: bool,
     /// Address of the fault whose answer it waits for.
     pub fault: Option<u64>,
+}
+
+/// Where an entry of the page tables leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Translation {
+    /// Device memory.
+    Vram {
+        /// Offset of the page.
+        offset: u64,
+        /// Stores are allowed.
+        write: bool,
+    },
+    /// Host memory.
+    Bus {
+        /// Bus address of the page.
+        address: u64,
+        /// Stores are allowed.
+        write: bool,
+    },
 }
 
 struct Unit<R> {
@@ -263,6 +283,25 @@ fn run_groups<R: RawMutex + Send + Sync>(running: &mut Running<'_, R>) -> Result
 impl<R: RawMutex> SoftGpu<R> {
     pub(crate) const fn config(&self) -> &GpuConfig {
         &self.config
+    }
+
+    /// Where the page tables lead at `va`, for whoever checks them. No unit is asked, and no TLB.
+    #[must_use]
+    pub fn translation(&self, asid: u32, va: u64) -> Option<Translation> {
+        let leaf = mmu::walk(&*self.vram, self.root(asid)?, va).ok()?;
+        let inside = (va - leaf.va) & !0xFFF;
+        let write = leaf.write == Permit::Yes;
+        match leaf.target {
+            Target::Vram(at) => Some(Translation::Vram {
+                offset: at + inside,
+                write,
+            }),
+            Target::Bus(at) => Some(Translation::Bus {
+                address: at + inside,
+                write,
+            }),
+            Target::Null => None,
+        }
     }
 
     pub(crate) fn root(&self, asid: u32) -> Option<u64> {

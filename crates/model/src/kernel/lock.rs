@@ -35,6 +35,11 @@ impl MmapWord {
         }
     }
 
+    /// Whether a writer has it.
+    pub(crate) fn is_written(&self) -> bool {
+        self.0.load(Ordering::Acquire) == WRITER
+    }
+
     pub(crate) fn unlock<E: Environment>(&self, env: &E, how: Hold) {
         match how {
             Hold::Read => {

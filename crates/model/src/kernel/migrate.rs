@@ -19,7 +19,7 @@ use crate::kernel::space::ModelSpace;
 use crate::mm::around::{Around, MmapLock};
 use crate::mm::map::split_blocks;
 use crate::mm::memory::FrameId;
-use crate::mm::migrate::{Collected, Device};
+use crate::mm::migrate::{Collected, Device, Taken};
 use crate::mm::reclaim::unmap_all;
 use crate::mm::{Machine, Pages, Pid};
 
@@ -192,14 +192,20 @@ impl<E: Environment> ModelMigration<'_, E> {
             let open = kernel.open(pid, pages, InvalidateReason::Migrate);
             for leg in legs.iter().filter(|leg| leg.from.is_none()) {
                 kernel.step();
-                let filled = kernel.with(|mm| mm.fill_hole(pid, leg.page, leg.to));
+                // In one step: what was filled may be home again, and free, in the next.
+                let filled = kernel.with(|mm| {
+                    let filled = mm.fill_hole(pid, leg.page, leg.to);
+                    mm.drop_device_page(leg.to);
+                    filled
+                });
                 moved += u64::from(filled);
             }
             kernel.close(pid, open);
         }
         for leg in legs {
+            let Some(from) = leg.from else { continue };
             kernel.step();
-            let settled = kernel.with(|mm| mm.arrive(leg.from, leg.to));
+            let settled = kernel.with(|mm| mm.arrive(from, leg.to));
             moved += u64::from(settled > 0);
         }
         moved
@@ -220,7 +226,7 @@ impl<E: Environment> Kernel<E> {
         let id = allocation.id().0;
         let pages = self.look(|mm| mm.place_of(id).map(|place| mm.device_pages(place)));
         for (frame, page) in pages.unwrap_or_default() {
-            set.take_home(frame, page, allocation.vram().start())?;
+            set.take_home(frame, page, allocation)?;
         }
         set.recall();
         set.drop_unmapped();
@@ -242,25 +248,34 @@ impl<E: Environment> Kernel<E> {
 }
 
 impl<E: Environment> ModelMigration<'_, E> {
-    /// Locks a device page and gets a page for it.
-    fn take_home(&mut self, frame: FrameId, page: u32, vram: VramAddr) -> Result<(), Interrupted> {
-        let taken = self.kernel.with(|mm| {
-            if !mm.take_device_page(frame) {
-                return Err(Interrupted::from(Stale::PagesBusy));
-            }
-            match mm.new_home() {
-                Some(to) => Ok(to),
-                None => {
-                    mm.let_go(frame);
-                    Err(Failed::OutOfMemory.into())
-                }
-            }
-        });
-        let to = taken?;
+    /// Locks a device page and gets a page for it. One that was freed since it was looked up needs
+    /// none.
+    fn take_home(
+        &mut self,
+        frame: FrameId,
+        page: u32,
+        allocation: &AllocationRef,
+    ) -> Result<(), Interrupted> {
+        let id = allocation.id().0;
+        let taken = self
+            .kernel
+            .with(|mm| match mm.take_device_page(frame, id, page) {
+                Taken::Gone => Ok(None),
+                Taken::Busy => Err(Interrupted::from(Stale::PagesBusy)),
+                Taken::Yes => match mm.new_home() {
+                    Some(to) => Ok(Some(to)),
+                    None => {
+                        mm.let_go(frame);
+                        Err(Failed::OutOfMemory.into())
+                    }
+                },
+            });
+        let Some(to) = taken? else { return Ok(()) };
         if let Way::Home { legs } = &mut self.way {
             legs.push(Home { from: frame, to });
         }
-        let at = vram.plus(PageCount::new(u64::from(page)).bytes());
+        let first = allocation.vram().start();
+        let at = first.plus(PageCount::new(u64::from(page)).bytes());
         push(&mut self.moves, at, CopyWith::To(address_of(to)));
         Ok(())
     }
@@ -315,7 +330,7 @@ impl<E: Environment> ModelMigration<'_, E> {
         let mut moved = 0;
         for leg in legs {
             kernel.step();
-            moved += u64::from(kernel.with(|mm| mm.arrive(Some(leg.from), leg.to)) > 0);
+            moved += u64::from(kernel.with(|mm| mm.arrive(leg.from, leg.to)) > 0);
         }
         moved
     }
@@ -348,12 +363,9 @@ impl<E: Environment> ModelMigration<'_, E> {
 impl Machine {
     /// Ends the move of a page: entries for the new one, the old one goes. Returns the number of
     /// entries; where there are none, the new page goes, too.
-    fn arrive(&mut self, from: Option<FrameId>, to: FrameId) -> u32 {
-        let mut settled = 0;
-        if let Some(frame) = from {
-            settled = self.settle(frame, to);
-            self.let_go(frame);
-        }
+    fn arrive(&mut self, from: FrameId, to: FrameId) -> u32 {
+        let settled = self.settle(from, to);
+        self.let_go(from);
         self.drop_device_page(to);
         settled
     }

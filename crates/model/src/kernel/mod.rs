@@ -31,6 +31,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 
 use gpusvm::mmu::{IntervalNotifiers, Invalidation};
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::{Environment, Mutex, Point};
 use gpusvm::seam::mm::{AllocationRef, CpuFaultOutcome, InvalidateReason};
 
@@ -82,6 +83,9 @@ impl<E: Environment> Kernel<E> {
             mmap: MmapWord::default(),
             notifiers: IntervalNotifiers::new(),
         };
+        let mut machine = machine;
+        let mut all = Mutant::ALL.iter().copied();
+        machine.mutant = all.find(|mutant| env.mutant(*mutant));
         Arc::new(Self {
             env,
             processes: machine.pids().map(process).collect(),
@@ -113,6 +117,13 @@ impl<E: Environment> Kernel<E> {
     /// The rule that is broken.
     pub fn check(&self) -> Result<(), Broken> {
         self.look(check)
+    }
+
+    /// Whether some process changes its mappings: they may be in the middle of it, and
+    /// [`check`](Self::check) finds fault with that.
+    #[must_use]
+    pub fn is_mapping(&self) -> bool {
+        self.processes.iter().any(|sync| sync.mmap.is_written())
     }
 
     /// Checks the state when no operation is under way.
@@ -179,7 +190,16 @@ impl<E: Environment> Around for Kernel<E> {
     }
 
     fn open(&self, pid: Pid, pages: Pages, reason: InvalidateReason) -> Invalidation {
-        let span = self.look(|mm| mm.shape().span(pages));
+        let forgotten = match reason {
+            InvalidateReason::Unmap => self.env.mutant(Mutant::NotBracketed),
+            InvalidateReason::ProtectPage => self.env.mutant(Mutant::ForkNotBracketed),
+            InvalidateReason::Clear
+            | InvalidateReason::ProtectVma
+            | InvalidateReason::Release
+            | InvalidateReason::Migrate => false,
+        };
+        let told = if forgotten { Pages::new(0, 0) } else { pages };
+        let span = self.look(|mm| mm.shape().span(told));
         self.sync(pid).notifiers.start(span, reason)
     }
 

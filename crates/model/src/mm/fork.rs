@@ -1,5 +1,6 @@
 //! `fork` and the end of a process.
 
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::mm::InvalidateReason;
 
 use crate::mm::around::{Around, MmapLock};
@@ -19,7 +20,11 @@ use crate::mm::{Machine, Pages, Pid};
 pub fn fork<A: Around>(around: &A, parent: Pid) -> Result<Pid, Errno> {
     let _lock = MmapLock::write(around, parent);
     let free = |mm: &mut Machine| {
-        let dead = |pid: &Pid| !mm.process(*pid).alive && mm.process(*pid).vmas.all().is_empty();
+        // One that is ending still takes its entries away.
+        let dead = |pid: &Pid| {
+            let process = mm.process(*pid);
+            !process.alive && process.vmas.all().is_empty() && process.detached.is_empty()
+        };
         mm.pids().find(dead)
     };
     let child = around.with(free).ok_or(Errno::Again)?;
@@ -138,6 +143,11 @@ impl Machine {
             }
         };
         self.replace(child, page, new);
+        if let (Entry::DevicePrivate(frame, _), Some(Mutant::ForkDropsReference)) =
+            (new, self.mutant)
+        {
+            self.put(frame);
+        }
         Ok(page + 1)
     }
 

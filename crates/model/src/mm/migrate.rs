@@ -4,6 +4,8 @@
 //! A collected page is locked and held; whoever meets its entry waits. Holes are not closed: a CPU
 //! may fill one meanwhile, and then the move of that page is refused.
 
+use gpusvm::mutant::Mutant;
+
 use crate::mm::entry::{Block, Entry};
 use crate::mm::flags::{Bits, VmFlags};
 use crate::mm::memory::{FrameId, Owner};
@@ -22,6 +24,17 @@ pub enum Collected {
     Busy,
     /// A page that does not move: pinned, poisoned, swapped out, on a device, a guard.
     Refused,
+}
+
+/// What became of a device page that is to come home.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// It is the caller's.
+    Yes,
+    /// Another operation has it.
+    Busy,
+    /// It has been freed meanwhile.
+    Gone,
 }
 
 /// Identity of a device allocation, as plain data.
@@ -45,6 +58,7 @@ impl Machine {
             Entry::None | Entry::Zero(_) => Collected::Hole,
             Entry::Present(frame, bits) => self.collect_present(pid, page, frame, bits),
             Entry::Migration(..) => Collected::Busy,
+            Entry::Guard if self.mutant == Some(Mutant::GuardFilled) => Collected::Hole,
             Entry::Swap(..)
             | Entry::DevicePrivate(..)
             | Entry::DeviceExclusive(..)
@@ -56,8 +70,8 @@ impl Machine {
 
     fn collect_present(&mut self, pid: Pid, page: u32, frame: FrameId, bits: Bits) -> Collected {
         let folio = *self.memory.folio(frame);
-        let pinned = folio.pins > 0 || self.memory.frame(frame).poisoned;
-        if folio.owner != Owner::Anon || pinned {
+        let pinned = folio.pins > 0 && self.mutant != Some(Mutant::PinIgnored);
+        if folio.owner != Owner::Anon || pinned || self.memory.frame(frame).poisoned {
             return Collected::Refused;
         }
         if !self.try_lock(frame) {
@@ -92,16 +106,29 @@ impl Machine {
             self.uncache_slot(slot, frame);
         }
         let folio = self.memory.folio(frame);
-        folio.refs == 1 && folio.held == 1
+        let pins = match self.mutant {
+            Some(Mutant::PinIgnored) => folio.pins,
+            _ => 0,
+        };
+        folio.refs == 1 + pins && folio.held == 1
     }
 
-    /// Locks and holds a device page that is to come home.
-    pub fn take_device_page(&mut self, frame: FrameId) -> bool {
-        let taken = self.try_lock(frame);
-        if taken {
-            self.hold(frame);
+    /// Locks and holds the device page that was page `page` of the allocation `id` when it was looked
+    /// up.
+    pub fn take_device_page(&mut self, frame: FrameId, id: u64, page: u32) -> Taken {
+        let folio = self.memory.folio(frame);
+        let still = match folio.owner {
+            Owner::Device(place, of) => of == page && self.device(place).id == id && folio.refs > 0,
+            Owner::Free | Owner::Anon | Owner::Ksm | Owner::File(..) | Owner::Poisoned => false,
+        };
+        if !still {
+            return Taken::Gone;
         }
-        taken
+        if !self.try_lock(frame) {
+            return Taken::Busy;
+        }
+        self.hold(frame);
+        Taken::Yes
     }
 
     /// The device pages of the allocation in `place`, and where they are in it.
@@ -181,6 +208,8 @@ impl Machine {
         }
         match self.entry(pid, page) {
             Entry::None | Entry::Zero(_) => {}
+            Entry::Guard if self.mutant == Some(Mutant::GuardFilled) => {}
+            Entry::Present(..) if self.mutant == Some(Mutant::NewerPageOverwritten) => {}
             Entry::Present(..)
             | Entry::Swap(..)
             | Entry::Migration(..)

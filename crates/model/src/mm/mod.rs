@@ -66,6 +66,7 @@ pub mod vma;
 mod tests;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
+use gpusvm::mutant::Mutant;
 
 use crate::mm::entry::{Block, Entry};
 use crate::mm::errno::Errno;
@@ -267,6 +268,8 @@ pub struct Machine {
     pub(crate) devices: Vec<Device>,
     /// Device allocations that have lost their last page and whose owner is not told yet.
     pub(crate) released: Vec<u32>,
+    /// A known bug that is re-introduced.
+    pub(crate) mutant: Option<Mutant>,
     next_anon: u32,
 }
 
@@ -295,6 +298,7 @@ impl Machine {
             device_pages: Vec::new(),
             devices: Vec::new(),
             released: Vec::new(),
+            mutant: None,
             next_anon: 0,
             shape,
         }

@@ -3,6 +3,7 @@
 use core::panic::Location;
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::{Environment, Ns, Point, Work};
 use gpusvm_abi::bus::Park;
 
@@ -186,6 +187,10 @@ impl Environment for ModelEnv {
     fn defer(&self, work: Work) {
         with(|world| world.defer(work));
         stage::point(Kind::Defer);
+    }
+
+    fn mutant(&self, which: Mutant) -> bool {
+        with(|world| world.options.mutant.as_deref() == Some(which.name()))
     }
 
     fn yield_point(&self, at: Point) {

@@ -1,0 +1,212 @@
+//! What a CPU actor does in a world. Each operation is one function.
+
+use core::ops::Range;
+
+use gpusvm::addr::{HostSpan, HostVa, PAGE};
+use gpusvm::pagemap::ToDevice;
+use gpusvm::seam::env::Ns;
+use gpusvm::seam::mm::Access;
+use gpusvm_model::mm::errno::Errno;
+use gpusvm_model::mm::flags::Prot;
+use gpusvm_model::mm::remap::{Remap, Target};
+use gpusvm_model::sched::{Kind, ModelEnv};
+
+use crate::explore::ledger::{Effect, Ended};
+use crate::explore::op::Op;
+use crate::explore::plan::{PAGES, WORDS, address};
+use crate::explore::world::{World, map};
+
+const DONTNEED: i32 = 4;
+const HUGEPAGE: i32 = 14;
+const COLLAPSE: i32 = 25;
+const GUARD_INSTALL: i32 = 102;
+const GUARD_REMOVE: i32 = 103;
+/// What a child stores. No version of any word looks like it.
+const MARK: u64 = u64::MAX;
+/// Longest timeslice, in virtual nanoseconds.
+const TIMESLICE: u32 = 200;
+
+/// Actor `n` does its operations.
+pub(super) fn run(world: &World, n: usize) {
+    for _ in 0..world.plan.ops {
+        let which = ModelEnv.choose(u32::try_from(world.plan.does.len()).unwrap_or(1));
+        let op = world.plan.does[which as usize];
+        let page = ModelEnv.choose(PAGES);
+        ModelEnv.emit(op.name(), [page.into(), 0]);
+        operate(world, n, op, page);
+        ModelEnv.point(Kind::Other);
+    }
+    world.done();
+}
+
+/// Reads every word.
+pub(super) fn sweep(world: &World) {
+    for page in 0..PAGES {
+        (0..WORDS).for_each(|slot| load(world, page, slot));
+    }
+}
+
+fn operate(world: &World, n: usize, op: Op, page: u32) {
+    match op {
+        Op::Load => load(world, page, ModelEnv.choose(4) as usize % WORDS),
+        Op::Store => store(world, n, page),
+        Op::Send => send(world, page),
+        Op::Evict => evict(world),
+        Op::SwapOut => {
+            let _out = world.space.reclaim(address(page, 0));
+        }
+        Op::Discard => change(world, &some(page), Effect::Destroys, |at, len| {
+            world.space.madvise(at, len, DONTNEED)
+        }),
+        Op::Unmap => unmap(world, &some(page)),
+        Op::Move => relocate(world, &some(page)),
+        Op::ProtectRead => protect_read(world, &some(page)),
+        Op::Guard => change(world, &some(page), Effect::Destroys, |at, len| {
+            world.space.madvise(at, len, GUARD_INSTALL)?;
+            ModelEnv.point(Kind::Other);
+            if world.space.load(at).is_ok() {
+                ModelEnv.fail(format!("a guard at {at} lets a load through"));
+            }
+            world.space.madvise(at, len, GUARD_REMOVE)
+        }),
+        Op::Collapse => {
+            let block = page / 4 * 4;
+            let _advised = world.space.madvise(address(block, 0), 4 * PAGE, HUGEPAGE);
+            let _collapsed = world.space.madvise(address(block, 0), 4 * PAGE, COLLAPSE);
+        }
+        Op::Fork => fork(world, page),
+        Op::Pin => pin(world, page),
+    }
+}
+
+/// Pages around one: a few.
+fn some(page: u32) -> Range<u32> {
+    let end = page + 1 + ModelEnv.choose(4);
+    page..end.min(PAGES)
+}
+
+fn load(world: &World, page: u32, slot: usize) {
+    let look = world.ledger(|ledger| ledger.begin(page, slot));
+    let rule = match world.space.load(address(page, slot)) {
+        Ok(value) => world.ledger(|ledger| ledger.loaded(&look, value)),
+        Err(_signal) => world.ledger(|ledger| ledger.refused(&look, "a CPU")),
+    };
+    world.must(rule);
+}
+
+fn store(world: &World, n: usize, page: u32) {
+    let look = world.ledger(|ledger| ledger.begin(page, n));
+    let value = world.ledger(|ledger| ledger.announce(&look));
+    match world.space.store(address(page, n), value) {
+        Ok(()) => world.ledger(|ledger| ledger.stored(&look)),
+        Err(_signal) => world.must(world.ledger(|ledger| ledger.refused(&look, "a CPU"))),
+    }
+}
+
+/// Changes pages by `act`, which is told where they are. Not while others change some of them.
+fn change(
+    world: &World,
+    pages: &Range<u32>,
+    effect: Effect,
+    act: impl FnOnce(HostVa, u64) -> Result<(), Errno>,
+) {
+    if !world.ledger(|ledger| ledger.change(pages, effect)) {
+        return;
+    }
+    let len = u64::from(pages.end - pages.start) * PAGE;
+    let ended = match act(address(pages.start, 0), len) {
+        Ok(()) => Ended::Done,
+        Err(_errno) => Ended::Refused,
+    };
+    world.ledger(|ledger| ledger.changed(pages, effect, ended));
+}
+
+fn unmap(world: &World, pages: &Range<u32>) {
+    change(world, pages, Effect::Destroys, |at, len| {
+        world.space.munmap(at, len)?;
+        ModelEnv.point(Kind::Other);
+        map(&world.space, pages.clone());
+        Ok(())
+    });
+}
+
+fn relocate(world: &World, pages: &Range<u32>) {
+    change(world, pages, Effect::Keeps, |at, len| {
+        let there = address(pages.start + PAGES, 0);
+        let remap = |from, to| {
+            world.space.mremap(&Remap {
+                at: from,
+                old_len: len,
+                new_len: len,
+                target: Target::At(to),
+            })
+        };
+        // Pieces with different histories do not move in one call.
+        if remap(at, there).is_ok() {
+            ModelEnv.point(Kind::Other);
+            if let Err(errno) = remap(there, at) {
+                ModelEnv.fail(format!("mremap back of pages {pages:?} answers {errno:?}"));
+            }
+        }
+        Ok(())
+    });
+}
+
+fn protect_read(world: &World, pages: &Range<u32>) {
+    change(world, pages, Effect::Keeps, |at, len| {
+        world.space.mprotect(at, len, Prot::READ)?;
+        ModelEnv.point(Kind::Other);
+        let back = Prot::READ.with(Prot::WRITE);
+        world.space.mprotect(at, len, back)
+    });
+}
+
+fn send(world: &World, page: u32) {
+    let devices = u32::try_from(world.nodes.len()).unwrap_or(1);
+    let node = &world.nodes[ModelEnv.choose(devices) as usize];
+    let pages = match ModelEnv.choose(3) {
+        0 => 0..PAGES,
+        _ => some(page),
+    };
+    let wish = ToDevice {
+        span: HostSpan::new(address(pages.start, 0), address(pages.end, 0)),
+        timeslice: Ns(ModelEnv.choose(TIMESLICE).into()),
+    };
+    // Refused where the pages are busy, or there is no room.
+    let _moved = node.device.pagemap().to_device(wish);
+}
+
+fn evict(world: &World) {
+    let devices = u32::try_from(world.nodes.len()).unwrap_or(1);
+    let node = &world.nodes[ModelEnv.choose(devices) as usize];
+    let _evicted = node.device.pagemap().vram().evict_all();
+}
+
+/// A child sees what its parent had, and nobody sees what it writes.
+fn fork(world: &World, page: u32) {
+    let pages = some(page);
+    let looks: Vec<_> = pages
+        .clone()
+        .flat_map(|page| (0..WORDS).map(move |slot| (page, slot)))
+        .map(|(page, slot)| world.ledger(|ledger| ledger.begin(page, slot)))
+        .collect();
+    // There is one child at a time.
+    let Ok(child) = world.space.fork() else {
+        return;
+    };
+    for look in looks {
+        let at = address(look.page, look.slot);
+        if let Ok(value) = child.load(at) {
+            world.must(world.ledger(|ledger| ledger.loaded(&look, value)));
+        }
+        let _stored = child.store(at, MARK);
+    }
+    child.exit();
+}
+
+fn pin(world: &World, page: u32) {
+    if let Ok(frame) = world.space.pin(address(page, 0), Access::Write) {
+        ModelEnv.point(Kind::Other);
+        world.space.unpin(frame);
+    }
+}

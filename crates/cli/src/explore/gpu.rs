@@ -1,0 +1,115 @@
+//! What a device does in a world: loads and stores of one unit, and the service of its faults.
+
+use core::sync::atomic::Ordering;
+
+use gpusvm_abi::bus::{AtomicOp, DevicePort, FaultHandler};
+use gpusvm_model::sched::{Kind, ModelEnv};
+use gpusvm_softgpu::{Dispatch, Kernel, Stop, Tile};
+
+use crate::explore::plan::{PAGES, WORDS, address};
+use crate::explore::world::World;
+
+/// A closure as a kernel of one group.
+struct Once<F>(F);
+
+impl<F: Fn(&mut Tile<'_>) + Sync> Kernel for Once<F> {
+    fn run(&self, _group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
+        (self.0)(tile);
+        Ok(())
+    }
+}
+
+/// The unit of device `n` does its operations.
+pub(super) fn run(world: &World, n: usize) {
+    launch(world, n, |tile| {
+        for _ in 0..world.plan.ops {
+            operate(world, n, tile);
+        }
+    });
+    world.done();
+}
+
+/// The unit of device `n` reads every word.
+pub(super) fn sweep(world: &World, n: usize) {
+    launch(world, n, |tile| {
+        for page in 0..PAGES {
+            (0..WORDS).for_each(|slot| load(world, tile, page, slot));
+        }
+    });
+}
+
+fn launch(world: &World, n: usize, act: impl Fn(&mut Tile<'_>) + Sync) {
+    let node = &world.nodes[n];
+    let kernel = Once(act);
+    let dispatch = Dispatch::new(&kernel, 1, node.vm.asid());
+    if let Err(stop) = node.gpu.run(&dispatch, 0) {
+        ModelEnv.fail(format!("the unit of device {n} stops: {stop:?}"));
+    }
+}
+
+fn operate(world: &World, n: usize, tile: &mut Tile<'_>) {
+    let page = ModelEnv.choose(PAGES);
+    match ModelEnv.choose(3) {
+        0 => load(world, tile, page, ModelEnv.choose(4) as usize % WORDS),
+        1 => store(world, n, tile, page),
+        _ => exchange(world, n, tile, page),
+    }
+    ModelEnv.point(Kind::Access);
+}
+
+/// The slot that the unit of device `n` owns.
+fn own(world: &World, n: usize) -> usize {
+    usize::from(world.plan.cpus) + n
+}
+
+fn load(world: &World, tile: &mut Tile<'_>, page: u32, slot: usize) {
+    let look = world.ledger(|ledger| ledger.begin(page, slot));
+    ModelEnv.emit("gpu load", [page.into(), slot as u64]);
+    let rule = match tile.load_one(address(page, slot).get()) {
+        Ok(value) => world.ledger(|ledger| ledger.loaded(&look, value)),
+        Err(_stop) => world.ledger(|ledger| ledger.refused(&look, "a device")),
+    };
+    world.must(rule);
+}
+
+fn store(world: &World, n: usize, tile: &mut Tile<'_>, page: u32) {
+    let slot = own(world, n);
+    let look = world.ledger(|ledger| ledger.begin(page, slot));
+    let value = world.ledger(|ledger| ledger.announce(&look));
+    ModelEnv.emit("gpu store", [page.into(), value]);
+    match tile.store_one(address(page, slot).get(), value) {
+        Ok(()) => world.ledger(|ledger| ledger.stored(&look)),
+        Err(_stop) => world.must(world.ledger(|ledger| ledger.refused(&look, "a device"))),
+    }
+}
+
+/// Replaces what is there by the next version, if nobody changes it meanwhile.
+fn exchange(world: &World, n: usize, tile: &mut Tile<'_>, page: u32) {
+    let slot = own(world, n);
+    let at = address(page, slot).get();
+    let look = world.ledger(|ledger| ledger.begin(page, slot));
+    let Ok(expected) = tile.load_one(at) else {
+        return world.must(world.ledger(|ledger| ledger.refused(&look, "a device")));
+    };
+    world.must(world.ledger(|ledger| ledger.loaded(&look, expected)));
+    let new = world.ledger(|ledger| ledger.announce(&look));
+    ModelEnv.emit("gpu exchange", [page.into(), new]);
+    match tile.atomic(at, AtomicOp::CompareExchange { expected, new }) {
+        Ok(found) if found == expected => world.ledger(|ledger| ledger.stored(&look)),
+        // Destroyed in between.
+        Ok(found) => world.must(world.ledger(|ledger| ledger.loaded(&look, found))),
+        Err(_stop) => world.must(world.ledger(|ledger| ledger.refused(&look, "a device"))),
+    }
+}
+
+/// Serves the faults of device `n` out of its ring.
+pub(super) fn serve(world: &World, n: usize) {
+    let node = &world.nodes[n];
+    while !world.closed.load(Ordering::Acquire) {
+        node.gpu.wait_fault();
+        while let Some(record) = node.gpu.pop_fault() {
+            let answer = node.device.handle(&record);
+            node.gpu.ack_fault(&record, answer);
+        }
+    }
+}

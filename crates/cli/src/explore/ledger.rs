@@ -1,0 +1,258 @@
+//! What may be read: versions of every word, and what is happening to every page.
+//!
+//! As in torture ([`ledger`](crate::torture)), but here nothing is lost to chance: whoever looks, looks
+//! between two steps of everybody else.
+//!
+//! ```text
+//!   owner:    ceiling = 6 ── store 6 ── floor = 6
+//!   reader:   floor? ── load v ── ceiling?       floor <= v <= ceiling, and v > burnt
+//! ```
+//!
+//! An access during which its page changed is judged loosely: its value must be one that was written
+//! to that word.
+
+use core::ops::Range;
+
+use crate::explore::plan::{PAGES, WORDS};
+
+/// What is happening to a page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Flux {
+    /// Nothing: content stays, accesses succeed.
+    #[default]
+    Stable,
+    /// Content stays or goes, accesses may be refused.
+    Changing,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Word {
+    floor: u32,
+    ceiling: u32,
+    burnt: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct PageState {
+    flux: Flux,
+    epoch: u32,
+    words: [Word; WORDS],
+}
+
+/// All words.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    pages: [PageState; PAGES as usize],
+}
+
+/// An access that has begun.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Look {
+    pub(super) page: u32,
+    pub(super) slot: usize,
+    flux: Flux,
+    epoch: u32,
+    floor: u32,
+}
+
+/// What an operation does to content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Effect {
+    Destroys,
+    Keeps,
+}
+
+/// How an operation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    Done,
+    /// Refused: nothing has happened.
+    Refused,
+}
+
+impl Ledger {
+    fn page(&self, page: u32) -> &PageState {
+        &self.pages[page as usize]
+    }
+
+    fn word_mut(&mut self, look: &Look) -> &mut Word {
+        &mut self.pages[look.page as usize].words[look.slot]
+    }
+
+    /// An access begins.
+    pub(super) fn begin(&self, page: u32, slot: usize) -> Look {
+        let state = self.page(page);
+        Look {
+            page,
+            slot,
+            flux: state.flux,
+            epoch: state.epoch,
+            floor: state.words[slot].floor,
+        }
+    }
+
+    /// Whether the page was left alone since the access began.
+    fn is_strict(&self, look: &Look) -> bool {
+        look.flux == Flux::Stable && self.page(look.page).epoch == look.epoch
+    }
+
+    /// A load has given `value`.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub(super) fn loaded(&self, look: &Look, value: u64) -> Result<(), String> {
+        let word = self.page(look.page).words[look.slot];
+        let strict = self.is_strict(look);
+        let at = format!("page {} word {}", look.page, look.slot);
+        if value == 0 {
+            return if strict && look.floor > 0 {
+                Err(format!(
+                    "lost write: {at} is empty, version {} was stored",
+                    look.floor
+                ))
+            } else {
+                Ok(())
+            };
+        }
+        let Some(version) = version(look.page, look.slot, value) else {
+            return Err(format!(
+                "wrong bytes: {at} holds {value:#x}, which belongs elsewhere"
+            ));
+        };
+        if version > word.ceiling {
+            return Err(format!(
+                "wrong bytes: {at} holds version {version}, which nobody stored"
+            ));
+        }
+        if strict && version < look.floor {
+            let floor = look.floor;
+            return Err(format!(
+                "lost write: {at} holds version {version}, {floor} was stored"
+            ));
+        }
+        if strict && version <= word.burnt {
+            return Err(format!(
+                "stale: {at} holds version {version}, which was destroyed"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The owner of a word is about to store its next version: the value.
+    pub(super) fn announce(&mut self, look: &Look) -> u64 {
+        let word = self.word_mut(look);
+        word.ceiling += 1;
+        let version = word.ceiling;
+        value(look.page, look.slot, version)
+    }
+
+    /// What was announced has been stored.
+    pub(super) fn stored(&mut self, look: &Look) {
+        if self.is_strict(look) {
+            let word = self.word_mut(look);
+            word.floor = word.ceiling;
+        }
+    }
+
+    /// An access was refused.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub(super) fn refused(&self, look: &Look, who: &str) -> Result<(), String> {
+        if self.is_strict(look) {
+            Err(format!(
+                "{who} was refused page {}, which is mapped and unchanged",
+                look.page
+            ))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The pages are about to change. False where some change already.
+    pub(super) fn change(&mut self, pages: &Range<u32>, effect: Effect) -> bool {
+        if pages
+            .clone()
+            .any(|page| self.page(page).flux != Flux::Stable)
+        {
+            return false;
+        }
+        for page in pages.clone() {
+            let state = &mut self.pages[page as usize];
+            state.flux = Flux::Changing;
+            state.epoch += 1;
+            if effect == Effect::Destroys {
+                for word in &mut state.words {
+                    word.burnt = word.burnt.max(word.floor);
+                    word.floor = 0;
+                }
+            }
+        }
+        true
+    }
+
+    /// The change is over.
+    pub(super) fn changed(&mut self, pages: &Range<u32>, effect: Effect, ended: Ended) {
+        for page in pages.clone() {
+            let state = &mut self.pages[page as usize];
+            state.flux = Flux::Stable;
+            state.epoch += 1;
+            if effect == Effect::Destroys && ended == Ended::Refused {
+                // What was there is there, but stores in between may have come on top.
+                state.words.iter_mut().for_each(|word| word.burnt = 0);
+            }
+        }
+    }
+}
+
+/// What a word holds at a version.
+fn value(page: u32, slot: usize, version: u32) -> u64 {
+    let slot = u64::try_from(slot).unwrap_or(0);
+    u64::from(page + 1) << 40 | slot << 32 | u64::from(version)
+}
+
+fn version(page: u32, slot: usize, raw: u64) -> Option<u32> {
+    let version = u32::try_from(raw & u64::from(u32::MAX)).ok()?;
+    (value(page, slot, version) == raw && version > 0).then_some(version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Stores once; returns the value.
+    fn store(ledger: &mut Ledger, page: u32) -> u64 {
+        let look = ledger.begin(page, 1);
+        let value = ledger.announce(&look);
+        ledger.stored(&look);
+        value
+    }
+
+    #[test]
+    fn what_was_stored_must_be_read_and_nothing_else() {
+        let mut ledger = Ledger::default();
+        let first = store(&mut ledger, 3);
+        let second = store(&mut ledger, 3);
+        let look = ledger.begin(3, 1);
+        assert_eq!(ledger.loaded(&look, second), Ok(()));
+        for wrong in [0, first, second + 1, second ^ 1 << 40] {
+            assert!(ledger.loaded(&look, wrong).is_err(), "{wrong:#x}");
+        }
+    }
+
+    #[test]
+    fn destroyed_content_does_not_come_back() {
+        let mut ledger = Ledger::default();
+        let old = store(&mut ledger, 0);
+        let across = ledger.begin(0, 1);
+        assert!(ledger.change(&(0..2), Effect::Destroys));
+        assert!(!ledger.change(&(1..2), Effect::Keeps), "one at a time");
+        assert_eq!(ledger.refused(&across, "a device"), Ok(()));
+        ledger.changed(&(0..2), Effect::Destroys, Ended::Done);
+        let look = ledger.begin(0, 1);
+        assert_eq!(ledger.loaded(&look, 0), Ok(()));
+        assert!(ledger.loaded(&look, old).is_err());
+        assert_eq!(ledger.loaded(&across, old), Ok(()), "it began before");
+        assert!(ledger.refused(&look, "a device").is_err());
+    }
+}

@@ -1,0 +1,313 @@
+//! `gpusvm explore`: worlds that exist only in memory.
+//!
+//! The same framework, driver and device as on the live host run on a model of the Linux mm, under a
+//! scheduler that chooses who goes on at every step. A world follows from its choices alone: a failure is
+//! a tape, which replays bit by bit, and which is made short before it is shown.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`plan`] | what a world is made of; worlds that have names |
+//! | [`world`] | a process, devices, actors, put together |
+//! | [`cpu`], [`gpu`], [`op`] | what the actors do |
+//! | [`ledger`] | which values may be read |
+//! | [`oracle`] | the rules that hold between any two steps |
+//! | [`vram`], [`sink`] | device memory; what the framework tells |
+//! | [`exam`] | known bugs, each of which must be found |
+
+mod cpu;
+mod exam;
+mod gpu;
+mod ledger;
+mod op;
+mod oracle;
+mod plan;
+mod sink;
+mod vram;
+mod world;
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use gpusvm::mutant::Mutant;
+use gpusvm::seam::env::Ns;
+use gpusvm_model::sched::{
+    Explorer, Options, Outcome, Picker, Sim, Summary, Tape, Texts, Trouble, replay,
+};
+use serde_json::{Value, json};
+
+use crate::args::ExploreArgs;
+use crate::explore::plan::{PLANS, Plan};
+use crate::table::Table;
+
+/// Runs of a world that shortening a tape may take.
+const SHRINK_RUNS: u32 = 3000;
+/// Events that are shown of a failure.
+const EVENTS: usize = 90;
+
+/// Why `explore` failed.
+#[derive(Debug)]
+pub enum ExploreError {
+    /// There is no such kind of world.
+    NoScenario(String),
+    /// There is no such bug.
+    NoMutant(String),
+    /// A file could not be read or written.
+    File(PathBuf, std::io::Error),
+    /// A tape is damaged, or of another version.
+    Tape(PathBuf, String),
+    /// A world failed.
+    Failed(String),
+    /// These bugs were not found.
+    NotFound(Vec<&'static str>),
+    /// Nobody reads the output.
+    Output(std::io::Error),
+}
+
+impl ExploreError {
+    /// Exit code of the command.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoScenario(_) | Self::NoMutant(_) => 2,
+            Self::File(..)
+            | Self::Tape(..)
+            | Self::Failed(_)
+            | Self::NotFound(_)
+            | Self::Output(_) => 1,
+        }
+    }
+}
+
+impl fmt::Display for ExploreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoScenario(name) => {
+                let names: Vec<_> = PLANS.iter().map(|plan| plan.name).collect();
+                write!(
+                    f,
+                    "there is no scenario {name}; there are {}, and all",
+                    names.join(", ")
+                )
+            }
+            Self::NoMutant(name) => {
+                let names: Vec<_> = Mutant::ALL.iter().map(|mutant| mutant.name()).collect();
+                write!(
+                    f,
+                    "there is no mutant {name}; there are {}, and all",
+                    names.join(", ")
+                )
+            }
+            Self::File(path, why) => write!(f, "{}: {why}", path.display()),
+            Self::Tape(path, why) => write!(f, "{} is no tape: {why}", path.display()),
+            Self::Failed(what) => write!(f, "a world failed: {what}"),
+            Self::NotFound(names) => write!(f, "not found: {}", names.join(", ")),
+            Self::Output(why) => write!(f, "standard output: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for ExploreError {}
+
+impl From<std::io::Error> for ExploreError {
+    fn from(why: std::io::Error) -> Self {
+        Self::Output(why)
+    }
+}
+
+/// Runs what `args` ask for and prints what came out.
+///
+/// # Errors
+/// [`ExploreError`]; [`Failed`](ExploreError::Failed) where a rule was broken.
+pub fn explore(args: &ExploreArgs, out: &mut dyn Write) -> Result<(), ExploreError> {
+    if let Some(path) = &args.tape {
+        return again(path, args, out);
+    }
+    match args.mutant.as_deref() {
+        Some("all") => exam::run(args, Mutant::ALL, out),
+        Some(name) => exam::run(args, &[mutant_named(name)?], out),
+        None => swarm(args, &plans(&args.scenario)?, out),
+    }
+}
+
+fn plans(name: &str) -> Result<Vec<&'static Plan>, ExploreError> {
+    if name == "all" {
+        return Ok(PLANS.iter().collect());
+    }
+    let plan = Plan::named(name).ok_or_else(|| ExploreError::NoScenario(name.to_owned()))?;
+    Ok(vec![plan])
+}
+
+fn mutant_named(name: &str) -> Result<Mutant, ExploreError> {
+    let found = Mutant::ALL.iter().find(|mutant| mutant.name() == name);
+    found
+        .copied()
+        .ok_or_else(|| ExploreError::NoMutant(name.to_owned()))
+}
+
+/// How worlds of a plan run, with a bug or without.
+fn options(plan: &'static Plan, mutant: Option<Mutant>) -> Options {
+    Options {
+        scenario: Cow::Borrowed(plan.name),
+        mutant: mutant.map(|mutant| mutant.name().to_owned()),
+        safety_steps: 20_000,
+        calm_steps: 40_000,
+        tick: Ns(1),
+        jump_one_in: 40,
+        events: EVENTS,
+        ..Options::default()
+    }
+}
+
+fn explorer(
+    plan: &'static Plan,
+    mutant: Option<Mutant>,
+    threads: usize,
+) -> Explorer<impl Fn(&Sim) + Sync> {
+    Explorer {
+        options: options(plan, mutant),
+        picker: Picker::swarm,
+        threads,
+        build: move |sim: &Sim| world::build(plan, sim),
+    }
+}
+
+fn threads(args: &ExploreArgs) -> usize {
+    let all = || std::thread::available_parallelism().map_or(1, usize::from);
+    args.threads.map_or_else(all, usize::from)
+}
+
+/// Worlds of each plan, until one fails.
+fn swarm(
+    args: &ExploreArgs,
+    plans: &[&'static Plan],
+    out: &mut dyn Write,
+) -> Result<(), ExploreError> {
+    let mut table = Table::new(&["scenario", "worlds", "steps", "worlds/s", "hash", "result"]);
+    let mut all = Vec::new();
+    let mut failure = None;
+    for plan in plans {
+        let explorer = explorer(plan, None, threads(args));
+        let seeds = args.seed..args.seed.saturating_add(args.seeds);
+        let summary = explorer.run_seeds(seeds, &|_worlds| {});
+        table.row(row(plan, &summary));
+        all.push(summary_json(plan, &summary));
+        if let Some((seed, trouble)) = summary.failure {
+            failure = Some((*plan, seed, trouble));
+            break;
+        }
+    }
+    if args.output.json {
+        let object = json!({ "schema": 1, "verified": failure.is_none(), "scenarios": all });
+        writeln!(out, "{object:#}")?;
+    } else {
+        write!(out, "{table}")?;
+    }
+    match failure {
+        Some((plan, seed, trouble)) => Err(explain(args, plan, seed, &trouble, out)?),
+        None => Ok(()),
+    }
+}
+
+fn row(plan: &Plan, summary: &Summary) -> Vec<String> {
+    vec![
+        plan.name.to_owned(),
+        summary.worlds.to_string(),
+        summary.steps.to_string(),
+        format!("{:.0}", summary.rate()),
+        format!("{:#018x}", summary.hash),
+        if summary.failure.is_some() {
+            "FAILED"
+        } else {
+            "ok"
+        }
+        .to_owned(),
+    ]
+}
+
+fn summary_json(plan: &Plan, summary: &Summary) -> Value {
+    json!({
+        "scenario": plan.name,
+        "what": plan.what,
+        "worlds": summary.worlds,
+        "steps": summary.steps,
+        "worlds_per_s": summary.rate(),
+        "hash": format!("{:#018x}", summary.hash),
+        "failed_seed": summary.failure.as_ref().map(|(seed, _)| *seed),
+    })
+}
+
+/// A world failed: its tape is made short, saved and shown.
+fn explain(
+    args: &ExploreArgs,
+    plan: &'static Plan,
+    seed: u64,
+    trouble: &Trouble,
+    out: &mut dyn Write,
+) -> Result<ExploreError, ExploreError> {
+    let explorer = explorer(plan, None, 1);
+    let tape = explorer.shrink(trouble, SHRINK_RUNS, &mut |_progress| {});
+    let short = play(plan, &tape);
+    let shown = short.trouble.as_deref().unwrap_or(trouble);
+    writeln!(out, "\nseed {seed} of {} fails. {shown}", plan.name)?;
+    std::fs::write(&args.save, tape.to_string())
+        .map_err(|why| ExploreError::File(args.save.clone(), why))?;
+    writeln!(
+        out,
+        "{} choices that matter; replay: gpusvm explore --tape {}",
+        tape.interesting(),
+        args.save.display()
+    )?;
+    Ok(ExploreError::Failed(shown.failure.text.clone()))
+}
+
+/// Runs the world of a tape, with texts.
+fn play(plan: &'static Plan, tape: &Tape) -> Outcome {
+    let mutant = tape
+        .mutant
+        .as_deref()
+        .and_then(|name| mutant_named(name).ok());
+    let options = Options {
+        texts: Texts::Kept,
+        ..options(plan, mutant)
+    };
+    replay(&options, tape, |sim| world::build(plan, sim))
+}
+
+/// The world of a tape, again.
+fn again(path: &Path, args: &ExploreArgs, out: &mut dyn Write) -> Result<(), ExploreError> {
+    let text = std::fs::read_to_string(path);
+    let text = text.map_err(|why| ExploreError::File(path.to_owned(), why))?;
+    let damaged = |why: String| ExploreError::Tape(path.to_owned(), why);
+    let tape: Tape = text.parse().map_err(|why| damaged(format!("{why}")))?;
+    let plan = Plan::named(&tape.scenario)
+        .ok_or_else(|| ExploreError::NoScenario(tape.scenario.to_string()))?;
+    gpusvm_model::sched::keep_panics_quiet();
+    let outcome = play(plan, &tape);
+    let failure = outcome
+        .trouble
+        .as_ref()
+        .map(|trouble| trouble.failure.text.clone());
+    if args.output.json {
+        let object = json!({
+            "schema": 1,
+            "verified": failure.is_none(),
+            "scenario": plan.name,
+            "steps": outcome.steps,
+            "hash": format!("{:#018x}", outcome.hash),
+            "failure": failure,
+        });
+        writeln!(out, "{object:#}")?;
+    } else {
+        writeln!(
+            out,
+            "{}: {} steps, hash {:#018x}",
+            plan.name, outcome.steps, outcome.hash
+        )?;
+        if let Some(trouble) = &outcome.trouble {
+            writeln!(out, "{trouble}")?;
+        }
+    }
+    failure.map_or(Ok(()), |text| Err(ExploreError::Failed(text)))
+}

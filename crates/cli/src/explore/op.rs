@@ -1,0 +1,50 @@
+//! What a CPU actor does, by name.
+
+macro_rules! operations {
+    ($($(#[$doc:meta])* $id:ident = $name:literal,)*) => {
+        /// One operation.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub(crate) enum Op {
+            $($(#[$doc])* $id,)*
+        }
+
+        impl Op {
+            /// All operations.
+            pub(super) const ALL: &[Self] = &[$(Self::$id,)*];
+
+            /// Name, as reports show it.
+            pub(super) const fn name(self) -> &'static str {
+                match self { $(Self::$id => $name,)* }
+            }
+        }
+    };
+}
+
+operations! {
+    /// A load.
+    Load = "load",
+    /// A store of the next version.
+    Store = "store",
+    /// Pages are moved to a device.
+    Send = "send",
+    /// A device lets go of everything.
+    Evict = "evict",
+    /// A page is swapped out.
+    SwapOut = "swap_out",
+    /// `MADV_DONTNEED`.
+    Discard = "discard",
+    /// `munmap`, and a fresh mapping in the hole.
+    Unmap = "unmap",
+    /// `mremap` to elsewhere and back.
+    Move = "move",
+    /// `mprotect` to read-only and back.
+    ProtectRead = "protect_read",
+    /// `MADV_GUARD_INSTALL` and `MADV_GUARD_REMOVE`.
+    Guard = "guard",
+    /// `MADV_HUGEPAGE` and `MADV_COLLAPSE`.
+    Collapse = "collapse",
+    /// `fork`; the child looks, writes and exits.
+    Fork = "fork",
+    /// A page is pinned for a moment.
+    Pin = "pin",
+}

@@ -1,0 +1,138 @@
+//! What a world is made of, and the worlds that have names.
+
+use gpusvm::addr::{HostVa, PAGE};
+use gpusvm_model::mm::{Shape, Thp};
+
+use crate::explore::op::Op;
+
+/// Words of a page that have content: one for each writer.
+pub(super) const WORDS: usize = 4;
+/// Pages that everybody uses: one chunk that a fault moves.
+pub(super) const PAGES: u32 = 16;
+/// Pages behind them, for what moves away and back.
+const AWAY: u32 = 16;
+/// First address: aligned as the largest chunk is.
+const BASE: HostVa = HostVa::new(1 << 40);
+
+/// A named kind of world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// Name, on the command line and on tapes.
+    pub(crate) name: &'static str,
+    /// What it is for.
+    pub(crate) what: &'static str,
+    /// Devices, each with one unit and one VM.
+    pub(super) gpus: u16,
+    /// CPU actors.
+    pub(super) cpus: u16,
+    /// Operations of each actor.
+    pub(super) ops: u32,
+    /// Pages of device memory of each device.
+    pub(super) vram: usize,
+    /// What CPU actors do.
+    pub(super) does: &'static [Op],
+    /// Where faults are served.
+    pub(super) service: Service,
+}
+
+/// Where device faults are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Service {
+    /// By the unit that faulted.
+    Inline,
+    /// By an actor, through the fault ring.
+    Queue,
+}
+
+const EVERYTHING: &[Op] = Op::ALL;
+const MIGRATION: &[Op] = &[
+    Op::Load,
+    Op::Store,
+    Op::Store,
+    Op::Send,
+    Op::Evict,
+    Op::SwapOut,
+];
+
+const SWARM: Plan = Plan {
+    name: "swarm",
+    what: "two CPUs, two devices, everything that a process does",
+    gpus: 2,
+    cpus: 2,
+    ops: 5,
+    vram: 48,
+    does: EVERYTHING,
+    service: Service::Inline,
+};
+
+/// All that have names.
+pub(crate) const PLANS: &[Plan] = &[
+    SWARM,
+    Plan {
+        name: "queue",
+        what: "as swarm, with faults served through the fault ring",
+        service: Service::Queue,
+        ..SWARM
+    },
+    Plan {
+        name: "migration",
+        what: "pages go to and fro, nothing else changes",
+        does: MIGRATION,
+        ..SWARM
+    },
+    Plan {
+        name: "pressure",
+        what: "device memory for one chunk and its tables",
+        does: MIGRATION,
+        vram: 24,
+        ..SWARM
+    },
+    Plan {
+        name: "unmap",
+        what: "mappings go and come back under a device",
+        gpus: 1,
+        does: &[
+            Op::Store,
+            Op::Unmap,
+            Op::Unmap,
+            Op::Discard,
+            Op::Move,
+            Op::Send,
+        ],
+        ..SWARM
+    },
+    Plan {
+        name: "fork",
+        what: "children look at pages that devices write",
+        gpus: 1,
+        does: &[Op::Load, Op::Store, Op::Fork, Op::Fork, Op::Send],
+        ..SWARM
+    },
+];
+
+impl Plan {
+    /// The plan of a name.
+    pub(crate) fn named(name: &str) -> Option<&'static Self> {
+        PLANS.iter().find(|plan| plan.name == name)
+    }
+
+    /// Sizes of its process.
+    pub(super) fn shape() -> Shape {
+        Shape {
+            base: BASE,
+            pages: PAGES + AWAY,
+            frames: 96,
+            slots: 48,
+            processes: 2,
+            pmd_order: 2,
+            words: u32::try_from(WORDS).unwrap_or(1),
+            thp: Thp::Madvise,
+        }
+    }
+}
+
+/// Address of a word.
+pub(super) fn address(page: u32, slot: usize) -> HostVa {
+    let inside = u64::try_from(slot).unwrap_or(0) * 8;
+    BASE.plus(u64::from(page) * PAGE + inside)
+}

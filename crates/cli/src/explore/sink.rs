@@ -1,0 +1,91 @@
+//! What the framework tells: part of the world's hash, and the owners of device memory.
+
+use std::sync::{Mutex, PoisonError};
+
+use gpusvm::addr::VramSpan;
+use gpusvm::event::{Event, EventSink};
+use gpusvm::seam::env::Ns;
+use gpusvm_model::sched::ModelEnv;
+
+/// A fold over events.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    /// Device memory that has an owner. Two devices have the same offsets: both are here.
+    taken: Mutex<Vec<VramSpan>>,
+}
+
+impl Told {
+    /// Spans of device memory that have an owner.
+    pub(super) fn taken(&self) -> usize {
+        self.taken
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
+    }
+
+    fn change(&self, act: impl FnOnce(&mut Vec<VramSpan>)) {
+        act(&mut self.taken.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl EventSink for Told {
+    fn record(&self, _at: Ns, event: &Event) {
+        let number = |span: gpusvm::addr::HostSpan| [span.start().get(), span.bytes()];
+        match event {
+            Event::FaultStart { at, access, .. } => {
+                ModelEnv.tell("fault", [at.get(), 0], || {
+                    format!("fault {access:?} at {at}")
+                });
+            }
+            Event::FaultRetry { at, why } => {
+                ModelEnv.tell("retry", [at.get(), 0], || format!("retry {at}: {why:?}"));
+            }
+            Event::FaultDone { at, end, .. } => {
+                ModelEnv.tell("fault done", [at.get(), 0], || {
+                    format!("fault done {end:?}")
+                });
+            }
+            Event::ToDevice { span, .. } => {
+                ModelEnv.tell("to device", number(*span), || format!("to device {span}"));
+            }
+            Event::ToSystem { span, cause, .. } => {
+                ModelEnv.tell("home", number(*span), || format!("home {span} {cause:?}"));
+            }
+            Event::CpuFault { at } => {
+                ModelEnv.tell("cpu fault", [at.get(), 0], || format!("cpu fault {at}"));
+            }
+            Event::Evict { vram } => {
+                ModelEnv.tell("evict", [vram.start().get(), 0], || format!("evict {vram}"));
+            }
+            Event::InvalidateStart { span, reason } => {
+                ModelEnv.tell("invalidate", number(*span), || {
+                    format!("invalidate {span} {reason:?}")
+                });
+            }
+            Event::Bind { range, .. } => {
+                ModelEnv.tell("bind", number(*range), || format!("bind {range}"));
+            }
+            Event::RangeCollected { range } => {
+                ModelEnv.tell("collected", number(*range), || format!("collected {range}"));
+            }
+            Event::VramTaken { vram } => self.change(|taken| taken.push(*vram)),
+            Event::VramFreed { vram } => self.change(|taken| {
+                if let Some(n) = taken.iter().position(|other| other == vram) {
+                    taken.swap_remove(n);
+                }
+            }),
+            Event::TlbTimeout { .. } => {
+                ModelEnv.fail("a unit did not acknowledge a TLB invalidation")
+            }
+            Event::FaultRange { .. }
+            | Event::MigrateToDevice { .. }
+            | Event::GetPages { .. }
+            | Event::Zapped { .. }
+            | Event::TlbInvalidate { .. }
+            | Event::LateInvalidation { .. }
+            | Event::HostConflict { .. }
+            | Event::MoveMisreported { .. }
+            | Event::HostGone { .. } => {}
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Device memory of a model world: pages that are mostly empty, page tables in full.
+
+use gpusvm::addr::PAGE;
+use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus, VramStore};
+use gpusvm_model::sched::{Kind, ModelEnv};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::explore::plan::WORDS;
+
+/// Words of a page table.
+const TABLE: usize = 512;
+
+/// One page: its first words, or all of it.
+#[derive(Clone, Debug)]
+enum Page {
+    Data([u64; WORDS]),
+    Table(Box<[u64; TABLE]>),
+}
+
+impl Page {
+    const EMPTY: Self = Self::Data([0; WORDS]);
+
+    fn word(&self, at: usize) -> u64 {
+        match self {
+            Self::Data(words) => words.get(at).copied().unwrap_or(0),
+            Self::Table(words) => words[at],
+        }
+    }
+
+    fn word_mut(&mut self, at: usize) -> &mut u64 {
+        if let Self::Data(words) = self
+            && at >= WORDS
+        {
+            let mut table = Box::new([0; TABLE]);
+            table[..WORDS].copy_from_slice(words);
+            *self = Self::Table(table);
+        }
+        match self {
+            Self::Data(words) => &mut words[at],
+            Self::Table(words) => &mut words[at],
+        }
+    }
+}
+
+/// Device memory. Its accesses are whole words; each copied page is a switch point.
+pub(super) struct ModelVram {
+    pages: Mutex<Vec<Page>>,
+    bus: Arc<dyn SystemBus>,
+}
+
+impl ModelVram {
+    pub(super) fn new(pages: usize, bus: Arc<dyn SystemBus>) -> Self {
+        Self {
+            pages: Mutex::new(vec![Page::EMPTY; pages]),
+            bus,
+        }
+    }
+
+    /// Never contended: no actor gives way inside.
+    fn with<R>(&self, act: impl FnOnce(&mut Vec<Page>) -> R) -> R {
+        act(&mut self.pages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The page and the word at an offset.
+fn place(offset: u64) -> (usize, usize) {
+    let number = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+    (number(offset / PAGE), number(offset % PAGE / 8))
+}
+
+/// Offsets of the pages of a span.
+fn pages(offset: u64, len: u64) -> impl Iterator<Item = u64> {
+    (offset..offset + len).step_by(4096)
+}
+
+impl VramStore for ModelVram {
+    fn size(&self) -> u64 {
+        self.with(|pages| u64::try_from(pages.len()).unwrap_or(0)) * PAGE
+    }
+
+    fn read(&self, offset: u64, dst: &mut [u8]) {
+        self.with(|pages| {
+            for (at, out) in (offset..).step_by(8).zip(dst.chunks_mut(8)) {
+                let (page, word) = place(at);
+                let bytes = pages[page].word(word).to_ne_bytes();
+                out.copy_from_slice(&bytes[..out.len()]);
+            }
+        });
+    }
+
+    fn write(&self, offset: u64, src: &[u8]) {
+        self.with(|pages| {
+            for (at, bytes) in (offset..).step_by(8).zip(src.chunks(8)) {
+                let (page, word) = place(at);
+                let mut whole = pages[page].word(word).to_ne_bytes();
+                whole[..bytes.len()].copy_from_slice(bytes);
+                *pages[page].word_mut(word) = u64::from_ne_bytes(whole);
+            }
+        });
+        ModelEnv.touch();
+    }
+
+    fn atomic(&self, offset: u64, op: AtomicOp) -> u64 {
+        self.with(|pages| {
+            let (page, word) = place(offset);
+            let word = pages[page].word_mut(word);
+            let old = *word;
+            *word = op.apply(old);
+            old
+        })
+    }
+
+    fn zero(&self, offset: u64, len: u64) {
+        for at in pages(offset, len) {
+            self.with(|pages| pages[place(at).0] = Page::EMPTY);
+            ModelEnv.point(Kind::Access);
+        }
+    }
+
+    fn copy_from_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
+        for (at, from) in pages(offset, len).zip((bus..).step_by(4096)) {
+            let mut words = [0; WORDS];
+            for (word, address) in words.iter_mut().zip((from..).step_by(8)) {
+                let mut bytes = [0; 8];
+                self.bus.read(address, &mut bytes)?;
+                *word = u64::from_ne_bytes(bytes);
+            }
+            self.with(|pages| pages[place(at).0] = Page::Data(words));
+            ModelEnv.point(Kind::Access);
+        }
+        Ok(())
+    }
+
+    fn copy_to_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
+        for (at, to) in pages(offset, len).zip((bus..).step_by(4096)) {
+            for (word, address) in (0..WORDS).zip((to..).step_by(8)) {
+                let value = self.with(|pages| pages[place(at).0].word(word));
+                self.bus.write(address, &value.to_ne_bytes())?;
+            }
+            ModelEnv.point(Kind::Access);
+        }
+        Ok(())
+    }
+
+    fn aperture(&self, _offset: u64) -> Option<u64> {
+        None
+    }
+
+    fn discard(&self, offset: u64, len: u64) {
+        self.zero(offset, len);
+    }
+}
