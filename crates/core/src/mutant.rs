@@ -45,7 +45,6 @@ mutants! {
     TreeBeforeUnbind = "tree-before-unbind": "A range leaves the tree before it is unbound.",
     // Ranges and their collector.
     CollectorSkipped = "collector-skipped": "A fault looks ranges up before the dead ones were collected.",
-    PartialUnmapNotFlagged = "partial-unmap-not-flagged": "A range is not marked dead if only part of it was unmapped.",
     CloseKeepsGarbage = "close-keeps-garbage": "A VM that closes forgets the ranges that wait for the collector.",
     DeviceMemoryShortcut = "device-memory-shortcut": "A range in device memory passes for bound whether it is or not.",
     AckedAfterFailure = "acked-after-failure": "A fault whose pages could not be had is answered with success.",

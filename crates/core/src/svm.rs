@@ -502,11 +502,8 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
             .window(span.start())
             .and_then(|w| w.overlapping(at).next().map(|r| r.span))
         {
-            let partly = !span.covers(found);
-            if !(partly && self.seams.env.mutant(Mutant::PartialUnmapNotFlagged)) {
-                tree.mark_unmapped(found.start());
-                queued = true;
-            }
+            tree.mark_unmapped(found.start());
+            queued = true;
             at = HostSpan::new(found.end(), span.end());
             if at.is_empty() {
                 break;

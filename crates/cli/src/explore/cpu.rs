@@ -39,10 +39,10 @@ pub(super) fn run(world: &World, n: usize) {
     world.done();
 }
 
-/// Reads every word.
+/// Reads every word that was stored to.
 pub(super) fn sweep(world: &World) {
-    for page in 0..PAGES {
-        (0..WORDS).for_each(|slot| load(world, page, slot));
+    for (page, slot) in world.used() {
+        load(world, page, slot);
     }
 }
 
@@ -186,7 +186,6 @@ fn evict(world: &World) {
 fn fork(world: &World, page: u32) {
     let pages = some(page);
     let looks: Vec<_> = pages
-        .clone()
         .flat_map(|page| (0..WORDS).map(move |slot| (page, slot)))
         .map(|(page, slot)| world.ledger(|ledger| ledger.begin(page, slot)))
         .collect();

@@ -1,15 +1,15 @@
 //! The exam: known bugs are re-introduced one by one, and worlds run until one fails.
 
 use std::io::Write;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use gpusvm::mutant::Mutant;
-use gpusvm_model::sched::FailureKind;
+use gpusvm_model::sched::Trouble;
 use serde_json::json;
 
 use crate::args::ExploreArgs;
 use crate::explore::plan::{PLANS, Plan};
-use crate::explore::{ExploreError, explorer};
+use crate::explore::{ExploreError, explain, explorer};
 use crate::table::Table;
 
 /// Worlds of one plan that run before the next plan has its turn.
@@ -20,8 +20,8 @@ const BUDGET: Duration = Duration::from_secs(60);
 /// What became of one bug.
 struct Answer {
     mutant: Mutant,
-    /// The world that failed, and how.
-    found: Option<(&'static Plan, FailureKind, String)>,
+    /// The world that failed, its seed, and how.
+    found: Option<(&'static Plan, u64, Box<Trouble>)>,
     /// Worlds until then.
     worlds: u64,
     took: Duration,
@@ -52,6 +52,16 @@ pub(super) fn run(
         writeln!(out, "{object:#}")?;
     } else {
         writeln!(out, "\n{}", summary(&answers))?;
+        if let [
+            Answer {
+                mutant,
+                found: Some((plan, seed, trouble)),
+                ..
+            },
+        ] = &answers[..]
+        {
+            let _broken = explain(args, (plan, Some(*mutant), *seed), trouble, out)?;
+        }
     }
     if missed.is_empty() {
         Ok(())
@@ -62,17 +72,18 @@ pub(super) fn run(
 
 /// Runs worlds of all plans in turn, on one thread, until one fails.
 fn look_for(mutant: Mutant, first: u64) -> Answer {
-    let began = Instant::now();
+    let mut took = Duration::ZERO;
     let mut worlds = 0;
     let mut seed = first;
     let mut found = None;
-    while found.is_none() && began.elapsed() < BUDGET {
+    while found.is_none() && took < BUDGET {
         for plan in PLANS {
             let explorer = explorer(plan, Some(mutant), 1);
             let summary = explorer.run_seeds(seed..seed + ROUND, &|_worlds| {});
             worlds += summary.worlds;
-            if let Some((_, trouble)) = summary.failure {
-                found = Some((plan, trouble.failure.kind, trouble.failure.text));
+            took += summary.elapsed;
+            if let Some((seed, trouble)) = summary.failure {
+                found = Some((plan, seed, trouble));
                 break;
             }
         }
@@ -82,7 +93,7 @@ fn look_for(mutant: Mutant, first: u64) -> Answer {
         mutant,
         found,
         worlds,
-        took: began.elapsed(),
+        took,
     }
 }
 
@@ -90,8 +101,8 @@ fn line(answer: &Answer) -> String {
     let name = answer.mutant.name();
     let seconds = answer.took.as_secs_f64();
     match &answer.found {
-        Some((plan, _, text)) => {
-            let first = text.lines().next().unwrap_or_default();
+        Some((plan, _, trouble)) => {
+            let first = trouble.failure.text.lines().next().unwrap_or_default();
             format!(
                 "{name:28} {:>8} worlds {seconds:>7.2} s  {}: {first}",
                 answer.worlds, plan.name
@@ -110,7 +121,7 @@ fn summary(answers: &[Answer]) -> Table {
         table.row(vec![
             answer.mutant.name().to_owned(),
             match &answer.found {
-                Some((plan, kind, _)) => format!("{}, {kind:?}", plan.name),
+                Some((plan, _, trouble)) => format!("{}, {:?}", plan.name, trouble.failure.kind),
                 None => "NO".to_owned(),
             },
             answer.worlds.to_string(),
@@ -127,7 +138,7 @@ fn answer_json(answer: &Answer) -> serde_json::Value {
         "what": answer.mutant.what(),
         "found": answer.found.is_some(),
         "scenario": answer.found.as_ref().map(|(plan, ..)| plan.name),
-        "violation": answer.found.as_ref().map(|(_, _, text)| text),
+        "violation": answer.found.as_ref().map(|(_, _, trouble)| &trouble.failure.text),
         "worlds": answer.worlds,
         "cpu_s": answer.took.as_secs_f64(),
     })

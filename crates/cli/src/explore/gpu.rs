@@ -6,7 +6,7 @@ use gpusvm_abi::bus::{AtomicOp, DevicePort, FaultHandler};
 use gpusvm_model::sched::{Kind, ModelEnv};
 use gpusvm_softgpu::{Dispatch, Kernel, Stop, Tile};
 
-use crate::explore::plan::{PAGES, WORDS, address};
+use crate::explore::plan::{Closes, PAGES, WORDS, address};
 use crate::explore::world::World;
 
 /// A closure as a kernel of one group.
@@ -26,14 +26,17 @@ pub(super) fn run(world: &World, n: usize) {
             operate(world, n, tile);
         }
     });
+    if world.plan.closes == Closes::Early {
+        world.nodes[n].vm.close();
+    }
     world.done();
 }
 
-/// The unit of device `n` reads every word.
+/// The unit of device `n` reads every word that was stored to.
 pub(super) fn sweep(world: &World, n: usize) {
     launch(world, n, |tile| {
-        for page in 0..PAGES {
-            (0..WORDS).for_each(|slot| load(world, tile, page, slot));
+        for (page, slot) in world.used() {
+            load(world, tile, page, slot);
         }
     });
 }

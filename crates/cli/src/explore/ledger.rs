@@ -91,6 +91,11 @@ impl Ledger {
         }
     }
 
+    /// Whether somebody has stored to a word, or tried to.
+    pub(super) fn is_used(&self, page: u32, slot: usize) -> bool {
+        self.page(page).words[slot].ceiling > 0
+    }
+
     /// Whether the page was left alone since the access began.
     fn is_strict(&self, look: &Look) -> bool {
         look.flux == Flux::Stable && self.page(look.page).epoch == look.epoch

@@ -205,7 +205,10 @@ fn swarm(
         write!(out, "{table}")?;
     }
     match failure {
-        Some((plan, seed, trouble)) => Err(explain(args, plan, seed, &trouble, out)?),
+        Some((plan, seed, trouble)) => {
+            let text = explain(args, (plan, None, seed), &trouble, out)?;
+            Err(ExploreError::Failed(text))
+        }
         None => Ok(()),
     }
 }
@@ -238,15 +241,15 @@ fn summary_json(plan: &Plan, summary: &Summary) -> Value {
     })
 }
 
-/// A world failed: its tape is made short, saved and shown.
+/// A world failed: its tape is made short, saved and shown. Returns what was broken.
 fn explain(
     args: &ExploreArgs,
-    plan: &'static Plan,
-    seed: u64,
+    world: (&'static Plan, Option<Mutant>, u64),
     trouble: &Trouble,
     out: &mut dyn Write,
-) -> Result<ExploreError, ExploreError> {
-    let explorer = explorer(plan, None, 1);
+) -> Result<String, ExploreError> {
+    let (plan, mutant, seed) = world;
+    let explorer = explorer(plan, mutant, 1);
     let tape = explorer.shrink(trouble, SHRINK_RUNS, &mut |_progress| {});
     let short = play(plan, &tape);
     let shown = short.trouble.as_deref().unwrap_or(trouble);
@@ -259,7 +262,7 @@ fn explain(
         tape.interesting(),
         args.save.display()
     )?;
-    Ok(ExploreError::Failed(shown.failure.text.clone()))
+    Ok(shown.failure.text.clone())
 }
 
 /// Runs the world of a tape, with texts.

@@ -33,6 +33,17 @@ pub(crate) struct Plan {
     pub(super) does: &'static [Op],
     /// Where faults are served.
     pub(super) service: Service,
+    /// When VMs are closed.
+    pub(super) closes: Closes,
+}
+
+/// When the VM of a device is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Closes {
+    /// When all is over.
+    AtTheEnd,
+    /// When its unit is done, while others go on.
+    Early,
 }
 
 /// Where device faults are served.
@@ -63,6 +74,7 @@ const SWARM: Plan = Plan {
     vram: 48,
     does: EVERYTHING,
     service: Service::Inline,
+    closes: Closes::AtTheEnd,
 };
 
 /// All that have names.
@@ -99,6 +111,20 @@ pub(crate) const PLANS: &[Plan] = &[
             Op::Move,
             Op::Send,
         ],
+        ..SWARM
+    },
+    Plan {
+        name: "close",
+        what: "VMs are closed while the process goes on",
+        does: &[
+            Op::Store,
+            Op::Unmap,
+            Op::Discard,
+            Op::SwapOut,
+            Op::Send,
+            Op::Evict,
+        ],
+        closes: Closes::Early,
         ..SWARM
     },
     Plan {

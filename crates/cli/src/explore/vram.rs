@@ -3,6 +3,7 @@
 use gpusvm::addr::PAGE;
 use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus, VramStore};
 use gpusvm_model::sched::{Kind, ModelEnv};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::explore::plan::WORDS;
@@ -46,13 +47,16 @@ impl Page {
 pub(super) struct ModelVram {
     pages: Mutex<Vec<Page>>,
     bus: Arc<dyn SystemBus>,
+    /// Grows with every write by the driver, over all devices of the world.
+    writes: Arc<AtomicU64>,
 }
 
 impl ModelVram {
-    pub(super) fn new(pages: usize, bus: Arc<dyn SystemBus>) -> Self {
+    pub(super) fn new(pages: usize, bus: Arc<dyn SystemBus>, writes: Arc<AtomicU64>) -> Self {
         Self {
             pages: Mutex::new(vec![Page::EMPTY; pages]),
             bus,
+            writes,
         }
     }
 
@@ -97,7 +101,7 @@ impl VramStore for ModelVram {
                 *pages[page].word_mut(word) = u64::from_ne_bytes(whole);
             }
         });
-        ModelEnv.touch();
+        self.writes.fetch_add(1, Ordering::Relaxed);
     }
 
     fn atomic(&self, offset: u64, op: AtomicOp) -> u64 {

@@ -6,7 +6,7 @@
 //! ```
 
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::PAGE;
@@ -27,7 +27,7 @@ use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
 
 use crate::explore::ledger::Ledger;
 use crate::explore::oracle;
-use crate::explore::plan::{PAGES, Plan, Service, address};
+use crate::explore::plan::{Closes, PAGES, Plan, Service, WORDS, address};
 use crate::explore::sink::Told;
 use crate::explore::{cpu, gpu};
 
@@ -57,6 +57,8 @@ pub(super) struct World {
     pub(super) nodes: Vec<Node>,
     pub(super) told: Arc<Told>,
     ledger: Mutex<Ledger>,
+    /// Writes to device memory so far.
+    pub(super) writes: Arc<AtomicU64>,
     /// Actors that are not done.
     pub(super) busy: AtomicU32,
     /// No fault will come any more.
@@ -90,8 +92,8 @@ pub(super) fn build(plan: &'static Plan, sim: &Sim) {
         }
     }
     collect_garbage(sim, &world);
-    let of_oracle = Arc::clone(&world);
-    sim.oracle(When::EveryStep, move || oracle::look(&of_oracle));
+    let (of_oracle, mut seen) = (Arc::clone(&world), None);
+    sim.oracle(When::EveryStep, move || oracle::look(&of_oracle, &mut seen));
     sim.spawn("conductor", move || conduct(&world));
 }
 
@@ -134,8 +136,9 @@ impl World {
             space: Arc::clone(&space),
             sink: Arc::clone(&told),
         };
+        let writes = Arc::new(AtomicU64::new(0));
         let bus: Arc<dyn SystemBus> = Arc::new(Bus::new(Arc::clone(&kernel)));
-        let node = |n: u16| Node::new(plan, n, &seams, &bus);
+        let node = |n: u16| Node::new(plan, n, &seams, (&bus, &writes));
         Self {
             plan,
             nodes: (0..plan.gpus).map(node).collect(),
@@ -143,6 +146,7 @@ impl World {
             space,
             told,
             ledger: Mutex::default(),
+            writes,
             busy: AtomicU32::new(u32::from(plan.cpus + plan.gpus)),
             closed: AtomicBool::new(false),
         }
@@ -151,6 +155,15 @@ impl World {
     /// What may be read. Nobody gives way inside.
     pub(super) fn ledger<R>(&self, act: impl FnOnce(&mut Ledger) -> R) -> R {
         act(&mut self.ledger.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Words that were stored to.
+    pub(super) fn used(&self) -> Vec<(u32, usize)> {
+        let all = (0..PAGES).flat_map(|page| (0..WORDS).map(move |slot| (page, slot)));
+        self.ledger(|ledger| {
+            all.filter(|(page, slot)| ledger.is_used(*page, *slot))
+                .collect()
+        })
     }
 
     /// Fails the world where a rule is broken.
@@ -168,8 +181,14 @@ impl World {
 }
 
 impl Node {
-    fn new(plan: &Plan, n: u16, seams: &Seams<ModelPlatform>, bus: &Arc<dyn SystemBus>) -> Self {
-        let vram = crate::explore::vram::ModelVram::new(plan.vram, Arc::clone(bus));
+    fn new(
+        plan: &Plan,
+        n: u16,
+        seams: &Seams<ModelPlatform>,
+        (bus, writes): (&Arc<dyn SystemBus>, &Arc<AtomicU64>),
+    ) -> Self {
+        let vram =
+            crate::explore::vram::ModelVram::new(plan.vram, Arc::clone(bus), Arc::clone(writes));
         let gpu = SoftGpu::new(
             config(plan),
             Arc::new(vram) as Arc<dyn VramStore>,
@@ -231,7 +250,9 @@ fn conduct(world: &Arc<World>) {
         Environment::wait(&ModelEnv, &world.busy, seen);
     }
     ModelEnv.calm();
-    (0..world.nodes.len()).for_each(|n| gpu::sweep(world, n));
+    if world.plan.closes == Closes::AtTheEnd {
+        (0..world.nodes.len()).for_each(|n| gpu::sweep(world, n));
+    }
     cpu::sweep(world);
     world.closed.store(true, Ordering::Release);
     for node in &world.nodes {

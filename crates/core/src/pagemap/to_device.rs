@@ -45,9 +45,11 @@ impl<P: Platform> Pagemap<P> {
         if self.seams.env.mutant(Mutant::VictimWhileFilled) {
             self.vram.make_evictable(&allocation.bo, weak.clone());
         }
-        let (copied, adopted) = self.fill(&allocation, wish.span)?;
+        let filled = self.fill(&allocation, wish.span);
+        // Also where only some pages moved: they stay, and must be able to make room.
         allocation.hold_until(self.seams.env.now().after(wish.timeslice));
         self.vram.make_evictable(&allocation.bo, weak);
+        let (copied, adopted) = filled?;
         let took = self.seams.env.now().since(started);
         self.seams.emit(&Event::ToDevice {
             span: wish.span,

@@ -27,7 +27,7 @@ mod space;
 mod tests;
 
 use core::fmt;
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
 use gpusvm::mmu::{IntervalNotifiers, Invalidation};
@@ -60,6 +60,7 @@ pub struct Kernel<E: Environment> {
     allocations: Mutex<E, Vec<Option<AllocationRef>>>,
     /// What waits for pages sleeps on this.
     changed: AtomicU32,
+    generation: AtomicU64,
     violations: Mutex<E, Vec<Violation>>,
 }
 
@@ -92,6 +93,7 @@ impl<E: Environment> Kernel<E> {
             state: Mutex::<E, _>::new(machine),
             allocations: Mutex::<E, _>::new(Vec::new()),
             changed: AtomicU32::new(0),
+            generation: AtomicU64::new(0),
             violations: Mutex::<E, _>::new(Vec::new()),
         })
     }
@@ -117,6 +119,12 @@ impl<E: Environment> Kernel<E> {
     /// The rule that is broken.
     pub fn check(&self) -> Result<(), Broken> {
         self.look(check)
+    }
+
+    /// A number that grows with everything that may have changed the state.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
     }
 
     /// Whether some process changes its mappings: they may be in the middle of it, and
@@ -173,6 +181,7 @@ impl<E: Environment> Around for Kernel<E> {
 
     fn with<R>(&self, act: impl FnOnce(&mut Machine) -> R) -> R {
         let mut state = self.state.lock();
+        self.generation.fetch_add(1, Ordering::Relaxed);
         let result = act(&mut state);
         let released = core::mem::take(&mut state.released);
         drop(state);

@@ -1,0 +1,86 @@
+//! `gpusvm explore`: worlds that exist only in memory.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn explore(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gpusvm"));
+    command.arg("explore").args(args);
+    command.output().expect("the command runs")
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).expect("one JSON object")
+}
+
+fn text(bytes: &[u8]) -> &str {
+    str::from_utf8(bytes).expect("text")
+}
+
+/// A file of this test's own.
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+#[test]
+fn worlds_of_every_kind_keep_the_rules_and_are_the_same_again() {
+    let once = || {
+        let output = explore(&["--scenario", "all", "--seeds", "64", "--json"]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        json(&output)
+    };
+    let (first, second) = (once(), once());
+    assert_eq!(first["verified"], true);
+    let hashes = |all: &Value| -> Vec<Value> {
+        let all = all["scenarios"].as_array().expect("a list");
+        all.iter().map(|one| one["hash"].clone()).collect()
+    };
+    assert!(hashes(&first).len() > 5);
+    assert_eq!(hashes(&first), hashes(&second));
+}
+
+#[test]
+fn known_bug_is_found_and_its_short_tape_fails_again() {
+    let tape = file("recheck.tape");
+    let save = tape.to_str().expect("text");
+    let output = explore(&["--mutant", "recheck-dropped", "--save", save]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let shown = text(&output.stdout);
+    assert!(shown.contains("replay: gpusvm explore --tape"), "{shown}");
+    let again = explore(&["--tape", save, "--json"]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(json(&again)["failure"].is_string());
+    let twice = explore(&["--tape", save, "--json"]);
+    assert_eq!(json(&again)["hash"], json(&twice)["hash"]);
+}
+
+#[test]
+fn tapes_of_bugs_that_are_gone_pass() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tapes");
+    let tapes = std::fs::read_dir(folder).expect("there are tapes");
+    for tape in tapes {
+        let path = tape.expect("a file").path();
+        let output = explore(&["--tape", path.to_str().expect("text")]);
+        assert!(output.status.success(), "{path:?}: {}", text(&output.stdout));
+    }
+}
+
+#[test]
+fn bad_input_gets_a_clear_error() {
+    let damaged = file("damaged.tape");
+    std::fs::write(&damaged, "gpusvm tape 1\nscenario: swarm\nchoices: x\n").expect("written");
+    let damaged = damaged.to_str().expect("text");
+    for (args, code, what) in [
+        (&["--scenario", "nowhere"][..], 2, "there is no scenario nowhere"),
+        (&["--mutant", "nothing"], 2, "there is no mutant nothing"),
+        (&["--tape", "/nowhere"], 1, "/nowhere"),
+        (&["--tape", damaged], 1, "is no tape"),
+    ] {
+        let output = explore(args);
+        assert_eq!(output.status.code(), Some(code), "{args:?}");
+        let told = text(&output.stderr);
+        assert!(told.contains(what) && told.lines().count() == 1, "{told}");
+    }
+}
