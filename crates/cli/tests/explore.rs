@@ -63,7 +63,11 @@ fn tapes_of_bugs_that_are_gone_pass() {
     for tape in tapes {
         let path = tape.expect("a file").path();
         let output = explore(&["--tape", path.to_str().expect("text")]);
-        assert!(output.status.success(), "{path:?}: {}", text(&output.stdout));
+        assert!(
+            output.status.success(),
+            "{path:?}: {}",
+            text(&output.stdout)
+        );
     }
 }
 
@@ -73,7 +77,11 @@ fn bad_input_gets_a_clear_error() {
     std::fs::write(&damaged, "gpusvm tape 1\nscenario: swarm\nchoices: x\n").expect("written");
     let damaged = damaged.to_str().expect("text");
     for (args, code, what) in [
-        (&["--scenario", "nowhere"][..], 2, "there is no scenario nowhere"),
+        (
+            &["--scenario", "nowhere"][..],
+            2,
+            "there is no scenario nowhere",
+        ),
         (&["--mutant", "nothing"], 2, "there is no mutant nothing"),
         (&["--tape", "/nowhere"], 1, "/nowhere"),
         (&["--tape", damaged], 1, "is no tape"),

@@ -42,7 +42,6 @@ mutants! {
     FlushSpanOverwritten = "flush-span-overwritten": "The TLB flush covers the last zapped range instead of all.",
     FlushSkipped = "flush-skipped": "Entries are zapped and the TLBs are left alone.",
     CommitWithoutGuard = "commit-without-guard": "Entries are written after the notifier lock was let go.",
-    TreeBeforeUnbind = "tree-before-unbind": "A range leaves the tree before it is unbound.",
     // Ranges and their collector.
     CollectorSkipped = "collector-skipped": "A fault looks ranges up before the dead ones were collected.",
     CloseKeepsGarbage = "close-keeps-garbage": "A VM that closes forgets the ranges that wait for the collector.",
@@ -54,9 +53,7 @@ mutants! {
     FinalizeBeforeCopyHome = "finalize-before-copy-home": "Pages are given back before the copy from the device has ended.",
     FreedTwice = "freed-twice": "Device memory is freed, and a moment later once more.",
     VictimWhileFilled = "victim-while-filled": "Device memory can be evicted before it is filled.",
-    EvictionSpins = "eviction-spins": "An eviction inside a timeslice spins until it is over.",
     FreeWakesNobody = "free-wakes-nobody": "Whoever waits for device memory is not told that some is free.",
-    MigrationForever = "migration-forever": "A fault whose migration is refused tries it again without end.",
     // The device.
     TlbKeepsEntries = "tlb-keeps-entries": "A unit acknowledges a TLB invalidation and keeps its entries.",
     WalkOutsideGate = "walk-outside-gate": "A unit fills its TLB from a walk that an invalidation has overtaken.",

@@ -62,6 +62,12 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
+    /// Whether they were in device memory when they were last looked up.
+    pub(crate) fn was_device(&self) -> bool {
+        let first = self.runs.first();
+        first.is_some_and(|run| matches!(run.at, Location::Device { .. }))
+    }
+
     /// Device memory that holds them; `None` for host memory and for unmapped pages.
     pub(crate) fn pagemap(&self) -> Option<PagemapId> {
         match self.runs.first() {

@@ -243,7 +243,11 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         bound: impl FnOnce(&D::Binding, Option<PagemapId>) -> bool,
     ) -> bool {
         let mut tree = self.tree.lock();
+        let shortcut = self.seams.env.mutant(Mutant::DeviceMemoryShortcut);
         tree.get_mut(range).is_some_and(|r| {
+            if shortcut && r.pages.was_device() {
+                return true;
+            }
             !r.is_dead() && r.allows(access) && bound(&r.binding, r.pages.pagemap())
         })
     }
@@ -279,10 +283,6 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
     ) -> Option<R> {
         let mut tree = self.tree.lock();
         let found = tree.get_mut(range).filter(|r| !r.is_garbage())?;
-        if self.seams.env.mutant(Mutant::TreeBeforeUnbind) {
-            found.pages.mapped = false;
-            return Some(self.remove_first(tree, range, unbind));
-        }
         let result = unbind(&mut found.binding, &NotifierHeld::new());
         found.pages.mapped = false;
         let (_binding, emptied) = tree.remove(range);
@@ -454,24 +454,6 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         let found = tree.get_mut(range).ok_or(Stale::RangeUnmapped)?;
         bind(&mut found.binding, &NotifierHeld::new());
         Ok(())
-    }
-
-    /// A mutant: nobody finds the range any more, and it is still bound.
-    #[cold]
-    fn remove_first<R>(
-        &self,
-        mut tree: MutexGuard<'_, P::Env, Tree<D::Binding>>,
-        range: &RangeRef,
-        unbind: impl FnOnce(&mut D::Binding, &NotifierHeld<'_>) -> R,
-    ) -> R {
-        let (binding, emptied) = tree.remove(range);
-        drop(tree);
-        self.seams.env.yield_point(Point::Retry);
-        if let Some(interval) = emptied {
-            self.seams.space.unsubscribe(&interval);
-        }
-        let _notifier = self.tree.lock();
-        unbind(&mut binding.unwrap_or_default(), &NotifierHeld::new())
     }
 
     /// Zaps every overlapping range; returns the joined span of those that had valid entries. The

@@ -144,10 +144,10 @@ fn attempt<P: Platform>(
         range: range.span(),
     });
     *found = Some(range.clone());
-    let shortcut = vm.device.seams.env.mutant(Mutant::DeviceMemoryShortcut);
-    if vm.svm.is_bound(&range, fault.access, |bound, pagemap| {
-        bound.valid || (pagemap.is_some() && shortcut)
-    }) {
+    if vm
+        .svm
+        .is_bound(&range, fault.access, |bound, _pagemap| bound.valid)
+    {
         return Ok(FaultEnd::Valid);
     }
     if place::decide(&question(&range, budget)) == Place::Device {
@@ -216,8 +216,7 @@ fn migrate<P: Platform>(
 ) -> Result<(), Failed> {
     let device = &fault.vm.device;
     let started = device.seams.env.now();
-    let forever = device.seams.env.mutant(Mutant::MigrationForever);
-    budget.migrations -= u32::from(!forever);
+    budget.migrations -= 1;
     let wish = ToDevice {
         span: range.span(),
         timeslice: Ns::default(),

@@ -6,6 +6,7 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::env::Ns;
 use gpusvm::seam::mm::Access;
+use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::errno::Errno;
 use gpusvm_model::mm::flags::Prot;
 use gpusvm_model::mm::remap::{Remap, Target};
@@ -23,6 +24,8 @@ const GUARD_INSTALL: i32 = 102;
 const GUARD_REMOVE: i32 = 103;
 /// What a child stores. No version of any word looks like it.
 const MARK: u64 = u64::MAX;
+/// Steps for which a page is pinned.
+const PINNED_STEPS: u32 = 30;
 /// Longest timeslice, in virtual nanoseconds.
 const TIMESLICE: u32 = 200;
 
@@ -203,9 +206,17 @@ fn fork(world: &World, page: u32) {
     child.exit();
 }
 
+/// A page that is pinned stays where it is.
 fn pin(world: &World, page: u32) {
-    if let Ok(frame) = world.space.pin(address(page, 0), Access::Write) {
-        ModelEnv.point(Kind::Other);
-        world.space.unpin(frame);
+    let at = address(page, 0);
+    let look = world.ledger(|ledger| ledger.begin(page, 0));
+    let Ok(frame) = world.space.pin(at, Access::Write) else {
+        return;
+    };
+    (0..PINNED_STEPS).for_each(|_| ModelEnv.point(Kind::Other));
+    let stays = world.space.entry(at).and_then(Entry::mapped_frame) == Some(frame);
+    if !stays && world.ledger(|ledger| ledger.is_strict(&look)) {
+        ModelEnv.fail(format!("page {page} is pinned, and has moved"));
     }
+    world.space.unpin(frame);
 }

@@ -97,7 +97,7 @@ impl Ledger {
     }
 
     /// Whether the page was left alone since the access began.
-    fn is_strict(&self, look: &Look) -> bool {
+    pub(super) fn is_strict(&self, look: &Look) -> bool {
         look.flux == Flux::Stable && self.page(look.page).epoch == look.epoch
     }
 

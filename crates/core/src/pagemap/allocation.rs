@@ -7,10 +7,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use crate::addr::{HostSpan, HostVa, PageCount, VramSpan};
 use crate::error::{Interrupted, Stale};
 use crate::event::{Event, HomeCause};
-use crate::mutant::Mutant;
 use crate::pagemap::{Pagemap, move_to_system};
 use crate::seam::Platform;
-use crate::seam::env::{Environment, Ns, Point};
+use crate::seam::env::{Environment, Ns};
 use crate::seam::mm::{AllocationId, CpuFaultOutcome, CpuFaultSink, DeviceAllocation, PagemapId};
 use crate::vram::{Bo, Evict};
 
@@ -109,10 +108,6 @@ impl<P: Platform> Evict for Allocation<P> {
         self.pagemap.seams.emit(&Event::Evict {
             vram: self.bo.span(),
         });
-        let env = &self.pagemap.seams.env;
-        while env.mutant(Mutant::EvictionSpins) && env.now() < self.resident_until() {
-            env.yield_point(Point::Retry);
-        }
         move_to_system(&self, HomeCause::Pressure)?;
         // Evicted means that nobody holds a page: the caller's and our own reference remain.
         if Arc::strong_count(&self) > 1 {

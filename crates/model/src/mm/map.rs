@@ -149,7 +149,15 @@ pub(crate) fn zap_pages<A: Around>(
     let mut at = pages.start;
     while let Some(page) = around.with(|mm| mm.next_used(pid, at, pages)) {
         around.step();
-        at = around.with(|mm| mm.zap(pid, page, what));
+        // A fault may have brought a block in meanwhile, of which only a part goes.
+        let zapped = around.with(|mm| {
+            let whole = !mm.sticks_out(pid, page, pages);
+            whole.then(|| mm.zap(pid, page, what))
+        });
+        match zapped {
+            Some(next) => at = next,
+            None => split_block(around, pid, page),
+        }
     }
     around.close(pid, open);
     around.announce();

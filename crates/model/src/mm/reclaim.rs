@@ -196,7 +196,9 @@ impl Machine {
             .vmas
             .at(page)
             .is_some_and(|vma| vma.flags.has(VmFlags::LOCKED));
-        if locked {
+        // It may have been pinned since it was chosen: who owns it would lose sight of what the pin writes.
+        let pinned = self.memory.folio(frame).pins > 0 && self.memory.frame(frame).exclusive;
+        if locked || pinned {
             return Unmapped::Stays;
         }
         let new = match leaves {
