@@ -25,6 +25,7 @@ const CRATES: [(&str, &str, &[&str]); 9] = [
             "gpusvm-softgpu",
             "gpusvm-xe",
             "gpusvm-live",
+            "gpusvm-model",
         ],
     ),
     (

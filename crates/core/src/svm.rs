@@ -30,7 +30,7 @@ use crate::mmu::{Interval, Seq};
 use crate::mutant::Mutant;
 use crate::pages::{PageSet, in_one_place};
 use crate::range::{Range, RangeKind, RangeRef, Tree};
-use crate::seam::env::{Environment, Mutex, MutexGuard, Ns, Point, Work};
+use crate::seam::env::{Environment, Mutex, Ns, Point, Work};
 use crate::seam::mm::{
     Access, AddressSpace, FaultIn, InvalidateReason, InvalidationSink, PagemapId, Vma, VmaKind,
 };
@@ -434,28 +434,6 @@ impl<P: Platform, D: Bindings> InvalidationSink for Svm<P, D> {
 }
 
 impl<P: Platform, D: Bindings> Svm<P, D> {
-    /// Mutants that leave the TLBs alone, or have flushed them already.
-    fn keeps_tlbs(&self) -> bool {
-        let env = &self.seams.env;
-        env.mutant(Mutant::FlushSkipped) || env.mutant(Mutant::ZapAfterFlush)
-    }
-
-    /// A mutant: the guard is gone when the entries are written.
-    #[cold]
-    fn commit_unguarded(
-        &self,
-        tree: MutexGuard<'_, P::Env, Tree<D::Binding>>,
-        range: &RangeRef,
-        bind: impl FnOnce(&mut D::Binding, &NotifierHeld<'_>),
-    ) -> Result<(), Stale> {
-        drop(tree);
-        self.seams.env.yield_point(Point::BeforeCommit);
-        let mut tree = self.tree.lock();
-        let found = tree.get_mut(range).ok_or(Stale::RangeUnmapped)?;
-        bind(&mut found.binding, &NotifierHeld::new());
-        Ok(())
-    }
-
     /// Zaps every overlapping range; returns the joined span of those that had valid entries. The
     /// span grows with every range: one start taken from the last range only would leave the head
     /// of the first one in the TLBs.
@@ -509,5 +487,6 @@ fn unmap_pages<B: Default>(tree: &mut Tree<B>, span: HostSpan) {
         .for_each(|range: &mut Range<B>| range.pages.mapped = false);
 }
 
+mod planted;
 #[cfg(test)]
 mod tests;

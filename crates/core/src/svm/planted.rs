@@ -1,0 +1,33 @@
+//! Parts of [`Svm`] as [mutants](crate::mutant) have them.
+
+use crate::NotifierHeld;
+use crate::error::Stale;
+use crate::mutant::Mutant;
+use crate::range::{RangeRef, Tree};
+use crate::seam::Platform;
+use crate::seam::env::{Environment, MutexGuard, Point};
+use crate::svm::{Bindings, Svm};
+
+impl<P: Platform, D: Bindings> Svm<P, D> {
+    /// Mutants that leave the TLBs alone, or have flushed them already.
+    pub(super) fn keeps_tlbs(&self) -> bool {
+        let env = &self.seams.env;
+        env.mutant(Mutant::FlushSkipped) || env.mutant(Mutant::ZapAfterFlush)
+    }
+
+    /// A mutant: the guard is gone when the entries are written.
+    #[cold]
+    pub(super) fn commit_unguarded(
+        &self,
+        tree: MutexGuard<'_, P::Env, Tree<D::Binding>>,
+        range: &RangeRef,
+        bind: impl FnOnce(&mut D::Binding, &NotifierHeld<'_>),
+    ) -> Result<(), Stale> {
+        drop(tree);
+        self.seams.env.yield_point(Point::BeforeCommit);
+        let mut tree = self.tree.lock();
+        let found = tree.get_mut(range).ok_or(Stale::RangeUnmapped)?;
+        bind(&mut found.binding, &NotifierHeld::new());
+        Ok(())
+    }
+}
