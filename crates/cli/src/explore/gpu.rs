@@ -9,6 +9,9 @@ use gpusvm_softgpu::{Dispatch, Kernel, Stop, Tile};
 use crate::explore::plan::{Closes, PAGES, WORDS, address};
 use crate::explore::world::World;
 
+/// A page behind the process's window.
+const NOWHERE: u32 = 4 * PAGES;
+
 /// A closure as a kernel of one group.
 struct Once<F>(F);
 
@@ -52,12 +55,21 @@ fn launch(world: &World, n: usize, act: impl Fn(&mut Tile<'_>) + Sync) {
 
 fn operate(world: &World, n: usize, tile: &mut Tile<'_>) {
     let page = ModelEnv.choose(PAGES);
-    match ModelEnv.choose(3) {
-        0 => load(world, tile, page, ModelEnv.choose(4) as usize % WORDS),
-        1 => store(world, n, tile, page),
+    match ModelEnv.choose(8) {
+        7 => load_nothing(tile),
+        0 | 1 => load(world, tile, page, ModelEnv.choose(4) as usize % WORDS),
+        2..=4 => store(world, n, tile, page),
         _ => exchange(world, n, tile, page),
     }
     ModelEnv.point(Kind::Access);
+}
+
+/// Where nothing is ever mapped, a device is refused.
+fn load_nothing(tile: &mut Tile<'_>) {
+    let nowhere = address(NOWHERE, 0).get();
+    if tile.load_one::<u64>(nowhere).is_ok() {
+        ModelEnv.fail("a device loads where nothing is mapped");
+    }
 }
 
 /// The slot that the unit of device `n` owns.
