@@ -6,13 +6,13 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`plan`] | what a world is made of; worlds that have names |
-//! | [`world`] | a process, devices, actors, put together |
-//! | [`cpu`], [`gpu`], [`op`] | what the actors do |
-//! | [`ledger`] | which values may be read |
-//! | [`oracle`] | the rules that hold between any two steps |
-//! | [`vram`], [`sink`] | device memory; what the framework tells |
-//! | [`exam`] | known bugs, each of which must be found |
+//! | `plan` | what a world is made of; worlds that have names |
+//! | `world` | a process, devices, actors, put together |
+//! | `cpu`, `gpu`, `op` | what the actors do |
+//! | `ledger` | which values may be read |
+//! | `oracle` | the rules that hold between any two steps |
+//! | `vram`, `sink` | device memory; what the framework tells |
+//! | `exam` | known bugs, each of which must be found |
 
 mod cpu;
 mod exam;
