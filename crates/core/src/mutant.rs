@@ -52,7 +52,6 @@ mutants! {
     FinalizeBeforeCopyOut = "finalize-before-copy-out": "Entries point to device memory before the content is there.",
     FinalizeBeforeCopyHome = "finalize-before-copy-home": "Pages are given back before the copy from the device has ended.",
     FreedTwice = "freed-twice": "Device memory is freed, and a moment later once more.",
-    VictimWhileFilled = "victim-while-filled": "Device memory can be evicted before it is filled.",
     FreeWakesNobody = "free-wakes-nobody": "Whoever waits for device memory is not told that some is free.",
     // The device.
     TlbKeepsEntries = "tlb-keeps-entries": "A unit acknowledges a TLB invalidation and keeps its entries.",

@@ -215,39 +215,36 @@ impl LiveSpace {
         loop {
             let to = leg.parked_at(rest.start());
             let moved = self.staging.uffd.move_pages(to, rest);
-            let Some(stayed) = self.stayed(rest, moved.error) else {
+            let Some((stayed, errno)) = self.stayed(rest, moved.error) else {
                 return Ok(());
             };
-            match moved.error {
-                Some(Errno::AGAIN) if self.staging.uffd.is_changing() => return Err(Refused::News),
+            match errno {
+                Errno::AGAIN if self.staging.uffd.is_changing() => return Err(Refused::News),
                 // Something holds a huge page that would have to be split: it stays where it is.
-                None | Some(Errno::AGAIN | Errno::NOENT) if patience.is_over(stayed) => {
+                Errno::AGAIN | Errno::NOENT if patience.is_over(stayed) => {
                     return Err(Refused::Mapping);
                 }
-                None | Some(Errno::NOENT) => {}
-                Some(Errno::AGAIN) => rustix::thread::sched_yield(),
-                Some(Errno::BUSY) => return Err(Refused::NotExclusive),
-                Some(_) if stayed > rest.start() => {}
-                Some(_) => return Err(Refused::Mapping),
+                Errno::NOENT => {}
+                Errno::AGAIN => rustix::thread::sched_yield(),
+                Errno::BUSY => return Err(Refused::NotExclusive),
+                _ if stayed > rest.start() => {}
+                _ => return Err(Refused::Mapping),
             }
             rest = HostSpan::new(stayed, rest.end());
         }
     }
 
-    /// The first page that a MOVE from `from` has left behind. The page tables decide, not the
-    /// call's answer: MOVE ends at a hole, and may report `EEXIST` and nothing moved after it has
-    /// moved all (see [`Uffd::move_pages`]). Nothing else can put pages there or take them away.
-    /// Wrong answers are counted.
-    fn stayed(&self, from: HostSpan, error: Option<Errno>) -> Option<HostVa> {
+    /// The first page that a MOVE from `from` has left behind, and why. Success says that all pages
+    /// moved and that there was no hole. A failure says little: MOVE ends at a hole, and may report
+    /// `EEXIST` and nothing moved after it has moved all (see [`Uffd::move_pages`]), so the page tables
+    /// decide. Nothing else can put pages there or take them away. Wrong answers are counted.
+    fn stayed(&self, from: HostSpan, error: Option<Errno>) -> Option<(HostVa, Errno)> {
+        let errno = error?;
         let stayed = self.first_populated(from);
-        match (stayed, error) {
-            (Some(span), None) => self.emit(&Event::MoveMisreported { span }),
-            (None, Some(errno)) if !matches!(errno, Errno::AGAIN | Errno::NOENT) => {
-                self.emit(&Event::MoveMisreported { span: from });
-            }
-            _ => {}
+        if stayed.is_none() && !matches!(errno, Errno::AGAIN | Errno::NOENT) {
+            self.emit(&Event::MoveMisreported { span: from });
         }
-        stayed.map(HostSpan::start)
+        stayed.map(|span| (span.start(), errno))
     }
 
     /// The first stretch of `span` whose pages have content. Asks until it is told: a scan that
@@ -326,19 +323,19 @@ impl LiveSpace {
             return part.end();
         };
         let moved = self.move_in(leg.from, to, part);
-        let Some(stayed) = self.stayed(part, moved.error) else {
+        let Some((stayed, errno)) = self.stayed(part, moved.error) else {
             return part.end();
         };
         let at = to.plus(stayed.offset_from(part.start()));
-        match moved.error {
+        match errno {
             // Something holds a huge page that would have to be split: it is copied.
-            None | Some(Errno::AGAIN | Errno::NOENT) if patience.is_over(stayed) => {
+            Errno::AGAIN | Errno::NOENT if patience.is_over(stayed) => {
                 self.settle_page(leg.from, at, stayed, Errno::AGAIN, lost)
             }
-            None | Some(Errno::AGAIN | Errno::NOENT) => stayed,
+            Errno::AGAIN | Errno::NOENT => stayed,
             // What is wrong with the rest shows when it is the first.
-            Some(_) if stayed > part.start() => stayed,
-            Some(errno) => self.settle_page(leg.from, at, stayed, errno, lost),
+            _ if stayed > part.start() => stayed,
+            errno => self.settle_page(leg.from, at, stayed, errno, lost),
         }
     }
 

@@ -42,9 +42,6 @@ impl<P: Platform> Pagemap<P> {
         let started = self.seams.env.now();
         let allocation = self.allocate(wish.span)?;
         let weak: Weak<dyn Evict> = Arc::<Allocation<P>>::downgrade(&allocation);
-        if self.seams.env.mutant(Mutant::VictimWhileFilled) {
-            self.vram.make_evictable(&allocation.bo, weak.clone());
-        }
         let filled = self.fill(&allocation, wish.span);
         // Also where only some pages moved: they stay, and must be able to make room.
         allocation.hold_until(self.seams.env.now().after(wish.timeslice));
