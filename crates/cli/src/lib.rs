@@ -10,6 +10,7 @@ pub mod explore;
 pub mod folder;
 pub mod info;
 pub mod machine;
+mod on_tile;
 pub mod page;
 pub mod progress;
 pub mod report;

@@ -4,23 +4,14 @@ use core::sync::atomic::Ordering;
 
 use gpusvm_abi::bus::{AtomicOp, DevicePort, FaultHandler};
 use gpusvm_model::sched::{Kind, ModelEnv};
-use gpusvm_softgpu::{Dispatch, Kernel, Stop, Tile};
+use gpusvm_softgpu::{Dispatch, Tile};
 
 use crate::explore::plan::{Closes, PAGES, WORDS, address};
 use crate::explore::world::World;
+use crate::on_tile::OnTile;
 
 /// A page behind the process's window.
 const NOWHERE: u32 = 4 * PAGES;
-
-/// A closure as a kernel of one group.
-struct Once<F>(F);
-
-impl<F: Fn(&mut Tile<'_>) + Sync> Kernel for Once<F> {
-    fn run(&self, _group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
-        (self.0)(tile);
-        Ok(())
-    }
-}
 
 /// The unit of device `n` does its operations.
 pub(super) fn run(world: &World, n: usize) {
@@ -46,7 +37,7 @@ pub(super) fn sweep(world: &World, n: usize) {
 
 fn launch(world: &World, n: usize, act: impl Fn(&mut Tile<'_>) + Sync) {
     let node = &world.nodes[n];
-    let kernel = Once(act);
+    let kernel = OnTile(act);
     let dispatch = Dispatch::new(&kernel, 1, node.vm.asid());
     if let Err(stop) = node.gpu.run(&dispatch, 0) {
         ModelEnv.fail(format!("the unit of device {n} stops: {stop:?}"));

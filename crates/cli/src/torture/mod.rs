@@ -86,6 +86,7 @@ use serde_json::Value;
 
 use crate::args::{CpuFaults, Planted, RunArgs};
 use crate::machine::{Machine, VRAM_MIN};
+use crate::on_tile::OnTile;
 use crate::report::{COLUMNS, Report, config_json, host_json, stats_json};
 use crate::run::RunError;
 use crate::table::Table;
@@ -93,7 +94,7 @@ use crate::torture::area::{Area, Plan};
 use crate::torture::churn::{AWAY_BYTES, Churner};
 use crate::torture::forker::Forker;
 use crate::torture::random::Stream;
-use crate::torture::visit::{CpuPort, OnTile, TilePort, Visitor};
+use crate::torture::visit::{CpuPort, TilePort, Visitor};
 use crate::torture::watchdog::Watchdog;
 use crate::torture::world::{Actor, Fault, Parts, World};
 use crate::workload::{PrepareError, count};

@@ -5,10 +5,11 @@ use std::io;
 use gpusvm::addr::{HostSpan, PAGE};
 use gpusvm_softgpu::Tile;
 
+use crate::on_tile::OnTile;
 use crate::torture::churn::{Churner, Span};
 use crate::torture::ledger::{self, SLOTS, Trust};
 use crate::torture::random::Stream;
-use crate::torture::visit::{CpuPort, OnTile, Port, TilePort, Visitor};
+use crate::torture::visit::{CpuPort, Port, TilePort, Visitor};
 use crate::torture::world::{Fault, Finding, Side, Sight};
 
 impl Churner<'_> {

@@ -2,7 +2,7 @@
 
 use gpusvm_abi::bus::{AtomicOp, SystemBus};
 use gpusvm_live::LiveBus;
-use gpusvm_softgpu::{Kernel, Stop, Tile};
+use gpusvm_softgpu::{Stop, Tile};
 
 use crate::torture::area::{Area, Flux, Kind};
 use crate::torture::ledger::{self, Known, SLOTS, Tag, Trust, Wrong};
@@ -89,16 +89,6 @@ fn refusal(stop: Stop) -> Refusal {
     match stop {
         Stop::Fault(_) | Stop::Bus(_) => Refusal::Refused,
         Stop::Cancelled | Stop::UnitBusy | Stop::NoUnit | Stop::Foreign => Refusal::Stopped,
-    }
-}
-
-/// A closure as a kernel of one group.
-pub(super) struct OnTile<F>(pub(super) F);
-
-impl<F: Fn(&mut Tile<'_>) + Sync> Kernel for OnTile<F> {
-    fn run(&self, _group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
-        (self.0)(tile);
-        Ok(())
     }
 }
 
