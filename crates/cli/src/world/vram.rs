@@ -2,12 +2,14 @@
 
 use gpusvm::addr::PAGE;
 use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus, VramStore};
-use gpusvm_model::sched::{Kind, ModelEnv};
+use gpusvm_model::sched::{Fate, Kind, ModelEnv};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::explore::plan::WORDS;
-
+/// Words of a page that have content.
+pub(crate) const WORDS: usize = 4;
+/// Site at which chaos fails copies.
+pub(crate) const COPY: &str = "copy";
 /// Words of a page table.
 const TABLE: usize = 512;
 
@@ -44,7 +46,7 @@ impl Page {
 }
 
 /// Device memory. Its accesses are whole words; each copied page is a switch point.
-pub(super) struct ModelVram {
+pub(crate) struct ModelVram {
     pages: Mutex<Vec<Page>>,
     bus: Arc<dyn SystemBus>,
     /// Grows with every write by the driver, over all devices of the world.
@@ -52,7 +54,7 @@ pub(super) struct ModelVram {
 }
 
 impl ModelVram {
-    pub(super) fn new(pages: usize, bus: Arc<dyn SystemBus>, writes: Arc<AtomicU64>) -> Self {
+    pub(crate) fn new(pages: usize, bus: Arc<dyn SystemBus>, writes: Arc<AtomicU64>) -> Self {
         Self {
             pages: Mutex::new(vec![Page::EMPTY; pages]),
             bus,
@@ -75,6 +77,14 @@ fn place(offset: u64) -> (usize, usize) {
 /// Offsets of the pages of a span.
 fn pages(offset: u64, len: u64) -> impl Iterator<Item = u64> {
     (offset..offset + len).step_by(4096)
+}
+
+/// Lets chaos fail a copy.
+fn may_fail(address: u64) -> Result<(), BusError> {
+    match ModelEnv.may_fail(COPY) {
+        Fate::Go => Ok(()),
+        Fate::Fail => Err(BusError { address }),
+    }
 }
 
 impl VramStore for ModelVram {
@@ -122,6 +132,7 @@ impl VramStore for ModelVram {
     }
 
     fn copy_from_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
+        may_fail(bus)?;
         for (at, from) in pages(offset, len).zip((bus..).step_by(4096)) {
             let mut words = [0; WORDS];
             for (word, address) in words.iter_mut().zip((from..).step_by(8)) {
@@ -136,6 +147,7 @@ impl VramStore for ModelVram {
     }
 
     fn copy_to_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
+        may_fail(bus)?;
         for (at, to) in pages(offset, len).zip((bus..).step_by(4096)) {
             for (word, address) in (0..WORDS).zip((to..).step_by(8)) {
                 let value = self.with(|pages| pages[place(at).0].word(word));
