@@ -32,7 +32,7 @@ impl Default for Notes {
 
 /// Names of errnos that a refusal can have.
 const NAMES: [&str; 11] = [
-    "no errno", "ENOENT", "EPERM", "EIO", "EINVAL", "EFAULT", "ENOMEM", "E2BIG", "EBUSY", "EACCES",
+    "NACK", "ENOENT", "EPERM", "EIO", "EINVAL", "EFAULT", "ENOMEM", "E2BIG", "EBUSY", "EACCES",
     "EOS",
 ];
 
@@ -64,7 +64,7 @@ pub(crate) const fn errno_of_interrupted(why: Interrupted) -> &'static str {
 }
 
 impl Notes {
-    /// The errno of the last refused device fault.
+    /// The errno of the last refused device fault; `NACK` where the driver knew nothing of it.
     pub(crate) fn refused(&self) -> &'static str {
         let index = usize::try_from(self.refused.load(Ordering::Relaxed)).unwrap_or(0);
         NAMES[index.min(NAMES.len() - 1)]
@@ -80,6 +80,11 @@ impl Notes {
         let start = self.flushed_start.load(Ordering::Relaxed);
         let end = self.flushed_end.load(Ordering::Relaxed);
         (start < end).then(|| HostSpan::new(HostVa::new(start), HostVa::new(end)))
+    }
+
+    /// Forgets the last refusal.
+    pub(crate) fn forget_refusal(&self) {
+        self.refused.store(0, Ordering::Relaxed);
     }
 
     /// Forgets flushes and collected ranges.

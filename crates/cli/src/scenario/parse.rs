@@ -297,23 +297,38 @@ fn scenario(
         number,
         title: title.to_owned(),
         place,
-        setup: Setup::default(),
+        setups: [Setup::default(), Setup::default()],
         lines: Vec::new(),
         skips: Vec::new(),
     };
     while let Some((place, text)) = lines.next_inside() {
-        let mut words = Words::new(text);
-        let first = words.next().unwrap_or_default();
-        if let (Some(host), Some(())) = (host(first), words.take("skipped:")) {
-            scenario.skips.push((host, words.rest().to_owned()));
-        } else if set_up(&mut scenario.setup, first, words).map_err(|what| place.error(what))? == Known::No {
+        let known = setup_line(&mut scenario, text).map_err(|what| place.error(what))?;
+        if known == Known::No {
             scenario.lines.push(line(place, text, lines)?);
         } else if !scenario.lines.is_empty() {
-            let what = format!("`{first}` belongs before everything that is done");
-            return Err(place.error(what));
+            return Err(place.error("this belongs before everything that is done"));
         }
     }
     Ok(scenario)
+}
+
+/// `model skipped: WHY`, or a line of the setup, for one host or both.
+fn setup_line(scenario: &mut Scenario, text: &str) -> Result<Known, String> {
+    let mut words = Words::new(text);
+    if let Some(host) = words.next().and_then(host)
+        && words.take("skipped:").is_some()
+    {
+        scenario.skips.push((host, words.rest().to_owned()));
+        return Ok(Known::Yes);
+    }
+    let (only, text) = only(text)?;
+    let mut known = Known::No;
+    for host in [HostKind::Model, HostKind::Live] {
+        if only.is_none_or(|only| only == host) {
+            known = set_up(&mut scenario.setups[host as usize], Words::new(text))?;
+        }
+    }
+    Ok(known)
 }
 
 /// Whether a word was one of the setup.
@@ -323,8 +338,8 @@ enum Known {
     No,
 }
 
-fn set_up(setup: &mut Setup, first: &str, mut words: Words<'_>) -> Result<Known, String> {
-    match first {
+fn set_up(setup: &mut Setup, mut words: Words<'_>) -> Result<Known, String> {
+    match words.next().unwrap_or_default() {
         "gpus" => setup.gpus = u16::try_from(words.number()?).unwrap_or(u16::MAX),
         "vram" => setup.vram = words.size()?,
         "window" => setup.window = Some(words.size()?),
@@ -458,11 +473,12 @@ fn act(first: &str, words: &mut Words<'_>) -> Result<Act, String> {
         "die" => Act::Die,
         "sleep" => Act::Sleep(words.time()?),
         "mark" => Act::Mark,
+        "reset" => Act::Reset,
         "expect" => Act::Expect(expect(words)?),
         _ => {
             return Err(format!(
                 "`{first}` is nothing that can be done: there are map, unmap, protect, advise, remap, \
-                 cpu, child, gpu, die, sleep, mark, expect, fork, together, at, every, and {}",
+                 cpu, child, gpu, die, sleep, mark, reset, expect, fork, together, at, every, and {}",
                 names::<Deed>()
             ));
         }
@@ -513,13 +529,15 @@ fn of_who(who: Who, words: &mut Words<'_>) -> Result<Act, String> {
         .ok_or_else(|| format!("`{what}` is no access: there are read, write, add, count"))
 }
 
-/// `read SPAN VALUE|VALUE`, `write SPAN VALUE`, `add SPAN N`, `count SPAN N`.
+/// `read SPAN [VALUE|VALUE]`, `write SPAN VALUE`, `add SPAN N`, `count SPAN N`.
 fn access(who: Who, what: &str, words: &mut Words<'_>) -> Result<Option<Act>, String> {
     if !["read", "write", "add", "count"].contains(&what) {
         return Ok(None);
     }
     let span = words.span()?;
     let access = match what {
+        // Without a value whatever is there will do.
+        "read" if words.rest().is_empty() => Access::Read(Vec::new()),
         "read" => Access::Read(words.values()?),
         "write" => match words.values()?.as_slice() {
             [value] => Access::Write(*value),

@@ -168,6 +168,13 @@ impl<H: Host> Play<H> {
                 self.mark();
                 Ok(())
             }
+            Act::Reset => {
+                if let Some(gt) = self.host.told().0.gt(0) {
+                    gt.reset();
+                }
+                self.mark();
+                Ok(())
+            }
             Act::Fork(lines) => {
                 let steps = self.child_steps(lines)?;
                 self.host.fork(&steps).map_err(Trouble::Wrong)
@@ -331,6 +338,7 @@ impl<H: Host> Play<H> {
         pages: &[Spot],
     ) -> Result<(), Trouble> {
         let ended = Mutex::new(Ok(()));
+        self.host.told().1.forget_refusal();
         let launched = self.host.launch(gpu, lane, &|tile| {
             let found = on_tile(tile, access, pages);
             *locked(&ended) = found;
@@ -465,7 +473,7 @@ impl Value {
 /// Whether a word is what one of `values` has there.
 fn is_one_of(values: &[Value], spot: &Spot, word: u64) -> Result<(), Trouble> {
     let page = spot.page;
-    if values.iter().any(|value| value.word(spot) == word) {
+    if values.is_empty() || values.iter().any(|value| value.word(spot) == word) {
         return Ok(());
     }
     let wanted: Vec<_> = values.iter().map(|v| v.value.to_string()).collect();

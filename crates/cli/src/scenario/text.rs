@@ -17,7 +17,8 @@ pub struct Scenario {
     pub(crate) number: u32,
     pub(crate) title: String,
     pub(crate) place: Place,
-    pub(crate) setup: Setup,
+    /// On the model host, and on the live one.
+    pub(crate) setups: [Setup; 2],
     pub(crate) lines: Vec<Line>,
     pub(crate) skips: Vec<(HostKind, String)>,
 }
@@ -46,6 +47,11 @@ impl Scenario {
     pub fn skips(&self, host: HostKind) -> Option<&str> {
         let skip = self.skips.iter().find(|(kind, _)| *kind == host);
         skip.map(|(_, why)| why.as_str())
+    }
+
+    /// What it runs on, on this host.
+    pub(crate) const fn setup(&self, host: HostKind) -> &Setup {
+        &self.setups[host as usize]
     }
 
     /// Lines that run at once at most.
@@ -138,6 +144,8 @@ pub(crate) enum Act {
     Sleep(Ns),
     /// Counters count from here.
     Mark,
+    /// The statistics begin anew.
+    Reset,
     /// A child does these lines, and ends.
     Fork(Vec<Line>),
     /// Each line on a thread of its own.
@@ -190,7 +198,7 @@ pub(crate) enum Who {
 /// An access to every page of a span.
 #[derive(Clone, Debug)]
 pub(crate) enum Access {
-    /// Loads the content; it must be one of these.
+    /// Loads the content; it must be one of these, if there are any.
     Read(Vec<Value>),
     /// Stores content.
     Write(Value),

@@ -79,7 +79,7 @@ fn pages(offset: u64, len: u64) -> impl Iterator<Item = u64> {
     (offset..offset + len).step_by(4096)
 }
 
-/// Lets chaos fail a copy.
+/// Lets chaos fail the copy of a page.
 fn may_fail(address: u64) -> Result<(), BusError> {
     match ModelEnv.may_fail(COPY) {
         Fate::Go => Ok(()),
@@ -132,8 +132,8 @@ impl VramStore for ModelVram {
     }
 
     fn copy_from_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
-        may_fail(bus)?;
         for (at, from) in pages(offset, len).zip((bus..).step_by(4096)) {
+            may_fail(from)?;
             let mut words = [0; WORDS];
             for (word, address) in words.iter_mut().zip((from..).step_by(8)) {
                 let mut bytes = [0; 8];
@@ -147,8 +147,8 @@ impl VramStore for ModelVram {
     }
 
     fn copy_to_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
-        may_fail(bus)?;
         for (at, to) in pages(offset, len).zip((bus..).step_by(4096)) {
+            may_fail(to)?;
             for (word, address) in (0..WORDS).zip((to..).step_by(8)) {
                 let value = self.with(|pages| pages[place(at).0].word(word));
                 self.bus.write(address, &value.to_ne_bytes())?;
