@@ -13,7 +13,6 @@ use gpusvm::addr::PAGE;
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::Seams;
-use gpusvm_abi::bus::SystemBus;
 use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
@@ -28,6 +27,7 @@ use crate::explore::plan::{Closes, PAGES, Plan, WORDS, address};
 use crate::explore::{cpu, gpu};
 use crate::world::oracle::nothing_is_left;
 use crate::world::sink::Told;
+use crate::world::vram::Wires;
 use crate::world::{Node, NodeConfig, Service};
 
 /// What all actors share.
@@ -117,10 +117,9 @@ impl World {
             space: Arc::clone(&space),
             sink: Arc::new((Arc::clone(&told), None)),
         };
-        let writes = Arc::new(AtomicU64::new(0));
-        let bus: Arc<dyn SystemBus> = Arc::new(Bus::new(Arc::clone(&kernel)));
+        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))));
         let config = config(plan);
-        let node = |n: u16| Node::new(&config, n, &seams, (&bus, &writes));
+        let node = |n: u16| Node::new(&config, n, &seams, &wires);
         Self {
             plan,
             nodes: (0..plan.gpus).map(node).collect(),
@@ -128,7 +127,7 @@ impl World {
             space,
             told,
             ledger: Mutex::default(),
-            writes,
+            writes: wires.writes,
             busy: AtomicU32::new(u32::from(plan.cpus + plan.gpus)),
             closed: AtomicBool::new(false),
         }

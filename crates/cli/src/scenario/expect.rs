@@ -25,11 +25,12 @@ impl<H: Host> Play<H> {
             }
             Expect::Vram(gpu, how, wanted) => {
                 let node = self.node(*gpu).map_err(said)?;
-                let used = self.host.drive(|| {
+                let used = || {
                     let used = node.device.pagemap().vram().used();
                     used.saturating_sub(node.device.table_bytes())
-                });
-                compare("bytes of device memory", *how, used, *wanted)
+                };
+                let rule = |used: &u64| compare("bytes of device memory", *how, *used, *wanted);
+                rule(&self.host.settle(used, |used| rule(used).is_ok()))
             }
             Expect::Tables(gpu, how, wanted) => {
                 let node = self.node(*gpu).map_err(said)?;

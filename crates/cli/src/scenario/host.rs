@@ -49,6 +49,8 @@ pub(super) enum Call {
     Deed(Deed, HostSpan),
     /// The process ends.
     Die,
+    /// The copy of a page fails, counted from 1.
+    FailCopy(u64),
 }
 
 /// What a child does to one word.
@@ -110,6 +112,13 @@ pub(super) trait Host: Sized + Send + Sync + 'static {
 
     /// Now.
     fn now(&self) -> Ns;
+
+    /// Looks until `right`, where the host does some things a moment later; else once.
+    fn settle<T: Send>(
+        &self,
+        look: impl Fn() -> T + Send + Sync,
+        right: impl Fn(&T) -> bool + Send + Sync,
+    ) -> T;
 
     /// Lets time pass.
     fn sleep(&self, time: Ns);

@@ -53,8 +53,6 @@ pub(super) fn run(scenario: &Scenario) -> Verdict {
 fn unable(setup: &Setup) -> Option<&'static str> {
     if setup.collector == Collector::Held {
         Some("hold the collector")
-    } else if setup.failing_copy.is_some() {
-        Some("fail a copy")
     } else if setup.answers == Answers::Lost {
         Some("lose answers")
     } else {
@@ -68,17 +66,11 @@ fn end(play: &Arc<Play<LiveHost>>) -> Result<(), String> {
     let host = &play.host;
     host.drive(|| host.machine.space().bring_everything_home());
     for node in host.machine.nodes() {
-        let used = || node.device().pagemap().vram().used();
-        // Whoever brought pages home wakes their users before it lets go of the memory.
-        let mut looks = 0;
-        while used() > 0 && looks < LOOKS {
-            thread::yield_now();
-            looks += 1;
-        }
-        if used() > 0 {
+        let vram = node.device().pagemap().vram();
+        let used = host.settle(|| vram.used(), |used| *used == 0);
+        if used > 0 {
             return Err(format!(
-                "at the end: {} bytes of device memory are in use",
-                used()
+                "at the end: {used} bytes of device memory are in use"
             ));
         }
     }
@@ -129,8 +121,7 @@ impl LiveHost {
             Backing::Shared => backed(LiveBacking::SharedAnonymous)?,
             Backing::File => backed(LiveBacking::SharedFile)?,
             Backing::PrivateFile => backed(LiveBacking::PrivateFile)?,
-            // Memory that no device may map, either.
-            Backing::Io => backed(LiveBacking::Secret)?,
+            Backing::Io => return Err(Refusal::Unable("map raw pages")),
         }
         match rights {
             Rights::Write => Ok(()),
@@ -231,6 +222,7 @@ impl Host for LiveHost {
             Call::Move(span, to) => land.relocate(span, to, Leave::Hole),
             Call::MoveLeaving(span, to) => land.relocate(span, to, Leave::Empty),
             Call::Deed(deed, span) => return self.deed(deed, span),
+            Call::FailCopy(_) => return Err(Refusal::Unable("fail a copy")),
             Call::Die => return Err(Refusal::Unable("die, and tell")),
         };
         done.map_err(|why| os(&why))
@@ -269,6 +261,25 @@ impl Host for LiveHost {
 
     fn now(&self) -> Ns {
         self.machine.now()
+    }
+
+    fn settle<T: Send>(
+        &self,
+        look: impl Fn() -> T + Send + Sync,
+        right: impl Fn(&T) -> bool + Send + Sync,
+    ) -> T {
+        // Whoever brought pages home wakes their users before it lets go of the memory.
+        self.drive(|| {
+            let mut found = look();
+            for _look in 0..LOOKS {
+                if right(&found) {
+                    break;
+                }
+                thread::yield_now();
+                found = look();
+            }
+            found
+        })
     }
 
     fn sleep(&self, time: Ns) {

@@ -24,6 +24,8 @@ mod words;
 
 use std::fmt;
 
+use gpusvm::mutant::Mutant;
+
 pub use parse::{ParseError, parse};
 pub use text::Scenario;
 
@@ -76,8 +78,14 @@ impl Scenario {
             return Verdict::Skipped(why.to_owned());
         }
         match host {
-            HostKind::Model => model::run(self),
+            HostKind::Model => model::run(self, None),
             HostKind::Live => live::run(self),
         }
+    }
+
+    /// Runs it on the model host, which has a known bug meanwhile.
+    #[must_use]
+    pub fn run_with(&self, mutant: Mutant) -> Verdict {
+        model::run(self, Some(mutant))
     }
 }

@@ -6,15 +6,16 @@
 //!   worker ── collects dead ranges, where the scenario lets it
 //! ```
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, Ordering};
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
+use gpusvm::mutant::Mutant;
+use gpusvm::seam::Seams;
 use gpusvm::seam::env::{Environment, Ns, Point};
 use gpusvm::seam::mm::Access;
-use gpusvm::seam::Seams;
-use gpusvm_abi::bus::{AtomicOp, SystemBus};
+use gpusvm_abi::bus::AtomicOp;
 use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::around::Around;
@@ -25,7 +26,7 @@ use gpusvm_model::mm::map::{self, What};
 use gpusvm_model::mm::memory::FrameId;
 use gpusvm_model::mm::remap::{Remap, Target};
 use gpusvm_model::mm::{Shape, Thp};
-use gpusvm_model::sched::{Chaos, Kind, Life, ModelEnv, Options, Outcome, Picker, Sim, Texts, When};
+use gpusvm_model::sched::{Kind, Life, ModelEnv, Options, Outcome, Picker, Sim, Texts, When};
 use gpusvm_softgpu::{Dispatch, GpuConfig, Planted, Stop, Tile};
 use gpusvm_xe::stats::DeviceStats;
 use gpusvm_xe::vm::NOTIFIER_BYTES;
@@ -38,7 +39,7 @@ use crate::scenario::text::{Act, Often, Scenario, Setup};
 use crate::scenario::words::{Advice, Answers, Backing, Collector, Deed, Huge, Rights};
 use crate::scenario::{HostKind, Verdict};
 use crate::world::sink::{Timeouts, Told};
-use crate::world::vram::{COPY, WORDS};
+use crate::world::vram::{WORDS, Wires};
 use crate::world::{ModelPlatform, Node, NodeConfig, Service, oracle};
 
 /// Bytes that scenarios map things in.
@@ -50,11 +51,11 @@ const GIVES_WAY: u32 = 4000;
 const LOOKS_EVERY: u64 = 512;
 
 /// Runs a scenario in as many orders of events as it says.
-pub(super) fn run(scenario: &Scenario) -> Verdict {
+pub(super) fn run(scenario: &Scenario, mutant: Option<Mutant>) -> Verdict {
     gpusvm_model::sched::keep_panics_quiet();
     let scenario = Arc::new(scenario.clone());
     for seed in 0..scenario.setup(HostKind::Model).seeds {
-        let outcome = play(&scenario, seed);
+        let outcome = play(&scenario, seed, mutant);
         if let Some(trouble) = outcome.trouble {
             let failure = &trouble.failure.text;
             return Verdict::Failed(format!("seed {seed}: {failure}"));
@@ -63,18 +64,11 @@ pub(super) fn run(scenario: &Scenario) -> Verdict {
     Verdict::Passed
 }
 
-fn play(scenario: &Arc<Scenario>, seed: u64) -> Outcome {
-    let setup = scenario.setup(HostKind::Model);
+fn play(scenario: &Arc<Scenario>, seed: u64, mutant: Option<Mutant>) -> Outcome {
     let options = Options {
         scenario: Cow::Owned(format!("scenario {}", scenario.number)),
         seed,
-        chaos: match setup.failing_copy {
-            Some(n) => Chaos::Nth {
-                site: Cow::Borrowed(COPY),
-                n: n.saturating_sub(1),
-            },
-            None => Chaos::Off,
-        },
+        mutant: mutant.map(|mutant| mutant.name().to_owned()),
         safety_steps: 20_000_000,
         calm_steps: 1_000_000,
         texts: Texts::Dropped,
@@ -193,7 +187,7 @@ pub(super) struct ModelHost {
     nodes: Vec<Node>,
     told: Arc<Told>,
     folds: Arc<(DeviceStats, Notes)>,
-    writes: Arc<AtomicU64>,
+    wires: Wires,
     lanes: Vec<Lane>,
     armed: Mutex<Option<Armed>>,
     pins: Mutex<Vec<FrameId>>,
@@ -214,17 +208,16 @@ impl ModelHost {
             space: Arc::clone(&space),
             sink: Arc::new((Arc::clone(&told), Some(Arc::clone(&folds)))),
         };
-        let writes = Arc::new(AtomicU64::new(0));
-        let bus: Arc<dyn SystemBus> = Arc::new(Bus::new(Arc::clone(&kernel)));
+        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))));
         let config = node_config(setup, lanes);
-        let node = |n| Node::new(&config, n, &seams, (&bus, &writes));
+        let node = |n| Node::new(&config, n, &seams, &wires);
         Self {
             nodes: (0..setup.gpus).map(node).collect(),
             kernel,
             space,
             told,
             folds,
-            writes,
+            wires,
             lanes: (0..lanes).map(|_| Lane::default()).collect(),
             armed: Mutex::default(),
             pins: Mutex::default(),
@@ -257,7 +250,7 @@ impl ModelHost {
     /// The rules that hold between any two steps; all entries are looked at now and then.
     fn look(&self, seen: &mut u64) -> Result<(), String> {
         oracle::trespasses(&self.kernel)?;
-        let now = self.kernel.generation() + self.writes.load(Ordering::Relaxed);
+        let now = self.kernel.generation() + self.wires.writes.load(Ordering::Relaxed);
         if now < *seen + LOOKS_EVERY {
             return Ok(());
         }
@@ -486,6 +479,10 @@ impl Host for ModelHost {
             Call::Move(span, to) => self.remap(span, Target::At(to)),
             Call::MoveLeaving(span, to) => self.remap(span, Target::LeaveBehindAt(to)),
             Call::Deed(deed, span) => return self.deed(deed, span),
+            Call::FailCopy(n) => {
+                self.wires.fails_in.store(n, Ordering::Relaxed);
+                Ok(())
+            }
             Call::Die => {
                 space.exit();
                 Ok(())
@@ -524,6 +521,14 @@ impl Host for ModelHost {
 
     fn now(&self) -> Ns {
         Environment::now(&ModelEnv)
+    }
+
+    fn settle<T: Send>(
+        &self,
+        look: impl Fn() -> T + Send + Sync,
+        _right: impl Fn(&T) -> bool + Send + Sync,
+    ) -> T {
+        look()
     }
 
     fn sleep(&self, time: Ns) {

@@ -158,6 +158,7 @@ impl<H: Host> Play<H> {
             }
             Act::Deed(deed, span) => self.call(&Call::Deed(*deed, self.find(span)?)),
             Act::Die => self.call(&Call::Die),
+            Act::FailCopy(n) => self.call(&Call::FailCopy(*n)),
             Act::Access(who, access, span) => self.access(lane, *who, access, span),
             Act::Drive(gpu, drive) => self.drive(*gpu, drive),
             Act::Sleep(time) => {

@@ -91,8 +91,6 @@ pub(crate) struct Setup {
     /// Orders of events that the model tries.
     pub(crate) seeds: u64,
     pub(crate) collector: Collector,
-    /// Which copy fails, counted from 1.
-    pub(crate) failing_copy: Option<u32>,
     pub(crate) answers: Answers,
 }
 
@@ -105,7 +103,6 @@ impl Default for Setup {
             memory: 32 << 20,
             seeds: 1,
             collector: Collector::Runs,
-            failing_copy: None,
             answers: Answers::Arrive,
         }
     }
@@ -141,6 +138,8 @@ pub(crate) enum Act {
     Drive(usize, Drive),
     /// The process ends.
     Die,
+    /// The copy of a page fails, counted from 1.
+    FailCopy(u64),
     Sleep(Ns),
     /// Counters count from here.
     Mark,

@@ -6,13 +6,12 @@ pub(crate) mod oracle;
 pub(crate) mod sink;
 pub(crate) mod vram;
 
-use core::sync::atomic::AtomicU64;
 use std::fmt;
 use std::sync::Arc;
 
 use gpusvm::seam::mm::PagemapId;
 use gpusvm::seam::{Platform, Seams};
-use gpusvm_abi::bus::{DevicePort, FaultHandler, Park, SystemBus, VramStore};
+use gpusvm_abi::bus::{DevicePort, FaultHandler, Park, VramStore};
 use gpusvm_model::kernel::ModelSpace;
 use gpusvm_model::sched::{ModelEnv, ModelMutex};
 use gpusvm_softgpu::{FaultService, GpuConfig, SoftGpu};
@@ -21,7 +20,7 @@ use gpusvm_xe::device::Device;
 use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
 
 use crate::world::sink::Sink;
-use crate::world::vram::ModelVram;
+use crate::world::vram::{ModelVram, Wires};
 
 /// The model host, the Xe driver and its copy engine, as one platform.
 #[derive(Debug)]
@@ -72,18 +71,18 @@ impl fmt::Debug for Node {
 }
 
 impl Node {
-    /// Device `n` of a world. `writes` grows with every write to its memory.
+    /// Device `n` of a world.
     pub(crate) fn new(
         config: &NodeConfig,
         n: u16,
         seams: &Seams<ModelPlatform>,
-        (bus, writes): (&Arc<dyn SystemBus>, &Arc<AtomicU64>),
+        wires: &Wires,
     ) -> Self {
-        let vram = ModelVram::new(config.vram, Arc::clone(bus), Arc::clone(writes));
+        let vram = ModelVram::new(config.vram, wires.clone());
         let gpu = SoftGpu::new(
             config.gpu,
             Arc::new(vram) as Arc<dyn VramStore>,
-            Arc::clone(bus),
+            Arc::clone(&wires.bus),
             Arc::new(ModelEnv) as Arc<dyn Park>,
         );
         let gpu = gpu.expect("a world's device has units, a ring and address spaces");
