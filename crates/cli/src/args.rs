@@ -42,8 +42,10 @@ pub enum Command {
         gpusvm explore --tape FILE      what failed, again")]
     Explore(ExploreArgs),
     /// Check that a host does what Linux and its drivers do. The last line counts.
-    #[command(after_help = "Examples:\n  gpusvm conformance scenarios --host model\n  \
-        gpusvm conformance scenarios --host live --json")]
+    #[command(
+        after_help = "Examples:\n  gpusvm conformance scenarios --host model\n  \
+        gpusvm conformance scenarios --host live --json"
+    )]
     Conformance(ConformanceArgs),
     /// Show what this machine and kernel allow, and what follows for you.
     Info(InfoArgs),

@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::PAGE;
 use gpusvm::mutant::Mutant;
-use gpusvm::seam::env::Environment;
 use gpusvm::seam::Seams;
+use gpusvm::seam::env::Environment;
 use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::flags::{Prot, VmFlags};

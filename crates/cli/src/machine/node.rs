@@ -66,7 +66,8 @@ impl Node {
         let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
         let device = Device::new(seams, PagemapId(u32::from(index) + 1), port, copy);
         let first = 1 + u32::from(index) * u32::from(config.vms);
-        let vms = (first..first + u32::from(config.vms)).map(|asid| mirror(&device, asid, config.window));
+        let vms =
+            (first..first + u32::from(config.vms)).map(|asid| mirror(&device, asid, config.window));
         let mut node = Self {
             vms: vms.collect::<Result<_, _>>()?,
             gpu,

@@ -78,7 +78,8 @@ impl<H: Host> Play<H> {
         if bytes == wanted {
             return Ok(());
         }
-        let named = |bytes: Option<u64>| bytes.map_or("none".to_owned(), |b| format!("{}K", b >> 10));
+        let named =
+            |bytes: Option<u64>| bytes.map_or("none".to_owned(), |b| format!("{}K", b >> 10));
         Err(format!(
             "the range is {}, must be {}",
             named(bytes),

@@ -1,6 +1,7 @@
 //! The scenarios that there are, and those that there are not.
 
-use crate::scenario::parse::{ParseError, parse};
+use crate::scenario::lex::ParseError;
+use crate::scenario::parse::parse;
 use crate::scenario::text::Scenario;
 
 macro_rules! files {
@@ -48,7 +49,9 @@ pub fn all() -> Result<Vec<Scenario>, ParseError> {
 /// # Errors
 /// As [`all`].
 pub fn numbered(number: u32) -> Result<Option<Scenario>, ParseError> {
-    Ok(all()?.into_iter().find(|scenario| scenario.number == number))
+    Ok(all()?
+        .into_iter()
+        .find(|scenario| scenario.number == number))
 }
 
 /// Scenarios of `svm-design.md` section 7 that wait for something: number, and what for.

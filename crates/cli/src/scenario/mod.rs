@@ -4,16 +4,20 @@
 //! | module | what |
 //! |---|---|
 //! | [`text`] | what a scenario says, as data |
-//! | `parse` | the one reader of the format; `docs/scenarios.md` is its manual |
+//! | `parse`, `lex` | the one reader of the format; `docs/scenarios.md` is its manual |
 //! | `words` | the words that name things |
 //! | `play` | the one runner: every line of a scenario is done here |
+//! | `access`, `drive` | accesses to pages; what drivers are told |
 //! | `expect` | what must be true |
 //! | `host` | what a host has to be able to do |
 //! | `model`, `live` | the two hosts |
 //! | [`library`] | the scenarios that there are, and those that there are not |
 
+mod access;
+mod drive;
 mod expect;
 mod host;
+mod lex;
 pub mod library;
 mod live;
 mod model;
@@ -26,7 +30,8 @@ use std::fmt;
 
 use gpusvm::mutant::Mutant;
 
-pub use parse::{ParseError, parse};
+pub use lex::ParseError;
+pub use parse::parse;
 pub use text::Scenario;
 
 /// Where a scenario runs.

@@ -6,6 +6,8 @@
 //!   worker ── collects dead ranges, where the scenario lets it
 //! ```
 
+mod calls;
+
 use core::sync::atomic::{AtomicU32, Ordering};
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex};
@@ -14,17 +16,12 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::Seams;
 use gpusvm::seam::env::{Environment, Ns, Point};
-use gpusvm::seam::mm::Access;
 use gpusvm_abi::bus::AtomicOp;
 use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
-use gpusvm_model::mm::around::Around;
 use gpusvm_model::mm::entry::Entry;
-use gpusvm_model::mm::errno::{Errno, Signal};
-use gpusvm_model::mm::flags::{Prot, VmFlags};
-use gpusvm_model::mm::map::{self, What};
 use gpusvm_model::mm::memory::FrameId;
-use gpusvm_model::mm::remap::{Remap, Target};
+use gpusvm_model::mm::remap::Target;
 use gpusvm_model::mm::{Shape, Thp};
 use gpusvm_model::sched::{Kind, Life, ModelEnv, Options, Outcome, Picker, Sim, Texts, When};
 use gpusvm_softgpu::{Dispatch, GpuConfig, Planted, Stop, Tile};
@@ -34,9 +31,10 @@ use gpusvm_xe::vm::NOTIFIER_BYTES;
 use crate::notes::Notes;
 use crate::on_tile::OnTile;
 use crate::scenario::host::{self, Call, ChildDoes, ChildStep, Host, Refusal};
+use crate::scenario::model::calls::{advice, errno, prot, signal};
 use crate::scenario::play::{Play, locked};
 use crate::scenario::text::{Act, Often, Scenario, Setup};
-use crate::scenario::words::{Advice, Answers, Backing, Collector, Deed, Huge, Rights};
+use crate::scenario::words::{Advice, Answers, Collector, Huge};
 use crate::scenario::{HostKind, Verdict};
 use crate::world::sink::{Timeouts, Told};
 use crate::world::vram::{WORDS, Wires};
@@ -86,7 +84,12 @@ fn build(scenario: &Arc<Scenario>, sim: &Sim) {
     let host = ModelHost::new(setup, scenario.width());
     let play = Arc::new(Play::new(host, Arc::clone(scenario)));
     if setup.collector == Collector::Runs {
-        let devices: Vec<_> = play.host.nodes.iter().map(|n| Arc::clone(&n.device)).collect();
+        let devices: Vec<_> = play
+            .host
+            .nodes
+            .iter()
+            .map(|n| Arc::clone(&n.device))
+            .collect();
         sim.worker("worker", move |work| {
             devices.iter().for_each(|device| device.work(work));
         });
@@ -263,72 +266,6 @@ impl ModelHost {
         oracle::look(&self.kernel, &self.nodes, 0..pages)
     }
 
-    fn map(&self, span: HostSpan, rights: Rights, backing: Backing) -> Result<(), Errno> {
-        let pages = u32::try_from(span.pages().get()).unwrap_or(u32::MAX);
-        let file = |pages| self.kernel.with(|mm| mm.create_file(pages));
-        let what = match backing {
-            Backing::Private => What::Private,
-            Backing::Shared => What::Shared,
-            Backing::File => What::SharedFile(file(pages), 0),
-            Backing::PrivateFile => What::PrivateFile(file(pages), 0),
-            Backing::Io => What::Special,
-        };
-        let map = map::Map {
-            place: map::Place::NoReplace(span.start()),
-            len: span.bytes(),
-            prot: prot(rights),
-            what,
-            extra: VmFlags::NONE,
-        };
-        self.space.mmap(&map).map(drop)
-    }
-
-    fn deed(&self, deed: Deed, span: HostSpan) -> Result<(), Refusal> {
-        let (start, len) = (span.start(), span.bytes());
-        let pages = (0..span.pages().get()).map(|n| start.plus(n * PAGE));
-        match deed {
-            Deed::Lock => return self.space.mlock(start, len).map_err(errno),
-            Deed::Unlock => return self.space.munlock(start, len).map_err(errno),
-            Deed::Unpin => {
-                let pins = core::mem::take(&mut *locked(&self.pins));
-                pins.into_iter().for_each(|frame| self.space.unpin(frame));
-            }
-            Deed::Pin => {
-                for at in pages {
-                    let frame = self.space.pin(at, Access::Write).map_err(signal)?;
-                    locked(&self.pins).push(frame);
-                }
-            }
-            Deed::Swap => {
-                for at in pages {
-                    if !self.space.reclaim(at) {
-                        return Err(Refusal::With("EBUSY".to_owned()));
-                    }
-                }
-            }
-            Deed::Exclusive => {
-                for at in pages {
-                    match self.space.make_device_exclusive(at) {
-                        Ok(true) => {}
-                        Ok(false) | Err(_) => return Err(Refusal::With("EBUSY".to_owned())),
-                    }
-                }
-            }
-            Deed::Poison => pages.for_each(|at| self.space.poison(at)),
-        }
-        Ok(())
-    }
-
-    fn remap(&self, from: HostSpan, target: Target) -> Result<(), Errno> {
-        let remap = Remap {
-            at: from.start(),
-            old_len: from.bytes(),
-            new_len: from.bytes(),
-            target,
-        };
-        self.space.mremap(&remap).map(drop)
-    }
-
     fn entries(&self, span: HostSpan) -> Vec<Entry> {
         let pages = (0..span.pages().get()).map(|n| span.start().plus(n * PAGE));
         pages.filter_map(|at| self.space.entry(at)).collect()
@@ -381,60 +318,6 @@ fn node_config(setup: &Setup, lanes: usize) -> NodeConfig {
     }
 }
 
-fn prot(rights: Rights) -> Prot {
-    match rights {
-        Rights::None => Prot::NONE,
-        Rights::Read => Prot::READ,
-        Rights::Write => Prot::READ.with(Prot::WRITE),
-    }
-}
-
-/// The number that `madvise` takes.
-const fn advice(advice: Advice) -> i32 {
-    match advice {
-        Advice::Discard => 4,
-        Advice::Free => 8,
-        Advice::Huge => 14,
-        Advice::Small => 15,
-        Advice::Cold => 20,
-        Advice::PageOut => 21,
-        Advice::Populate => 23,
-        Advice::Collapse => 25,
-        Advice::Guard => 102,
-        Advice::Unguard => 103,
-    }
-}
-
-fn errno(errno: Errno) -> Refusal {
-    Refusal::With(
-        match errno {
-            Errno::Perm => "EPERM",
-            Errno::Io => "EIO",
-            Errno::Again => "EAGAIN",
-            Errno::NoMem => "ENOMEM",
-            Errno::Access => "EACCES",
-            Errno::Fault => "EFAULT",
-            Errno::Busy => "EBUSY",
-            Errno::Exist => "EEXIST",
-            Errno::Invalid => "EINVAL",
-            Errno::NotSupported => "EOPNOTSUPP",
-            Errno::HwPoison => "EHWPOISON",
-        }
-        .to_owned(),
-    )
-}
-
-fn signal(signal: Signal) -> Refusal {
-    Refusal::With(
-        match signal {
-            Signal::Segv => "SIGSEGV",
-            Signal::Bus => "SIGBUS",
-            Signal::OutOfMemory => "ENOMEM",
-        }
-        .to_owned(),
-    )
-}
-
 impl Host for ModelHost {
     type Platform = ModelPlatform;
 
@@ -472,9 +355,7 @@ impl Host for ModelHost {
                 })
             }
             Call::Unmap(span) => space.munmap(span.start(), span.bytes()),
-            Call::Protect(span, rights) => {
-                space.mprotect(span.start(), span.bytes(), prot(rights))
-            }
+            Call::Protect(span, rights) => space.mprotect(span.start(), span.bytes(), prot(rights)),
             Call::Advise(span, told) => space.madvise(span.start(), span.bytes(), advice(told)),
             Call::Move(span, to) => self.remap(span, Target::At(to)),
             Call::MoveLeaving(span, to) => self.remap(span, Target::LeaveBehindAt(to)),

@@ -3,45 +3,18 @@
 //! A file is read line by line. `scenario N TITLE` begins one; lines of its setup follow, then what is
 //! done. Blocks (`together`, `fork`, `at`) end with `end`.
 
-use std::fmt;
-use std::sync::Arc;
-
 use gpusvm::seam::env::{Ns, Point};
 use gpusvm_xe::stats::Counter;
 use gpusvm_xe::vm::Rights as Mirror;
 
 use crate::scenario::HostKind;
+use crate::scenario::lex::{Lines, ParseError, Words, name, parse_size};
 use crate::scenario::text::{
-    Access, Act, Drive, Expect, Line, Map, Often, Place, Scenario, Setup, Span, Value, Who,
+    Access, Act, Drive, Expect, Line, Map, Often, Place, Scenario, Setup, Who,
 };
 use crate::scenario::words::{
     Advice, Answers, Backing, Collector, Compare, Deed, Entries, Huge, Object, Rights, Word,
 };
-use crate::size;
-
-/// What a line says cannot be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ParseError {
-    place: Place,
-    what: String,
-}
-
-impl fmt::Display for ParseError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.place, self.what)
-    }
-}
-
-impl std::error::Error for ParseError {}
-
-impl Place {
-    fn error(&self, what: impl Into<String>) -> ParseError {
-        ParseError {
-            place: self.clone(),
-            what: what.into(),
-        }
-    }
-}
 
 /// Reads the scenarios of a file.
 ///
@@ -60,217 +33,6 @@ pub fn parse(file: &str, text: &str) -> Result<Vec<Scenario>, ParseError> {
         scenarios.push(scenario(place, number, words.rest(), &mut lines)?);
     }
     Ok(scenarios)
-}
-
-/// Lines with something in them, without remarks.
-struct Lines<'a> {
-    file: Arc<str>,
-    rest: std::iter::Peekable<std::iter::Enumerate<std::str::Lines<'a>>>,
-}
-
-impl<'a> Lines<'a> {
-    fn new(file: &str, text: &'a str) -> Self {
-        Self {
-            file: Arc::from(file),
-            rest: text.lines().enumerate().peekable(),
-        }
-    }
-
-    fn place(&self, line: usize) -> Place {
-        Place {
-            file: Arc::clone(&self.file),
-            line: line + 1,
-        }
-    }
-
-    /// The next line, if it does not begin a scenario.
-    fn next_inside(&mut self) -> Option<(Place, &'a str)> {
-        self.skip_empty();
-        let (_, text) = self.rest.peek()?;
-        if text.trim_start().starts_with("scenario ") {
-            return None;
-        }
-        self.next()
-    }
-
-    fn next(&mut self) -> Option<(Place, &'a str)> {
-        self.skip_empty();
-        let (n, text) = self.rest.next()?;
-        Some((self.place(n), without_remark(text)))
-    }
-
-    fn skip_empty(&mut self) {
-        while self
-            .rest
-            .next_if(|(_, text)| without_remark(text).is_empty())
-            .is_some()
-        {}
-    }
-}
-
-fn without_remark(text: &str) -> &str {
-    text.split('#').next().unwrap_or_default().trim()
-}
-
-/// The words of a line.
-#[derive(Clone)]
-struct Words<'a> {
-    rest: &'a str,
-}
-
-impl<'a> Words<'a> {
-    const fn new(text: &'a str) -> Self {
-        Self { rest: text }
-    }
-
-    fn next(&mut self) -> Option<&'a str> {
-        let text = self.rest.trim_start();
-        let end = text.find(char::is_whitespace).unwrap_or(text.len());
-        let (word, rest) = text.split_at(end);
-        self.rest = rest;
-        (!word.is_empty()).then_some(word)
-    }
-
-    fn rest(&self) -> &'a str {
-        self.rest.trim()
-    }
-
-    /// Takes the next word if it is this one.
-    fn take(&mut self, word: &str) -> Option<()> {
-        let mut ahead = self.clone();
-        (ahead.next() == Some(word)).then(|| *self = ahead)
-    }
-
-    fn word(&mut self, what: &str) -> Result<&'a str, String> {
-        self.next().ok_or_else(|| format!("{what} is missing"))
-    }
-
-    fn one<W: Word>(&mut self) -> Result<W, String> {
-        W::of(self.word(&W::KIND.to_lowercase())?)
-    }
-
-    fn one_or<W: Word>(&mut self, default: W) -> Result<W, String> {
-        if self.rest().is_empty() {
-            Ok(default)
-        } else {
-            self.one()
-        }
-    }
-
-    fn number(&mut self) -> Result<u64, String> {
-        number(self.word("a number")?)
-    }
-
-    fn size(&mut self) -> Result<u64, String> {
-        parse_size(self.word("a size")?)
-    }
-
-    fn span(&mut self) -> Result<Span, String> {
-        parse_span(self.word("a span")?)
-    }
-
-    fn time(&mut self) -> Result<Ns, String> {
-        parse_time(self.word("a time")?)
-    }
-
-    fn values(&mut self) -> Result<Vec<Value>, String> {
-        let text = self.word("a value")?;
-        text.split('|').map(value).collect()
-    }
-
-    /// Nothing is left over.
-    fn end(&self) -> Result<(), String> {
-        if self.rest().is_empty() {
-            Ok(())
-        } else {
-            Err(format!("`{}` is too much", self.rest()))
-        }
-    }
-}
-
-fn number(text: &str) -> Result<u64, String> {
-    text.parse()
-        .map_err(|_why| format!("`{text}` is no whole number"))
-}
-
-fn parse_size(text: &str) -> Result<u64, String> {
-    if text == "0" {
-        return Ok(0);
-    }
-    size::parse(text).map_err(|why| why.to_string())
-}
-
-/// `5ms`, `20us`, `1s`.
-fn parse_time(text: &str) -> Result<Ns, String> {
-    let wrong = || format!("`{text}` is no time: write 20us, 5ms or 1s");
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .ok_or_else(wrong)?;
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_why| wrong())?;
-    let unit = match unit {
-        "us" => 1_000,
-        "ms" => 1_000_000,
-        "s" => 1_000_000_000,
-        _ => return Err(wrong()),
-    };
-    Ok(Ns(number.saturating_mul(unit)))
-}
-
-/// `a`, `a[3]`, `a[3..8]`: pages, or bytes where a unit stands behind the number.
-fn parse_span(text: &str) -> Result<Span, String> {
-    let Some((area, inside)) = text.split_once('[') else {
-        return Ok(Span {
-            area: name(text)?,
-            part: None,
-        });
-    };
-    let inside = inside
-        .strip_suffix(']')
-        .ok_or_else(|| format!("`{text}` has no end: write for example a[3..8]"))?;
-    let (from, to) = match inside.split_once("..") {
-        Some((from, to)) => (offset(from)?, offset(to)?),
-        None => (offset(inside)?, offset(inside)? + gpusvm::addr::PAGE),
-    };
-    if from >= to {
-        return Err(format!("`{text}` has no pages"));
-    }
-    Ok(Span {
-        area: name(area)?,
-        part: Some((from, to)),
-    })
-}
-
-/// A page number, or bytes with a unit.
-fn offset(text: &str) -> Result<u64, String> {
-    match text.parse::<u64>() {
-        Ok(page) => Ok(page * gpusvm::addr::PAGE),
-        Err(_bytes) => parse_size(text),
-    }
-}
-
-fn name(text: &str) -> Result<String, String> {
-    let right = text.starts_with(|c: char| c.is_ascii_lowercase())
-        && text.chars().all(|c| c.is_ascii_alphanumeric());
-    if right {
-        Ok(text.to_owned())
-    } else {
-        Err(format!(
-            "`{text}` is no name: small letters and digits, a letter first"
-        ))
-    }
-}
-
-/// `7`, or `7@16` for what was written as 7 to page 16 and those behind it.
-fn value(text: &str) -> Result<Value, String> {
-    let (value, from) = match text.split_once('@') {
-        Some((value, from)) => (value, Some(number(from)?)),
-        None => (text, None),
-    };
-    Ok(Value {
-        value: number(value)?,
-        from,
-    })
 }
 
 fn host(text: &str) -> Option<HostKind> {
@@ -386,7 +148,9 @@ fn line(place: Place, text: &str, lines: &mut Lines<'_>) -> Result<Line, ParseEr
 
 /// `model: LINE -- why it differs`.
 fn only(text: &str) -> Result<(Option<HostKind>, &str), String> {
-    let found = text.split_once(": ").and_then(|(first, rest)| Some((host(first)?, rest)));
+    let found = text
+        .split_once(": ")
+        .and_then(|(first, rest)| Some((host(first)?, rest)));
     let Some((host, rest)) = found else {
         return Ok((None, text));
     };
@@ -668,69 +432,4 @@ fn counter(text: &str) -> Result<Counter, String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What is said of a scenario with this line in it, which is the third of its file.
-    fn said_of(line: &str) -> String {
-        let text = format!("# remark\nscenario 1 title\n  {line}\n  map a 2M\n");
-        match parse("some.scn", &text) {
-            Ok(_) => format!("`{line}` is read"),
-            Err(error) => error.to_string(),
-        }
-    }
-
-    #[test]
-    fn bad_lines_are_told_with_their_place_and_what_is_wrong() {
-        for (line, what) in [
-            ("frobnicate a", "`frobnicate` is nothing that can be done"),
-            ("map a", "a size is missing"),
-            ("map A 2M", "`A` is no name"),
-            ("map a 2M purple", "`purple` is no backing: there are private"),
-            ("unmap a[3..3]", "has no pages"),
-            ("unmap a[3", "has no end"),
-            ("unmap a b", "`b` is too much"),
-            ("cpu write a x", "`x` is no whole number"),
-            ("cpu write a 1|2", "one value is written"),
-            ("gpu dance", "`dance` is nothing that a device does"),
-            ("expect luck", "`luck` cannot be expected"),
-            ("expect count luck 3", "there is no counter `luck`"),
-            ("expect placed a moon", "`moon` is no place"),
-            ("sleep 3", "`3` is no time"),
-            ("at noon", "`noon` is no point: there are after-walk"),
-            ("advise a wisely", "`wisely` is no advice"),
-            ("model: mark", "a line for one host says why"),
-            ("mark x0", "no times"),
-            ("together", "has no `end`"),
-            ("mark\n  gpus 2", "belongs before"),
-        ] {
-            let said = said_of(line);
-            assert!(said.starts_with("some.scn:"), "{said}");
-            assert!(said.contains(what), "`{line}`: {said}");
-        }
-        let said = parse("some.scn", "map a 2M").expect_err("no scenario").to_string();
-        assert!(said.starts_with("some.scn:1: a scenario begins"), "{said}");
-    }
-
-    #[test]
-    fn lines_say_for_whom_how_often_and_how_they_end() {
-        let text = "scenario 7 a title\n live skipped: why not\n model: seeds 3 -- enough\n map a 2M\n \
-                    model: gpu1 write a[1M..5M] 7@3 x9 -> ok|EPERM -- because\n";
-        let scenarios = parse("some.scn", text).expect("it can be read");
-        let [scenario] = scenarios.as_slice() else {
-            panic!("one scenario: {scenarios:?}")
-        };
-        assert_eq!((scenario.number(), scenario.title()), (7, "a title"));
-        assert_eq!(scenario.skips(HostKind::Live), Some("why not"));
-        assert_eq!(scenario.setup(HostKind::Model).seeds, 3);
-        assert_eq!(scenario.setup(HostKind::Live).seeds, 1);
-        let line = &scenario.lines[1];
-        assert_eq!((line.only, line.times), (Some(HostKind::Model), 9));
-        assert_eq!(line.answers, ["ok", "EPERM"]);
-        let Act::Access(Who::Gpu(1), Access::Write(value), span) = &line.act else {
-            panic!("{line:?}")
-        };
-        assert_eq!((value.value, value.from), (7, Some(3)));
-        assert_eq!(span.part, Some((1 << 20, 5 << 20)));
-    }
-}
+mod tests;

@@ -4,25 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
-use gpusvm::error::Interrupted;
-use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::Platform;
-use gpusvm::seam::env::{Environment, Ns};
-use gpusvm::vram::{Bo, BoRequest, Evict, From as End};
-use gpusvm_abi::bus::AtomicOp;
-use gpusvm_softgpu::{Stop, Tile};
+use gpusvm::seam::env::Ns;
 use gpusvm_xe::stats::Counter;
-use gpusvm_xe::vm::MirrorArea;
 
-use crate::notes::{errno_of, errno_of_interrupted};
-use crate::scenario::host::{Call, ChildDoes, ChildStep, Host, Node, Refusal};
-use crate::scenario::text::{Access, Act, Drive, Line, Map, Scenario, Span, Value, Who};
-use crate::scenario::words::Object;
-
-/// Word of a page that is its content.
-const CONTENT: u64 = 0;
-/// Word of a page that counts.
-const COUNTER: u64 = 8;
+use crate::scenario::drive::Plain;
+use crate::scenario::host::{Call, Host, Node, Refusal};
+use crate::scenario::text::{Act, Line, Map, Scenario, Span};
 
 /// How a line ended that did not succeed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +41,7 @@ pub(super) struct Play<H: Host> {
     pub(super) scenario: Arc<Scenario>,
     areas: Mutex<Areas>,
     pub(super) since: Mutex<Since>,
-    objects: Mutex<Vec<Arc<Plain<Env<H>>>>>,
+    pub(super) objects: Mutex<Vec<Arc<Plain<Env<H>>>>>,
 }
 
 /// Where areas are.
@@ -69,17 +57,6 @@ struct Areas {
 pub(super) struct Since {
     pub(super) counts: Vec<u64>,
     pub(super) time: Ns,
-}
-
-/// An object in device memory that no page of a process is in.
-struct Plain<E: Environment>(Mutex<Option<Arc<Bo<E>>>>);
-
-impl<E: Environment> Evict for Plain<E> {
-    fn evict(self: Arc<Self>) -> Result<(), Interrupted> {
-        let bo = locked(&self.0).take();
-        drop(bo);
-        Ok(())
-    }
 }
 
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -259,183 +236,6 @@ impl<H: Host> Play<H> {
         notes.forget();
         self.host.keep();
     }
-
-    fn access(
-        &self,
-        lane: usize,
-        who: Who,
-        access: &Access,
-        span: &Span,
-    ) -> Result<(), Trouble> {
-        let pages = self.pages(span)?;
-        match who {
-            Who::Gpu(gpu) => return self.device(gpu, lane, access, &pages),
-            Who::Child => return Err(Trouble::Wrong("a child acts inside of `fork`".to_owned())),
-            Who::Cpu => {}
-        }
-        for spot in &pages {
-            let (host, at) = (&self.host, spot.at);
-            match access {
-                Access::Read(values) => {
-                    is_one_of(values, spot, host.load(at.plus(CONTENT))?)?;
-                }
-                Access::Write(value) => {
-                    host.store(at.plus(CONTENT), value.word(spot))?;
-                }
-                Access::Add(by) => {
-                    host.atomic(at.plus(COUNTER), AtomicOp::Add(*by))?;
-                }
-                Access::Count(wanted) => {
-                    counts(*wanted, spot, host.load(at.plus(COUNTER))?)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The pages of a span.
-    fn pages(&self, span: &Span) -> Result<Vec<Spot>, Trouble> {
-        let area = self.area(&span.area)?;
-        let found = self.find(span)?;
-        let first = (found.start().get() - area.start().get()) / PAGE;
-        let spot = |n| Spot {
-            at: found.start().plus(n * PAGE),
-            page: first + n,
-            n,
-        };
-        Ok((0..found.pages().get()).map(spot).collect())
-    }
-
-    /// What a child does, word by word.
-    fn child_steps(&self, lines: &[Line]) -> Result<Vec<ChildStep>, Trouble> {
-        let mut steps = Vec::new();
-        for line in lines {
-            let Act::Access(Who::Child, access, span) = &line.act else {
-                let what = "in `fork` a child reads and writes, and nothing else".to_owned();
-                return Err(Trouble::Wrong(what));
-            };
-            for spot in self.pages(span)? {
-                let at = spot.at.plus(CONTENT);
-                let does = match access {
-                    Access::Read(values) => {
-                        ChildDoes::Load(values.iter().map(|value| value.word(&spot)).collect())
-                    }
-                    Access::Write(value) => ChildDoes::Store(value.word(&spot)),
-                    Access::Add(_) | Access::Count(_) => {
-                        return Err(Trouble::Wrong("a child does not count".to_owned()));
-                    }
-                };
-                steps.push(ChildStep { at, does });
-            }
-        }
-        Ok(steps)
-    }
-
-    fn device(
-        &self,
-        gpu: usize,
-        lane: usize,
-        access: &Access,
-        pages: &[Spot],
-    ) -> Result<(), Trouble> {
-        let ended = Mutex::new(Ok(()));
-        self.host.told().1.forget_refusal();
-        let launched = self.host.launch(gpu, lane, &|tile| {
-            let found = on_tile(tile, access, pages);
-            *locked(&ended) = found;
-        });
-        launched.map_err(|stop| self.stopped(stop))?;
-        let ended = locked(&ended).clone();
-        ended.map_err(|stop| match stop {
-            Halt::Stop(stop) => self.stopped(stop),
-            Halt::Wrong(what) => Trouble::Wrong(what),
-        })
-    }
-
-    fn stopped(&self, stop: Stop) -> Trouble {
-        match stop {
-            Stop::Fault(_) => Trouble::Refused(self.host.told().1.refused().to_owned()),
-            other => Trouble::Wrong(format!("the unit stops: {other}")),
-        }
-    }
-
-    fn drive(&self, gpu: usize, drive: &Drive) -> Result<(), Trouble> {
-        let node = self.node(gpu)?;
-        let span = match drive {
-            Drive::Prefetch(span) | Drive::Take(span, _) | Drive::Mirror(span, _) => {
-                Some(self.find(span)?)
-            }
-            Drive::Evict | Drive::Close | Drive::Buy(..) | Drive::Fill(_) | Drive::Sell => None,
-        };
-        let span = span.unwrap_or(self.host.land());
-        let ended = self.host.drive(|| self.drive_here(&node, drive, span));
-        ended.map_err(|errno| Trouble::Refused(errno.to_owned()))
-    }
-
-    fn drive_here(
-        &self,
-        node: &Node<'_, H::Platform>,
-        drive: &Drive,
-        span: HostSpan,
-    ) -> Result<(), &'static str> {
-        let pagemap = node.device.pagemap();
-        match drive {
-            Drive::Prefetch(_) => node.vm.prefetch(span).map(drop).map_err(errno_of),
-            Drive::Take(_, timeslice) => {
-                let timeslice = *timeslice;
-                let taken = pagemap.to_device(ToDevice { span, timeslice });
-                taken.map_err(errno_of_interrupted)
-            }
-            Drive::Evict => {
-                let _evicted = pagemap.vram().evict_all();
-                Ok(())
-            }
-            Drive::Close => {
-                node.vm.close();
-                Ok(())
-            }
-            Drive::Mirror(_, rights) => {
-                let rights = *rights;
-                let area = MirrorArea { span, rights };
-                node.vm.mirror(area).map_err(errno_of)
-            }
-            Drive::Buy(bytes, object) => self.buy(node, *bytes, *object),
-            Drive::Fill(leaving) => {
-                while pagemap.vram().size() - pagemap.vram().used() > *leaving {
-                    self.buy(node, PAGE, Object::Pinned)?;
-                }
-                Ok(())
-            }
-            Drive::Sell => {
-                self.sell();
-                Ok(())
-            }
-        }
-    }
-
-    fn buy(
-        &self,
-        node: &Node<'_, H::Platform>,
-        bytes: u64,
-        object: Object,
-    ) -> Result<(), &'static str> {
-        let vram = node.device.pagemap().vram();
-        let from = End::Bottom;
-        let bo = vram.allocate(BoRequest { bytes, from }).map_err(errno_of)?;
-        let plain = Arc::new(Plain(Mutex::new(Some(Arc::clone(&bo)))));
-        if object == Object::Evictable {
-            let weak = Arc::downgrade(&plain);
-            vram.make_evictable(&bo, weak);
-        }
-        drop(bo);
-        locked(&self.objects).push(plain);
-        Ok(())
-    }
-
-    fn sell(&self) {
-        let sold = core::mem::take(&mut *locked(&self.objects));
-        drop(sold);
-    }
 }
 
 impl Areas {
@@ -451,98 +251,15 @@ impl Areas {
     }
 }
 
-/// A page of a span.
-struct Spot {
-    at: HostVa,
-    /// Its number in its area.
-    page: u64,
-    /// Its number in the span.
-    n: u64,
-}
-
-impl Value {
-    /// The word that a page has of it.
-    fn word(self, spot: &Spot) -> u64 {
-        let page = self.from.map_or(spot.page, |from| from + spot.n);
-        match self.value {
-            0 => 0,
-            value => value << 32 | (page + 1),
-        }
-    }
-}
-
-/// Whether a word is what one of `values` has there.
-fn is_one_of(values: &[Value], spot: &Spot, word: u64) -> Result<(), Trouble> {
-    let page = spot.page;
-    if values.is_empty() || values.iter().any(|value| value.word(spot) == word) {
-        return Ok(());
-    }
-    let wanted: Vec<_> = values.iter().map(|v| v.value.to_string()).collect();
-    let found = match word {
-        0 => "0".to_owned(),
-        word => format!("{} of page {}", word >> 32, (word & 0xFFFF_FFFF).wrapping_sub(1)),
-    };
-    Err(Trouble::Wrong(format!(
-        "page {page} holds {found}, must be {}",
-        wanted.join(" or ")
-    )))
-}
-
-fn counts(wanted: u64, spot: &Spot, found: u64) -> Result<(), Trouble> {
-    let page = spot.page;
-    if found == wanted {
-        Ok(())
-    } else {
-        Err(Trouble::Wrong(format!(
-            "page {page} has counted {found}, must be {wanted}"
-        )))
-    }
-}
-
-/// How an access by a unit ended.
-#[derive(Clone)]
-enum Halt {
-    Stop(Stop),
-    Wrong(String),
-}
-
-impl From<Stop> for Halt {
-    fn from(stop: Stop) -> Self {
-        Self::Stop(stop)
-    }
-}
-
-impl From<Trouble> for Halt {
-    fn from(trouble: Trouble) -> Self {
-        match trouble {
-            Trouble::Refused(what) | Trouble::Wrong(what) => Self::Wrong(what),
-        }
-    }
-}
-
-fn on_tile(tile: &mut Tile<'_>, access: &Access, pages: &[Spot]) -> Result<(), Halt> {
-    for spot in pages {
-        let at = spot.at.get();
-        match access {
-            Access::Read(values) => {
-                is_one_of(values, spot, tile.load_one(at + CONTENT)?)?;
-            }
-            Access::Write(value) => tile.store_one(at + CONTENT, value.word(spot))?,
-            Access::Add(by) => {
-                tile.atomic(at + COUNTER, AtomicOp::Add(*by))?;
-            }
-            Access::Count(wanted) => counts(*wanted, spot, tile.load_one(at + COUNTER)?)?,
-        }
-    }
-    Ok(())
-}
-
 /// Whether a line ended as it says.
 fn judge(line: &Line, ended: Result<(), Trouble>) -> Result<(), String> {
     let may = |name: &str| line.answers.iter().any(|answer| answer.trim() == name);
     match ended {
         Ok(()) if line.answers.is_empty() || may("ok") => Ok(()),
-        Ok(()) => Err(format!("succeeds, must end with {}", line.answers.join(" or "))),
+        Ok(()) => Err(format!(
+            "succeeds, must end with {}",
+            line.answers.join(" or ")
+        )),
         Err(Trouble::Wrong(what)) => Err(what),
         Err(Trouble::Refused(name)) if may(&name) => Ok(()),
         Err(Trouble::Refused(name)) if line.answers.is_empty() => {
