@@ -6,17 +6,21 @@
 
 pub mod args;
 pub mod bench;
+pub mod conformance;
 pub mod explore;
 pub mod folder;
 pub mod info;
 pub mod machine;
+pub mod notes;
 mod on_tile;
 pub mod page;
 pub mod progress;
 pub mod report;
 pub mod run;
+pub mod scenario;
 pub mod size;
 pub mod table;
 pub mod timeline;
 mod torture;
 pub mod workload;
+mod world;

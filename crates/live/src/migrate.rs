@@ -79,6 +79,7 @@ impl LiveSpace {
     ) -> Result<LiveMigration<'_>, Interrupted> {
         let vma = self
             .vma_around(span.start())
+            .filter(|vma| vma.span.contains(span.start()))
             .ok_or(Failed::NoVma(span.start()))?;
         if vma.kind != VmaKind::Anonymous {
             return Err(Failed::NotMigratable(span.start()).into());

@@ -15,9 +15,10 @@
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::rc::Rc;
 
 use corosensei::stack::DefaultStack;
-use gpusvm::seam::env::{Ns, Work};
+use gpusvm::seam::env::{Ns, Point, Work};
 
 use crate::sched::fail::{Failure, FailureKind};
 use crate::sched::fiber::Fiber;
@@ -123,6 +124,9 @@ impl Moments {
     }
 }
 
+/// Acts at the points that the framework names.
+pub(super) type Hook = Rc<dyn Fn(Point)>;
+
 pub(super) struct Oracle {
     pub(super) when: When,
     pub(super) look: Look,
@@ -161,6 +165,7 @@ pub(super) struct World {
     pub(super) locks: LockTable,
     pub(super) ring: Ring,
     pub(super) oracles: Vec<Oracle>,
+    pub(super) hook: Option<Hook>,
     /// When some oracle looks.
     watched: Moments,
     /// Something has changed since oracles looked at changes.
@@ -218,6 +223,7 @@ impl World {
             locks: LockTable::new(),
             ring: Ring::default(),
             oracles: Vec::new(),
+            hook: None,
             watched: Moments::NONE,
             touched: false,
             looking: false,

@@ -6,8 +6,8 @@ use gpusvm_model::sched::{Kind, ModelEnv};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::explore::plan::WORDS;
-
+/// Words of a page that have content.
+pub(crate) const WORDS: usize = 4;
 /// Words of a page table.
 const TABLE: usize = 512;
 
@@ -44,19 +44,49 @@ impl Page {
 }
 
 /// Device memory. Its accesses are whole words; each copied page is a switch point.
-pub(super) struct ModelVram {
+pub(crate) struct ModelVram {
     pages: Mutex<Vec<Page>>,
-    bus: Arc<dyn SystemBus>,
-    /// Grows with every write by the driver, over all devices of the world.
-    writes: Arc<AtomicU64>,
+    wires: Wires,
+}
+
+/// What the memory of all devices of a world shares.
+#[derive(Clone)]
+pub(crate) struct Wires {
+    pub(crate) bus: Arc<dyn SystemBus>,
+    /// Grows with every write by the driver.
+    pub(crate) writes: Arc<AtomicU64>,
+    /// Copies of pages up to the one that fails; 0 where none does.
+    pub(crate) fails_in: Arc<AtomicU64>,
+}
+
+impl Wires {
+    pub(crate) fn new(bus: Arc<dyn SystemBus>) -> Self {
+        Self {
+            bus,
+            writes: Arc::default(),
+            fails_in: Arc::default(),
+        }
+    }
 }
 
 impl ModelVram {
-    pub(super) fn new(pages: usize, bus: Arc<dyn SystemBus>, writes: Arc<AtomicU64>) -> Self {
+    pub(crate) fn new(pages: usize, wires: Wires) -> Self {
         Self {
             pages: Mutex::new(vec![Page::EMPTY; pages]),
-            bus,
-            writes,
+            wires,
+        }
+    }
+
+    /// Whether the copy of a page fails because somebody wants it to.
+    fn may_fail(&self, address: u64) -> Result<(), BusError> {
+        let left = self.wires.fails_in.load(Ordering::Relaxed);
+        if left > 0 {
+            self.wires.fails_in.store(left - 1, Ordering::Relaxed);
+        }
+        if left == 1 {
+            Err(BusError { address })
+        } else {
+            Ok(())
         }
     }
 
@@ -101,7 +131,7 @@ impl VramStore for ModelVram {
                 *pages[page].word_mut(word) = u64::from_ne_bytes(whole);
             }
         });
-        self.writes.fetch_add(1, Ordering::Relaxed);
+        self.wires.writes.fetch_add(1, Ordering::Relaxed);
     }
 
     fn atomic(&self, offset: u64, op: AtomicOp) -> u64 {
@@ -123,10 +153,11 @@ impl VramStore for ModelVram {
 
     fn copy_from_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
         for (at, from) in pages(offset, len).zip((bus..).step_by(4096)) {
+            self.may_fail(from)?;
             let mut words = [0; WORDS];
             for (word, address) in words.iter_mut().zip((from..).step_by(8)) {
                 let mut bytes = [0; 8];
-                self.bus.read(address, &mut bytes)?;
+                self.wires.bus.read(address, &mut bytes)?;
                 *word = u64::from_ne_bytes(bytes);
             }
             self.with(|pages| pages[place(at).0] = Page::Data(words));
@@ -137,9 +168,10 @@ impl VramStore for ModelVram {
 
     fn copy_to_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
         for (at, to) in pages(offset, len).zip((bus..).step_by(4096)) {
+            self.may_fail(to)?;
             for (word, address) in (0..WORDS).zip((to..).step_by(8)) {
                 let value = self.with(|pages| pages[place(at).0].word(word));
-                self.bus.write(address, &value.to_ne_bytes())?;
+                self.wires.bus.write(address, &value.to_ne_bytes())?;
             }
             ModelEnv.point(Kind::Access);
         }
