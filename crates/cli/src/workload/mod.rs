@@ -1,33 +1,40 @@
 //! Workloads: ordinary programs over ordinary memory, one kernel each, checked against the CPU.
 //!
-//! A [`Workload`] prepares its data as any program would (`Vec`, `Box`, a mapped file). What it
+//! A [`Workload`] prepares its data as any program would: arrays from the allocator, a mapped file. What it
 //! prepared runs on a device through a [`Job`] and then verifies itself, without the device. `size`
 //! is the total of the data; workloads whose every access may fault bound their work, and say so.
+//!
+//! The same workload runs on both hosts: its data is in [`Array`]s, which are ordinary memory of this process
+//! or memory of a world's process.
 
 mod bfs;
 mod chase;
 mod gemm;
 mod gups;
 mod hashjoin;
+mod memory;
 mod pingpong;
 mod sort;
 mod spmv;
 mod stencil;
 mod stream;
-
 mod wordcount;
 
+use core::ops::ControlFlow;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use gpusvm::addr::{HostSpan, HostVa};
 use gpusvm::error::Failed;
-use gpusvm_softgpu::{Dispatch, Kernel, Stop};
+use gpusvm_softgpu::{Kernel, Stop};
 
 use crate::machine::Machine;
 use crate::progress::Progress;
+use crate::world;
 
+pub(crate) use memory::{Array, File, Memory};
 pub use stream::cpu_triad;
 
 /// What a workload is made from.
@@ -39,6 +46,10 @@ pub struct Order {
     pub seed: u64,
     /// File to read, for workloads that read one.
     pub input: Option<PathBuf>,
+    /// Bound of the work of workloads whose every access may fault.
+    pub(crate) faults_max: usize,
+    /// Where the data is to be.
+    pub(crate) memory: Memory,
 }
 
 /// A workload cannot be prepared.
@@ -214,11 +225,18 @@ pub trait Prepared {
     }
 }
 
+/// What runs kernels, on either host.
+#[derive(Clone, Copy)]
+pub(crate) enum Device<'a> {
+    Live(&'a Machine),
+    Model(&'a world::machine::Machine),
+}
+
 /// The device, as workloads use it.
 #[derive(Clone, Copy)]
 pub struct Job<'a> {
     /// The machine.
-    pub machine: &'a Machine,
+    pub(crate) device: Device<'a>,
     /// Set when the user wants to stop.
     pub interrupted: &'a AtomicBool,
     /// Told how far the work is.
@@ -236,14 +254,26 @@ impl Job<'_> {
     ///
     /// # Errors
     /// [`JobError`].
-    pub fn launch(&self, what: &str, kernel: &dyn Kernel, groups: u32) -> Result<(), JobError> {
-        let watch = |dispatch: &Dispatch<'_>| {
+    pub fn launch<K>(&self, what: &str, kernel: &K, groups: u32) -> Result<(), JobError>
+    where
+        K: Kernel + Clone + Send + 'static,
+    {
+        let watch = |begun: u32| {
+            self.progress.at(what, begun, groups);
             if self.interrupted.load(Ordering::Relaxed) {
-                dispatch.cancel();
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
             }
-            self.progress.at(what, dispatch.begun(), groups);
         };
-        let result = self.machine.launch_watched(kernel, groups, &watch);
+        let result = match self.device {
+            Device::Live(machine) => machine.launch_watched(kernel, groups, &|dispatch| {
+                if watch(dispatch.begun()).is_break() {
+                    dispatch.cancel();
+                }
+            }),
+            Device::Model(machine) => machine.launch(Arc::new(kernel.clone()), groups, &watch),
+        };
         if self.interrupted.load(Ordering::Relaxed) {
             return Err(JobError::Interrupted);
         }
@@ -256,9 +286,11 @@ impl Job<'_> {
     /// The driver's.
     pub fn mirror_read_only(&self, start: u64, len: u64) -> Result<(), JobError> {
         let span = HostSpan::at(HostVa::new(start), len).align_outward(gpusvm::addr::PAGE);
-        self.machine
-            .mirror_read_only(span)
-            .map_err(JobError::Driver)
+        let done = match self.device {
+            Device::Live(machine) => machine.mirror_read_only(span),
+            Device::Model(machine) => machine.mirror_read_only(span),
+        };
+        done.map_err(JobError::Driver)
     }
 }
 

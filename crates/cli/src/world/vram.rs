@@ -1,25 +1,29 @@
-//! Device memory of a model world: pages that are mostly empty, page tables in full.
+//! Device memory of a model world: pages with as many words of content as the process's have, page tables
+//! in full.
 
 use gpusvm::addr::PAGE;
 use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus, VramStore};
 use gpusvm_model::sched::{Kind, ModelEnv};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use zerocopy::IntoBytes;
 
-/// Words of a page that have content.
+/// Words of a page that have content, in worlds that keep little of it.
 pub(crate) const WORDS: usize = 4;
-/// Words of a page table.
-const TABLE: usize = 512;
+/// Words of a page.
+pub(crate) const ALL_WORDS: usize = 512;
+/// Accesses to host memory by which a page is copied, one after the other.
+const PIECES: usize = 4;
 
 /// One page: its first words, or all of it.
 #[derive(Clone, Debug)]
-enum Page {
-    Data([u64; WORDS]),
-    Table(Box<[u64; TABLE]>),
+enum Page<const N: usize> {
+    Data([u64; N]),
+    Table(Box<[u64; ALL_WORDS]>),
 }
 
-impl Page {
-    const EMPTY: Self = Self::Data([0; WORDS]);
+impl<const N: usize> Page<N> {
+    const EMPTY: Self = Self::Data([0; N]);
 
     fn word(&self, at: usize) -> u64 {
         match self {
@@ -30,10 +34,10 @@ impl Page {
 
     fn word_mut(&mut self, at: usize) -> &mut u64 {
         if let Self::Data(words) = self
-            && at >= WORDS
+            && at >= N
         {
-            let mut table = Box::new([0; TABLE]);
-            table[..WORDS].copy_from_slice(words);
+            let mut table = Box::new([0; ALL_WORDS]);
+            table[..N].copy_from_slice(words);
             *self = Self::Table(table);
         }
         match self {
@@ -43,9 +47,10 @@ impl Page {
     }
 }
 
-/// Device memory. Its accesses are whole words; each copied page is a switch point.
-pub(crate) struct ModelVram {
-    pages: Mutex<Vec<Page>>,
+/// Device memory whose pages have `N` words of content, a multiple of [`PIECES`]. Its accesses are whole
+/// words; each copied page is a switch point.
+pub(crate) struct ModelVram<const N: usize> {
+    pages: Mutex<Vec<Page<N>>>,
     wires: Wires,
 }
 
@@ -69,7 +74,7 @@ impl Wires {
     }
 }
 
-impl ModelVram {
+impl<const N: usize> ModelVram<N> {
     pub(crate) fn new(pages: usize, wires: Wires) -> Self {
         Self {
             pages: Mutex::new(vec![Page::EMPTY; pages]),
@@ -91,7 +96,7 @@ impl ModelVram {
     }
 
     /// Never contended: no actor gives way inside.
-    fn with<R>(&self, act: impl FnOnce(&mut Vec<Page>) -> R) -> R {
+    fn with<R>(&self, act: impl FnOnce(&mut Vec<Page<N>>) -> R) -> R {
         act(&mut self.pages.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -107,7 +112,7 @@ fn pages(offset: u64, len: u64) -> impl Iterator<Item = u64> {
     (offset..offset + len).step_by(4096)
 }
 
-impl VramStore for ModelVram {
+impl<const N: usize> VramStore for ModelVram<N> {
     fn size(&self) -> u64 {
         self.with(|pages| u64::try_from(pages.len()).unwrap_or(0)) * PAGE
     }
@@ -154,11 +159,10 @@ impl VramStore for ModelVram {
     fn copy_from_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
         for (at, from) in pages(offset, len).zip((bus..).step_by(4096)) {
             self.may_fail(from)?;
-            let mut words = [0; WORDS];
-            for (word, address) in words.iter_mut().zip((from..).step_by(8)) {
-                let mut bytes = [0; 8];
-                self.wires.bus.read(address, &mut bytes)?;
-                *word = u64::from_ne_bytes(bytes);
+            let mut words = [0; N];
+            let pieces = words.chunks_mut(N / PIECES);
+            for (piece, address) in pieces.zip((from..).step_by(8 * (N / PIECES))) {
+                self.wires.bus.read(address, piece.as_mut_bytes())?;
             }
             self.with(|pages| pages[place(at).0] = Page::Data(words));
             ModelEnv.point(Kind::Access);
@@ -169,9 +173,17 @@ impl VramStore for ModelVram {
     fn copy_to_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
         for (at, to) in pages(offset, len).zip((bus..).step_by(4096)) {
             self.may_fail(to)?;
-            for (word, address) in (0..WORDS).zip((to..).step_by(8)) {
-                let value = self.with(|pages| pages[place(at).0].word(word));
-                self.wires.bus.write(address, &value.to_ne_bytes())?;
+            for (n, address) in (0..PIECES).zip((to..).step_by(8 * (N / PIECES))) {
+                let first = n * (N / PIECES);
+                let mut piece = [0; N];
+                let piece = &mut piece[..N / PIECES];
+                self.with(|pages| {
+                    let page = &pages[place(at).0];
+                    (first..)
+                        .zip(piece.iter_mut())
+                        .for_each(|(at, word)| *word = page.word(at));
+                });
+                self.wires.bus.write(address, piece.as_bytes())?;
             }
             ModelEnv.point(Kind::Access);
         }
