@@ -37,9 +37,6 @@ const DEMO: [(&str, u64, u64); 10] = [
     ("sort", 128, 32),
 ];
 
-/// Bound of the work of workloads whose every access may fault.
-const FAULTS_MAX: usize = 1 << 16;
-
 /// A workload with its sizes.
 struct Planned {
     workload: Workload,
@@ -275,7 +272,6 @@ fn run_one(args: &RunArgs, plan: &Planned, interrupted: &AtomicBool) -> Result<R
         size: bytes,
         seed: args.seed,
         input: args.input.clone(),
-        faults_max: FAULTS_MAX,
         memory: Memory::Process,
     };
     // Where only the program's own allocations migrate, the data has to be some.

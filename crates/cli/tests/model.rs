@@ -36,34 +36,34 @@ fn stat(object: &Value, name: &str) -> u64 {
     object["stats"][name].as_u64().expect(name)
 }
 
-/// Asserts that data went to the device, was evicted, and came home when the CPU wanted it.
-fn assert_migrates(workload: &str, size: &[&str]) {
-    let object = verified_twice(&[&[workload], size].concat());
-    for name in [
-        "svm_device_copy_kb",
-        "svm_cpu_copy_kb",
-        "evict_count",
-        "cpu_fault_count",
-    ] {
+/// Asserts that data went to the device, and was evicted; returns how often the CPU wanted some back.
+fn assert_migrates(workload: &str) -> u64 {
+    let object = verified_twice(&[&[workload], &SMALL[..]].concat());
+    for name in ["svm_device_copy_kb", "svm_cpu_copy_kb", "evict_count"] {
         assert!(stat(&object, name) > 0, "{workload}: {name}");
     }
     assert_eq!(stat(&object, "late_invalidation_count"), 0, "{workload}");
+    stat(&object, "cpu_fault_count")
 }
 
 #[test]
-fn streams_migrate_and_are_the_same_again() {
-    ["stream", "stencil", "spmv", "pingpong"].map(|workload| assert_migrates(workload, &SMALL));
+fn streams_migrate_both_ways_and_are_the_same_again() {
+    for workload in ["stream", "stencil", "spmv", "pingpong", "gemm"] {
+        assert!(assert_migrates(workload) > 0, "{workload}");
+    }
 }
 
 #[test]
-fn random_accesses_migrate_and_are_the_same_again() {
-    ["bfs", "hashjoin", "chase"].map(|workload| assert_migrates(workload, &SMALL));
-    assert_migrates("gups", &["--size", "640K", "--vram", "512K"]);
+fn random_accesses_migrate_both_ways_and_are_the_same_again() {
+    for workload in ["bfs", "gups"] {
+        assert!(assert_migrates(workload) > 0, "{workload}");
+    }
 }
 
 #[test]
-fn blocks_and_runs_migrate_and_are_the_same_again() {
-    ["gemm", "sort"].map(|workload| assert_migrates(workload, &SMALL));
+fn what_the_cpu_does_not_look_at_again_is_evicted_all_the_same() {
+    // Their results are where nobody had written before: no large range, so the device writes them at home.
+    ["chase", "hashjoin", "sort"].map(assert_migrates);
 }
 
 #[test]

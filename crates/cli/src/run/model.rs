@@ -32,15 +32,13 @@ use crate::world::machine::Machine;
 use crate::world::{Content, NodeConfig, Service};
 
 /// Size of a workload and device memory where nothing is said: a quarter of it.
-pub(super) const SIZES: (u64, u64) = (4 << 20, 1 << 20);
+pub(super) const SIZES: (u64, u64) = (16 << 20, 4 << 20);
 /// Smallest device memory: eight ranges, and some page tables.
 const VRAM_MIN: u64 = 512 << 10;
 /// Most data: page numbers, and what a run of it would take.
 const SIZE_MAX: u64 = 4 << 30;
 /// Most units: a world has room for no more actors.
 const UNITS_MAX: u16 = 32;
-/// Bound of the work of workloads whose every access may fault.
-const FAULTS_MAX: usize = 1 << 12;
 /// First address of the process.
 const BASE: HostVa = HostVa::new(1 << 40);
 /// Memory of the process beyond the data: arrays end inside pages, and some are small.
@@ -127,7 +125,6 @@ fn order_of(args: &RunArgs, plan: &Planned) -> impl FnOnce(Memory) -> Order + us
         size,
         seed,
         input,
-        faults_max: FAULTS_MAX,
         memory,
     }
 }

@@ -14,6 +14,8 @@ use crate::workload::{
 const WORDS: usize = 512;
 /// Chains that are followed independently.
 const CHAINS: usize = 4;
+/// Hops of one chain.
+const HOPS_MAX: usize = 2048;
 
 type Node = [u64; WORDS];
 
@@ -40,7 +42,7 @@ pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> 
         let head = [nodes[next].address(), mix(count(here))];
         nodes[here].change(|node| node[0][..2].copy_from_slice(&head));
     }
-    let hops = (n / CHAINS).min(order.faults_max / (8 * CHAINS));
+    let hops = HOPS_MAX.min(n / CHAINS);
     Ok(Box::new(Chase {
         nodes,
         order: shuffled,

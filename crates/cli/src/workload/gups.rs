@@ -1,7 +1,7 @@
 //! `gups`: random exclusive-or updates of a table, by device atomics.
 //!
-//! The number of updates is bounded, by a quarter of the words as well: with a table larger than device
-//! memory nearly every update faults.
+//! The number of updates is bounded: with a table larger than device memory nearly every update
+//! faults.
 
 use gpusvm_abi::bus::AtomicOp;
 use gpusvm_softgpu::{Kernel, Stop, Tile};
@@ -10,6 +10,8 @@ use crate::workload::{
     Array, Job, JobError, Order, PrepareError, Prepared, below, count, elements, groups, mix, part,
 };
 
+/// Updates: at most this many, at most a quarter of the words.
+const UPDATES_MAX: usize = 1 << 16;
 const GROUP: usize = 512;
 
 struct Gups {
@@ -21,7 +23,7 @@ struct Gups {
 /// One table of words that hold their index.
 pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> {
     let n = elements(order.size, 8, 4)?;
-    let updates = (n / 4).min(order.faults_max);
+    let updates = (n / 4).min(UPDATES_MAX);
     Ok(Box::new(Gups {
         table: order.memory.array(n, count),
         updates,

@@ -46,8 +46,6 @@ pub struct Order {
     pub seed: u64,
     /// File to read, for workloads that read one.
     pub input: Option<PathBuf>,
-    /// Bound of the work of workloads whose every access may fault.
-    pub(crate) faults_max: usize,
     /// Where the data is to be.
     pub(crate) memory: Memory,
 }

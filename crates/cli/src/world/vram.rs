@@ -1,11 +1,14 @@
 //! Device memory of a model world: pages with as many words of content as the process's have, page tables
 //! in full.
 
-use gpusvm::addr::PAGE;
-use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus, VramStore};
-use gpusvm_model::sched::{Kind, ModelEnv};
+use core::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+
+use gpusvm::addr::PAGE;
+use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus, VramStore};
+use gpusvm_model::mm::memory::{load_bytes, store_bytes};
+use gpusvm_model::sched::{Kind, ModelEnv};
 use zerocopy::IntoBytes;
 
 /// Words of a page that have content, in worlds that keep little of it.
@@ -25,30 +28,32 @@ enum Page<const N: usize> {
 impl<const N: usize> Page<N> {
     const EMPTY: Self = Self::Data([0; N]);
 
-    fn word(&self, at: usize) -> u64 {
+    /// The words that it has; those behind are zeros.
+    fn words(&self) -> &[u64] {
         match self {
-            Self::Data(words) => words.get(at).copied().unwrap_or(0),
-            Self::Table(words) => words[at],
+            Self::Data(words) => words,
+            Self::Table(words) => &words[..],
         }
     }
 
-    fn word_mut(&mut self, at: usize) -> &mut u64 {
+    /// The words that it has, at least so many.
+    fn words_mut(&mut self, least: usize) -> &mut [u64] {
         if let Self::Data(words) = self
-            && at >= N
+            && least > N
         {
             let mut table = Box::new([0; ALL_WORDS]);
             table[..N].copy_from_slice(words);
             *self = Self::Table(table);
         }
         match self {
-            Self::Data(words) => &mut words[at],
-            Self::Table(words) => &mut words[at],
+            Self::Data(words) => words,
+            Self::Table(words) => &mut words[..],
         }
     }
 }
 
-/// Device memory whose pages have `N` words of content, a multiple of [`PIECES`]. Its accesses are whole
-/// words; each copied page is a switch point.
+/// Device memory whose pages have `N` words of content, a multiple of [`PIECES`]. Nobody gives way inside an
+/// access; each copied page is a switch point.
 pub(crate) struct ModelVram<const N: usize> {
     pages: Mutex<Vec<Page<N>>>,
     wires: Wires,
@@ -101,10 +106,22 @@ impl<const N: usize> ModelVram<N> {
     }
 }
 
-/// The page and the word at an offset.
+/// The page at an offset, and the byte in it.
 fn place(offset: u64) -> (usize, usize) {
     let number = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-    (number(offset / PAGE), number(offset % PAGE / 8))
+    (number(offset / PAGE), number(offset % PAGE))
+}
+
+/// The pieces of a span that lie in one page each: offset, and place in the whole.
+fn pieces(offset: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let mut done = 0;
+    core::iter::from_fn(move || {
+        let at = offset + u64::try_from(done).unwrap_or(u64::MAX);
+        let room = ALL_WORDS * 8 - place(at).1;
+        let piece = done..len.min(done + room);
+        done = piece.end;
+        (!piece.is_empty()).then_some((at, piece))
+    })
 }
 
 /// Offsets of the pages of a span.
@@ -119,21 +136,19 @@ impl<const N: usize> VramStore for ModelVram<N> {
 
     fn read(&self, offset: u64, dst: &mut [u8]) {
         self.with(|pages| {
-            for (at, out) in (offset..).step_by(8).zip(dst.chunks_mut(8)) {
-                let (page, word) = place(at);
-                let bytes = pages[page].word(word).to_ne_bytes();
-                out.copy_from_slice(&bytes[..out.len()]);
+            for (at, piece) in pieces(offset, dst.len()) {
+                let (page, byte) = place(at);
+                load_bytes(pages[page].words(), byte, &mut dst[piece]);
             }
         });
     }
 
     fn write(&self, offset: u64, src: &[u8]) {
         self.with(|pages| {
-            for (at, bytes) in (offset..).step_by(8).zip(src.chunks(8)) {
-                let (page, word) = place(at);
-                let mut whole = pages[page].word(word).to_ne_bytes();
-                whole[..bytes.len()].copy_from_slice(bytes);
-                *pages[page].word_mut(word) = u64::from_ne_bytes(whole);
+            for (at, piece) in pieces(offset, src.len()) {
+                let (page, byte) = place(at);
+                let least = (byte + piece.len()).div_ceil(8);
+                store_bytes(pages[page].words_mut(least), byte, &src[piece]);
             }
         });
         self.wires.writes.fetch_add(1, Ordering::Relaxed);
@@ -141,8 +156,8 @@ impl<const N: usize> VramStore for ModelVram<N> {
 
     fn atomic(&self, offset: u64, op: AtomicOp) -> u64 {
         self.with(|pages| {
-            let (page, word) = place(offset);
-            let word = pages[page].word_mut(word);
+            let (page, byte) = place(offset);
+            let word = &mut pages[page].words_mut(byte / 8 + 1)[byte / 8];
             let old = *word;
             *word = op.apply(old);
             old
@@ -178,10 +193,7 @@ impl<const N: usize> VramStore for ModelVram<N> {
                 let mut piece = [0; N];
                 let piece = &mut piece[..N / PIECES];
                 self.with(|pages| {
-                    let page = &pages[place(at).0];
-                    (first..)
-                        .zip(piece.iter_mut())
-                        .for_each(|(at, word)| *word = page.word(at));
+                    piece.copy_from_slice(&pages[place(at).0].words()[first..][..N / PIECES]);
                 });
                 self.wires.bus.write(address, piece.as_bytes())?;
             }

@@ -277,16 +277,16 @@ impl Memory {
     }
 }
 
-/// Loads bytes of a page from its words, from byte `offset` on; those behind the words read as zeros.
-pub(crate) fn load_bytes(words: &[u64], offset: usize, dst: &mut [u8]) {
+/// Loads bytes of a page out of the words that it has, from byte `offset` on; those behind read as zeros.
+pub fn load_bytes(words: &[u64], offset: usize, dst: &mut [u8]) {
     let there = words.as_bytes().get(offset..).unwrap_or_default();
     let (from_words, behind) = dst.split_at_mut(there.len().min(dst.len()));
     from_words.copy_from_slice(&there[..from_words.len()]);
     behind.fill(0);
 }
 
-/// Stores bytes into the words of a page, from byte `offset` on; those behind the words are dropped.
-pub(crate) fn store_bytes(words: &mut [u64], offset: usize, src: &[u8]) {
+/// Stores bytes into the words that a page has, from byte `offset` on; those behind are dropped.
+pub fn store_bytes(words: &mut [u64], offset: usize, src: &[u8]) {
     let there = words.as_mut_bytes().get_mut(offset..).unwrap_or_default();
     let len = there.len().min(src.len());
     there[..len].copy_from_slice(&src[..len]);
