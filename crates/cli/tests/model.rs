@@ -62,7 +62,8 @@ fn random_accesses_migrate_both_ways_and_are_the_same_again() {
 
 #[test]
 fn what_the_cpu_does_not_look_at_again_is_evicted_all_the_same() {
-    // Their results are where nobody had written before: no large range, so the device writes them at home.
+    // Their results are small, or where nobody had written before: there are no large ranges, and the
+    // device writes them at home.
     ["chase", "hashjoin", "sort"].map(assert_migrates);
 }
 

@@ -210,3 +210,44 @@ impl<const N: usize> VramStore for ModelVram<N> {
         self.zero(offset, len);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where there is no host memory.
+    struct NoBus;
+
+    impl SystemBus for NoBus {
+        fn read(&self, address: u64, _dst: &mut [u8]) -> Result<(), BusError> {
+            Err(BusError { address })
+        }
+
+        fn write(&self, address: u64, _src: &[u8]) -> Result<(), BusError> {
+            Err(BusError { address })
+        }
+
+        fn atomic(&self, address: u64, _op: AtomicOp) -> Result<u64, BusError> {
+            Err(BusError { address })
+        }
+    }
+
+    fn assert_keeps_bytes<const N: usize>() {
+        let vram = ModelVram::<N>::new(2, Wires::new(Arc::new(NoBus)));
+        // Half a word at its end, behind the first words, across a border.
+        for at in [4, 8 * 100 + 4, PAGE - 2] {
+            vram.write(at, &[1, 2, 3, 4]);
+            let mut found = [9; 6];
+            vram.read(at - 1, &mut found);
+            assert_eq!(found, [0, 1, 2, 3, 4, 0], "{N} words, at {at}");
+        }
+        assert_eq!(vram.atomic(8 * 300, AtomicOp::Add(5)), 0);
+        assert_eq!(vram.atomic(8 * 300, AtomicOp::Add(1)), 5);
+    }
+
+    #[test]
+    fn bytes_stand_where_they_were_written() {
+        assert_keeps_bytes::<WORDS>();
+        assert_keeps_bytes::<ALL_WORDS>();
+    }
+}
