@@ -1,7 +1,8 @@
-//! [`Memory`], [`Array`] and [`File`]: where the data of a workload is. On the live host that is ordinary
+//! [`Memory`], [`Array`], [`Words`] and [`File`]: where the data of a workload is. On the live host that is ordinary
 //! memory of this process; on the model host it is memory of a process that exists only in a world.
 
 use core::marker::PhantomData;
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::borrow::Cow;
 use std::io;
 use std::path::Path;
@@ -52,6 +53,18 @@ impl Memory {
                 Place::Model(mapped, n, PhantomData)
             }
         })
+    }
+
+    /// Allocates `n` words of zeros, all of them written.
+    pub(crate) fn words(&self, n: usize) -> Words {
+        match self {
+            Self::Process => Words::Process((0..n).map(|_| AtomicU64::new(0)).collect()),
+            Self::Model(space) => {
+                let mapped = Mapped::new(space, count(n) * 8);
+                mapped.write(0, vec![0_u64; n].as_bytes());
+                Words::Model(mapped)
+            }
+        }
     }
 
     /// Maps all of a file, to be read.
@@ -136,6 +149,47 @@ impl<T: Element> Array<T> {
 impl<T> From<Vec<T>> for Array<T> {
     fn from(all: Vec<T>) -> Self {
         Self(Place::Process(all.into_boxed_slice()))
+    }
+}
+
+/// Words that CPU and device change at the same time, by atomics.
+#[derive(Debug)]
+pub(crate) enum Words {
+    /// Of this process.
+    Process(Box<[AtomicU64]>),
+    /// Of a world.
+    Model(Mapped),
+}
+
+impl Words {
+    /// Their address.
+    pub(crate) fn address(&self) -> u64 {
+        match self {
+            Self::Process(all) => address_of(all),
+            Self::Model(mapped) => mapped.address(),
+        }
+    }
+
+    /// The CPU adds to word `n`.
+    pub(crate) fn add(&self, n: usize, by: u64) {
+        match self {
+            Self::Process(all) => {
+                all[n].fetch_add(by, Ordering::Relaxed);
+            }
+            Self::Model(mapped) => mapped.add(count(n) * 8, by),
+        }
+    }
+
+    /// Word `n`, loaded by the CPU.
+    pub(crate) fn get(&self, n: usize) -> u64 {
+        match self {
+            Self::Process(all) => all[n].load(Ordering::Relaxed),
+            Self::Model(mapped) => {
+                let mut word = 0_u64;
+                mapped.read(count(n) * 8, word.as_mut_bytes());
+                word
+            }
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 //! The same workload runs on both hosts: its data is in [`Array`]s, which are ordinary memory of this process
 //! or memory of a world's process.
 
+mod atomics;
 mod bfs;
 mod chase;
 mod gemm;
@@ -34,7 +35,7 @@ use crate::machine::Machine;
 use crate::progress::Progress;
 use crate::world;
 
-pub(crate) use memory::{Array, File, Memory};
+pub(crate) use memory::{Array, File, Memory, Words};
 pub use stream::cpu_triad;
 
 /// What a workload is made from.
@@ -126,7 +127,7 @@ impl fmt::Debug for Workload {
 }
 
 /// All workloads.
-pub const ALL: [Workload; 11] = [
+pub const ALL: [Workload; 12] = [
     Workload {
         name: "stream",
         about: "a = b + s*c over three arrays",
@@ -176,6 +177,11 @@ pub const ALL: [Workload; 11] = [
         name: "sort",
         about: "merge sort of 64-bit keys",
         prepare: sort::prepare,
+    },
+    Workload {
+        name: "atomics",
+        about: "CPU and device add to the same words",
+        prepare: atomics::prepare,
     },
     Workload {
         name: "wordcount",
@@ -256,6 +262,23 @@ impl Job<'_> {
     where
         K: Kernel + Clone + Send + 'static,
     {
+        self.launch_beside(what, kernel, groups, None::<fn()>)
+    }
+
+    /// As [`launch`](Self::launch); at the same time the CPU does `beside`, if there is something.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn launch_beside<K>(
+        &self,
+        what: &str,
+        kernel: &K,
+        groups: u32,
+        beside: Option<impl FnOnce() + Send>,
+    ) -> Result<(), JobError>
+    where
+        K: Kernel + Clone + Send + 'static,
+    {
         let watch = |begun: u32| {
             self.progress.at(what, begun, groups);
             if self.interrupted.load(Ordering::Relaxed) {
@@ -265,17 +288,36 @@ impl Job<'_> {
             }
         };
         let result = match self.device {
-            Device::Live(machine) => machine.launch_watched(kernel, groups, &|dispatch| {
-                if watch(dispatch.begun()).is_break() {
-                    dispatch.cancel();
+            Device::Live(machine) => std::thread::scope(|scope| {
+                if let Some(beside) = beside {
+                    scope.spawn(beside);
                 }
+                machine.launch_watched(kernel, groups, &|dispatch| {
+                    if watch(dispatch.begun()).is_break() {
+                        dispatch.cancel();
+                    }
+                })
             }),
-            Device::Model(machine) => machine.launch(Arc::new(kernel.clone()), groups, &watch),
+            Device::Model(machine) => {
+                let launch = machine.begin(Arc::new(kernel.clone()), groups);
+                beside.into_iter().for_each(|beside| beside());
+                machine.wait(&launch, &watch)
+            }
         };
         if self.interrupted.load(Ordering::Relaxed) {
             return Err(JobError::Interrupted);
         }
         result.map_err(JobError::Device)
+    }
+
+    /// Evicts everything from the device, while it computes.
+    pub fn evict_all(&self) {
+        match self.device {
+            Device::Live(machine) => {
+                gpusvm_live::thread::run(|| machine.evict_all());
+            }
+            Device::Model(machine) => machine.evict_all(),
+        }
     }
 
     /// Lets the device read memory that the CPU may only read.

@@ -100,21 +100,25 @@ impl Machine {
         &self.space
     }
 
-    /// Runs `groups` groups of `kernel` on all units and waits; one caller at a time. `watch` is told how
-    /// many groups were begun, whenever that has changed, and may call the launch off.
-    ///
-    /// # Errors
-    /// The first [`Stop`] of any unit.
-    pub(crate) fn launch(
-        &self,
-        kernel: Arc<dyn Kernel + Send>,
-        groups: u32,
-        watch: &dyn Fn(u32) -> ControlFlow<()>,
-    ) -> Result<(), Stop> {
+    /// Has all units run `groups` groups of `kernel`. Whoever calls waits for them before the next launch.
+    pub(crate) fn begin(&self, kernel: Arc<dyn Kernel + Send>, groups: u32) -> Arc<Launch> {
         let launch = Arc::new(Launch::new(kernel, groups));
         *locked(&self.launch) = Some(Arc::clone(&launch));
         self.launches.fetch_add(1, Ordering::AcqRel);
         Environment::wake(&ModelEnv, &self.launches);
+        launch
+    }
+
+    /// Waits for the units. `watch` is told how many groups were begun, whenever that has changed, and may
+    /// call the launch off.
+    ///
+    /// # Errors
+    /// The first [`Stop`] of any unit.
+    pub(crate) fn wait(
+        &self,
+        launch: &Launch,
+        watch: &dyn Fn(u32) -> ControlFlow<()>,
+    ) -> Result<(), Stop> {
         loop {
             let seen = launch.news.load(Ordering::Acquire);
             if watch(launch.begun()).is_break() {
@@ -140,6 +144,11 @@ impl Machine {
         })
     }
 
+    /// Evicts everything that can be evicted from the device.
+    pub(crate) fn evict_all(&self) {
+        let _evicted = self.node.device.pagemap().vram().evict_all();
+    }
+
     /// Brings all data home and ends what serves the device. Before, device and process must agree; after,
     /// nothing may be left.
     ///
@@ -150,7 +159,7 @@ impl Machine {
         let pages = self.host.look(|mm| mm.shape().pages);
         let agreed = oracle::look(&self.host, node, 0..pages);
         self.node.vm.close();
-        let _evicted = self.node.device.pagemap().vram().evict_all();
+        self.evict_all();
         self.closed.store(true, Ordering::Release);
         self.node.gpu.kick_service();
         let left = oracle::nothing_is_left(&self.host, node, &self.told);
@@ -200,7 +209,7 @@ impl Machine {
 }
 
 /// One launch of a kernel: what its units share.
-struct Launch {
+pub(crate) struct Launch {
     kernel: Arc<dyn Kernel + Send>,
     groups: u32,
     /// The next group.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use gpusvm::addr::{HostVa, PAGE};
+use gpusvm_abi::bus::AtomicOp;
 use gpusvm_model::kernel::ModelSpace;
 use gpusvm_model::mm::around::Around;
 use gpusvm_model::mm::errno::{Errno, Signal};
@@ -70,6 +71,14 @@ impl Mapped {
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
         if let Err(signal) = self.space.write(self.at.plus(offset), bytes) {
             killed("store", signal);
+        }
+    }
+
+    /// The CPU adds to the word at `offset`, by an atomic.
+    pub(crate) fn add(&self, offset: u64, by: u64) {
+        let done = self.space.atomic(self.at.plus(offset), AtomicOp::Add(by));
+        if let Err(signal) = done {
+            killed("atomic", signal);
         }
     }
 }
