@@ -45,7 +45,11 @@ impl Plan {
     fn word(&self, side: Side, round: u64, k: usize) -> usize {
         let stream = 2 * round + side as u64;
         let random = mix(self.seed.wrapping_add(stream << 32).wrapping_add(count(k)));
-        let among = if k % 2 == 0 { self.n.min(HOT) } else { self.n };
+        let among = if k.is_multiple_of(2) {
+            self.n.min(HOT)
+        } else {
+            self.n
+        };
         below(random, among)
     }
 
@@ -109,14 +113,13 @@ impl Prepared for Atomics {
                 plan,
                 round,
             };
-            let on_the_cpu = || {
-                for k in 0..plan.additions {
-                    words.add(plan.word(Side::Cpu, round, k), 1);
-                    if k % EVICTS_EVERY == 0 {
-                        job.evict_all();
-                    }
+            let add = |k| {
+                words.add(plan.word(Side::Cpu, round, k), 1);
+                if k.is_multiple_of(EVICTS_EVERY) {
+                    job.evict_all();
                 }
             };
+            let on_the_cpu = || (0..plan.additions).for_each(add);
             let groups = groups(plan.additions, GROUP);
             job.launch_beside("additions", &kernel, groups, Some(on_the_cpu))?;
         }
