@@ -1,8 +1,9 @@
 //! `atomics`: CPU and device add one to the same words at the same time, by atomics. None may be lost,
 //! wherever the page is and while it moves.
 //!
-//! Every other addition hits one of a few words, the rest any. The CPU throws everything out of device
-//! memory now and then. The number of additions is bounded: nearly each faults.
+//! Every other addition hits one of a few words, the rest any. The device's additions are bounded: nearly
+//! each faults. The CPU goes on as long as the device does, and throws everything out of device memory now
+//! and then.
 
 use gpusvm_abi::bus::AtomicOp;
 use gpusvm_softgpu::{Kernel, Stop, Tile};
@@ -11,18 +12,20 @@ use crate::workload::{
     Job, JobError, Order, PrepareError, Prepared, Words, below, count, elements, groups, mix, part,
 };
 
-const ROUNDS: u64 = 4;
-/// Additions by each side in one round: at most this many, at most an eighth of the words.
+const ROUNDS: usize = 4;
+/// Additions by the device in one round: at most this many, at most an eighth of the words.
 const ADDITIONS_MAX: usize = 1 << 12;
 /// Words that every other addition hits.
 const HOT: usize = 16;
 /// Additions by the CPU between two evictions.
-const EVICTS_EVERY: usize = 512;
+const EVICTS_EVERY: u64 = 1 << 12;
 const GROUP: usize = 256;
 
 struct Atomics {
     words: Words,
     plan: Plan,
+    /// Additions by the CPU, in each round.
+    by_cpu: [u64; ROUNDS],
 }
 
 /// Which words are added to.
@@ -42,25 +45,20 @@ enum Side {
 
 impl Plan {
     /// The word of the `k`th addition of a round.
-    fn word(&self, side: Side, round: u64, k: usize) -> usize {
-        let stream = 2 * round + side as u64;
-        let random = mix(self.seed.wrapping_add(stream << 32).wrapping_add(count(k)));
-        let among = if k.is_multiple_of(2) {
-            self.n.min(HOT)
-        } else {
-            self.n
-        };
-        below(random, among)
+    fn word(&self, side: Side, round: usize, k: u64) -> usize {
+        let stream = 2 * count(round) + side as u64;
+        let random = mix(self.seed.wrapping_add(stream << 48).wrapping_add(k));
+        let hot = k.is_multiple_of(2);
+        below(random, if hot { self.n.min(HOT) } else { self.n })
     }
 
     /// What every word must be in the end.
-    fn sums(&self) -> Vec<u64> {
+    fn sums(&self, by_cpu: &[u64; ROUNDS]) -> Vec<u64> {
         let mut sums = vec![0; self.n];
-        for round in 0..ROUNDS {
-            for k in 0..self.additions {
-                sums[self.word(Side::Cpu, round, k)] += 1;
-                sums[self.word(Side::Device, round, k)] += 1;
-            }
+        for (round, by_cpu) in by_cpu.iter().enumerate() {
+            (0..*by_cpu).for_each(|k| sums[self.word(Side::Cpu, round, k)] += 1);
+            let by_device = 0..count(self.additions);
+            by_device.for_each(|k| sums[self.word(Side::Device, round, k)] += 1);
         }
         sums
     }
@@ -76,6 +74,7 @@ pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> 
             additions: (n / 8).min(ADDITIONS_MAX),
             seed: order.seed,
         },
+        by_cpu: [0; ROUNDS],
     }))
 }
 
@@ -83,13 +82,13 @@ pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> 
 struct Add {
     words: u64,
     plan: Plan,
-    round: u64,
+    round: usize,
 }
 
 impl Kernel for Add {
     fn run(&self, group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
         for k in part(group, GROUP, self.plan.additions) {
-            let word = self.plan.word(Side::Device, self.round, k);
+            let word = self.plan.word(Side::Device, self.round, count(k));
             tile.atomic(self.words + count(word) * 8, AtomicOp::Add(1))?;
         }
         Ok(())
@@ -102,32 +101,41 @@ impl Prepared for Atomics {
     }
 
     fn traffic(&self) -> u64 {
-        count(self.plan.additions) * 16 * ROUNDS
+        count(self.plan.additions * ROUNDS) * 16
     }
 
     fn run(&mut self, job: &Job<'_>) -> Result<(), JobError> {
         let (words, plan) = (&self.words, self.plan);
-        for round in 0..ROUNDS {
+        for (round, by_cpu) in self.by_cpu.iter_mut().enumerate() {
             let kernel = Add {
                 words: words.address(),
                 plan,
                 round,
             };
-            let add = |k| {
+            let add = |k: u64| {
                 words.add(plan.word(Side::Cpu, round, k), 1);
                 if k.is_multiple_of(EVICTS_EVERY) {
                     job.evict_all();
                 }
             };
-            let on_the_cpu = || (0..plan.additions).for_each(add);
             let groups = groups(plan.additions, GROUP);
-            job.launch_beside("additions", &kernel, groups, Some(on_the_cpu))?;
+            *by_cpu = job.launch_beside("additions", &kernel, groups, add)?;
         }
         Ok(())
     }
 
+    fn answer(&self) -> Option<String> {
+        let (by_cpu, by_device) = (
+            self.by_cpu.iter().sum::<u64>(),
+            self.plan.additions * ROUNDS,
+        );
+        Some(format!(
+            "{by_cpu} additions by the CPU, {by_device} by the device"
+        ))
+    }
+
     fn verify(&self) -> bool {
-        let sums = self.plan.sums();
+        let sums = self.plan.sums(&self.by_cpu);
         let mut words = sums.iter().enumerate();
         words.all(|(word, sum)| self.words.get(word) == *sum)
     }
@@ -146,10 +154,15 @@ mod tests {
             seed: 5,
         };
         let words = Memory::Process.words(plan.n);
-        for (word, sum) in plan.sums().into_iter().enumerate() {
+        let by_cpu = [9; ROUNDS];
+        for (word, sum) in plan.sums(&by_cpu).into_iter().enumerate() {
             words.add(word, sum);
         }
-        let atomics = Atomics { words, plan };
+        let atomics = Atomics {
+            words,
+            plan,
+            by_cpu,
+        };
         assert!(atomics.verify());
         atomics.words.add(7, u64::MAX);
         assert!(!atomics.verify());

@@ -23,6 +23,7 @@ mod wordcount;
 
 use core::ops::ControlFlow;
 use std::fmt;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -262,10 +263,18 @@ impl Job<'_> {
     where
         K: Kernel + Clone + Send + 'static,
     {
-        self.launch_beside(what, kernel, groups, None::<fn()>)
+        let watch = |begun| self.watch(what, begun, groups);
+        self.ended(match self.device {
+            Device::Live(machine) => launch_live(machine, kernel, groups, &watch),
+            Device::Model(machine) => {
+                let launch = machine.begin(Arc::new(kernel.clone()), groups);
+                machine.wait(&launch, &watch)
+            }
+        })
     }
 
-    /// As [`launch`](Self::launch); at the same time the CPU does `beside`, if there is something.
+    /// As [`launch`](Self::launch); at the same time the CPU calls `beside` with 0, 1, 2, ... until the
+    /// kernel has ended. Returns how often.
     ///
     /// # Errors
     /// As there.
@@ -274,36 +283,47 @@ impl Job<'_> {
         what: &str,
         kernel: &K,
         groups: u32,
-        beside: Option<impl FnOnce() + Send>,
-    ) -> Result<(), JobError>
+        beside: impl Fn(u64) + Sync,
+    ) -> Result<u64, JobError>
     where
         K: Kernel + Clone + Send + 'static,
     {
-        let watch = |begun: u32| {
-            self.progress.at(what, begun, groups);
-            if self.interrupted.load(Ordering::Relaxed) {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        };
-        let result = match self.device {
-            Device::Live(machine) => std::thread::scope(|scope| {
-                if let Some(beside) = beside {
-                    scope.spawn(beside);
-                }
-                machine.launch_watched(kernel, groups, &|dispatch| {
-                    if watch(dispatch.begun()).is_break() {
-                        dispatch.cancel();
-                    }
+        let watch = |begun| self.watch(what, begun, groups);
+        let (result, calls) = match self.device {
+            Device::Live(machine) => {
+                let done = AtomicBool::new(false);
+                let until_done = || call_until(&beside, || done.load(Ordering::Acquire));
+                std::thread::scope(|scope| {
+                    let cpu = scope.spawn(until_done);
+                    let result = launch_live(machine, kernel, groups, &watch);
+                    done.store(true, Ordering::Release);
+                    (
+                        result,
+                        cpu.join().unwrap_or_else(|panic| resume_unwind(panic)),
+                    )
                 })
-            }),
+            }
             Device::Model(machine) => {
                 let launch = machine.begin(Arc::new(kernel.clone()), groups);
-                beside.into_iter().for_each(|beside| beside());
-                machine.wait(&launch, &watch)
+                let calls = call_until(&beside, || machine.is_over(&launch));
+                (machine.wait(&launch, &watch), calls)
             }
         };
+        self.ended(result).map(|()| calls)
+    }
+
+    /// Tells how far the work is; whether it goes on.
+    fn watch(&self, what: &str, begun: u32, groups: u32) -> ControlFlow<()> {
+        self.progress.at(what, begun, groups);
+        if self.interrupted.load(Ordering::Relaxed) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+
+    /// How a launch ended.
+    fn ended(&self, result: Result<(), Stop>) -> Result<(), JobError> {
         if self.interrupted.load(Ordering::Relaxed) {
             return Err(JobError::Interrupted);
         }
@@ -332,6 +352,30 @@ impl Job<'_> {
         };
         done.map_err(JobError::Driver)
     }
+}
+
+/// Runs a kernel on the live host.
+fn launch_live(
+    machine: &Machine,
+    kernel: &dyn Kernel,
+    groups: u32,
+    watch: &(dyn Fn(u32) -> ControlFlow<()> + Sync),
+) -> Result<(), Stop> {
+    machine.launch_watched(kernel, groups, &|dispatch| {
+        if watch(dispatch.begun()).is_break() {
+            dispatch.cancel();
+        }
+    })
+}
+
+/// Calls `act` with 0, 1, 2, ... until it is done; returns how often.
+fn call_until(act: &impl Fn(u64), done: impl Fn() -> bool) -> u64 {
+    let mut calls = 0;
+    while !done() {
+        act(calls);
+        calls += 1;
+    }
+    calls
 }
 
 /// Address of a slice that the device only reads.

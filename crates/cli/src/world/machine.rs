@@ -124,13 +124,18 @@ impl Machine {
             if watch(launch.begun()).is_break() {
                 launch.stop(Stop::Cancelled);
             }
-            if launch.ended.load(Ordering::Acquire) == self.units {
+            if self.is_over(launch) {
                 break;
             }
             Environment::wait(&ModelEnv, &launch.news, seen);
         }
         let stopped = locked(&launch.stopped).take();
         stopped.map_or(Ok(()), Err)
+    }
+
+    /// Whether all units have ended.
+    pub(crate) fn is_over(&self, launch: &Launch) -> bool {
+        launch.ended.load(Ordering::Acquire) == self.units
     }
 
     /// Lets the device read `span`, whose mappings may be read-only.
