@@ -134,20 +134,21 @@ fn every_scenario_of_the_reference_is_there_or_says_what_it_waits_for() {
 /// Scenarios are there to find bugs. Each of these finds one that is planted.
 #[test]
 fn planted_bugs_are_found() {
-    for (number, mutant) in [
-        (12, Mutant::RecheckDropped),
+    let planted = [
+        (20, Mutant::SeqTakenLate),
         (22, Mutant::NotBracketed),
         (23, Mutant::CollectorSkipped),
         (28, Mutant::ForkNotBracketed),
         (42, Mutant::PinIgnored),
         (45, Mutant::HolesKeepContent),
         (46, Mutant::FreedTwice),
-        (67, Mutant::SeqTakenLate),
+        (67, Mutant::RecheckDropped),
         (94, Mutant::FlushSpanOverwritten),
-        (97, Mutant::AckedAfterFailure),
-    ] {
-        let verdict = numbered(number).run_with(mutant);
-        let found = matches!(verdict, Verdict::Failed(_));
-        assert!(found, "scenario {number} with {}: {verdict}", mutant.name());
-    }
+    ];
+    let missed: Vec<_> = planted
+        .into_iter()
+        .map(|(number, mutant)| (number, mutant, numbered(number).run_with(mutant)))
+        .filter(|(.., verdict)| !matches!(verdict, Verdict::Failed(_)))
+        .collect();
+    assert_eq!(missed, [], "these bugs were not found");
 }

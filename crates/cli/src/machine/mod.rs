@@ -408,9 +408,9 @@ impl Machine {
         &self.sink.1
     }
 
-    /// Now, as the machine's clock has it.
-    pub(crate) fn now(&self) -> Ns {
-        self.env.now()
+    /// The machine's clock.
+    pub(crate) const fn env(&self) -> &Arc<LiveEnv> {
+        &self.env
     }
 
     /// What happened when, where the configuration asked for it.

@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use gpusvm::addr::{HostSpan, HostVa};
-use gpusvm::seam::env::{Ns, Point};
+use gpusvm::seam::env::{Environment, Ns, Point};
 use gpusvm_abi::bus::{AtomicOp, SystemBus};
 use gpusvm_live::program::{By, Child};
 use gpusvm_live::{
@@ -260,7 +259,7 @@ impl Host for LiveHost {
     }
 
     fn now(&self) -> Ns {
-        self.machine.now()
+        self.machine.env().now()
     }
 
     fn settle<T: Send>(
@@ -283,7 +282,7 @@ impl Host for LiveHost {
     }
 
     fn sleep(&self, time: Ns) {
-        thread::sleep(Duration::from_nanos(time.0));
+        self.machine.env().sleep_until(self.now().after(time));
     }
 
     fn fork(&self, steps: &[ChildStep]) -> Result<(), String> {

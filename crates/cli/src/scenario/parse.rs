@@ -129,7 +129,7 @@ fn line(place: Place, text: &str, lines: &mut Lines<'_>) -> Result<Line, ParseEr
     let act = match block_of(first, &mut words).map_err(at)? {
         Some(block) => {
             words.end().map_err(at)?;
-            block.of(block_lines(&place, lines)?)
+            block.of(block_lines(&place, lines)?).map_err(at)?
         }
         None => {
             let act = act(first, &mut words).map_err(at)?;
@@ -180,17 +180,30 @@ enum Block {
 }
 
 impl Block {
-    fn of(self, lines: Vec<Line>) -> Act {
-        match self {
+    fn of(self, lines: Vec<Line>) -> Result<Act, String> {
+        Ok(match self {
             Self::Together => Act::Together(lines),
+            Self::Fork if lines.iter().any(is_more_than_an_access) => {
+                return Err("in `fork` a child reads and writes, once, and succeeds".to_owned());
+            }
             Self::Fork => Act::Fork(lines),
             Self::At(point, often) => Act::At {
                 point,
                 often,
                 lines,
             },
-        }
+        })
     }
+}
+
+/// Whether a line is more than a child can do: it has nobody to tell how something ended.
+fn is_more_than_an_access(line: &Line) -> bool {
+    let plain = line.answers.is_empty() && line.times == 1 && line.only.is_none();
+    let child = matches!(
+        line.act,
+        Act::Access(Who::Child, Access::Read(_) | Access::Write(_), _)
+    );
+    !plain || !child
 }
 
 fn block_of(first: &str, words: &mut Words<'_>) -> Result<Option<Block>, String> {
@@ -209,7 +222,11 @@ fn block_lines(begin: &Place, lines: &mut Lines<'_>) -> Result<Vec<Line>, ParseE
         if text == "end" {
             return Ok(inside);
         }
-        inside.push(line(place, text, lines)?);
+        let line = line(place, text, lines)?;
+        if matches!(line.act, Act::Together(_) | Act::Fork(_) | Act::At { .. }) {
+            return Err(line.place.error("a block holds no other block"));
+        }
+        inside.push(line);
     }
     Err(begin.error("the block that begins here has no `end`"))
 }

@@ -34,6 +34,15 @@ fn bad_lines_are_told_with_their_place_and_what_is_wrong() {
         ("model: mark", "a line for one host says why"),
         ("mark x0", "no times"),
         ("together", "has no `end`"),
+        (
+            "together\n fork\n end\n end",
+            "a block holds no other block",
+        ),
+        (
+            "fork\n cpu read a\n end",
+            "in `fork` a child reads and writes",
+        ),
+        ("fork\n child read a -> SIGSEGV\n end", "in `fork` a child"),
         ("mark\n  gpus 2", "belongs before"),
     ] {
         let said = said_of(line);
