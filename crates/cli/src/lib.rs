@@ -6,6 +6,7 @@
 
 pub mod args;
 pub mod bench;
+mod cpu_time;
 pub mod explore;
 pub mod folder;
 pub mod info;
