@@ -7,15 +7,10 @@
 //! taken has no cycle, whether or not this world would have deadlocked.
 
 use core::fmt;
-use core::panic::Location;
-use core::sync::atomic::{AtomicU32, Ordering};
 use std::borrow::Cow;
 
+use crate::sched::lock_word::{HOST, LockWord, NO_NODE, Site};
 use crate::sched::pick::ACTORS_MAX;
-use crate::sched::stage;
-
-/// A place in the source.
-pub(super) type Site = &'static Location<'static>;
 
 /// Rank of a lock. A lock may be taken only while every lock held has a lower rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,76 +27,6 @@ impl Rank {
     pub const VRAM: Self = Self(40);
     /// Locks under which no other is taken.
     pub const LEAF: Self = Self(50);
-}
-
-/// Value of a free lock word; holders are counted from 1.
-const FREE: u32 = 0;
-/// Holder on a thread's own stack, not an actor.
-pub(super) const HOST: usize = ACTORS_MAX;
-const NO_NODE: u32 = u32::MAX;
-
-/// The word of one lock. Atomic, so that it excludes whoever takes it, on any thread.
-#[derive(Debug)]
-pub(super) struct LockWord {
-    holder: AtomicU32,
-    /// Where the world of the last holder keeps what it knows of the lock: a hint.
-    node: AtomicU32,
-}
-
-impl LockWord {
-    pub(super) const fn new() -> Self {
-        Self {
-            holder: AtomicU32::new(FREE),
-            node: AtomicU32::new(NO_NODE),
-        }
-    }
-
-    /// Takes the lock for the running actor, which waits for it if need be.
-    #[inline]
-    pub(super) fn take(&self, site: Site) {
-        stage::take_lock(self, site);
-    }
-
-    /// Takes the lock if it is free.
-    #[inline]
-    pub(super) fn try_take(&self, site: Site) -> bool {
-        stage::try_lock(self, site)
-    }
-
-    /// Frees the lock.
-    #[inline]
-    pub(super) fn release(&self) {
-        stage::release_lock(self);
-    }
-
-    pub(super) fn is_held(&self) -> bool {
-        self.holder.load(Ordering::Relaxed) != FREE
-    }
-
-    /// Who holds it.
-    pub(super) fn holder(&self) -> Option<usize> {
-        (self.holder.load(Ordering::Relaxed) as usize).checked_sub(1)
-    }
-
-    /// Makes `holder` the holder of a free lock.
-    #[inline]
-    pub(super) fn claim(&self, holder: usize) -> bool {
-        let holder = u32::try_from(holder + 1).unwrap_or(u32::MAX);
-        let claimed =
-            self.holder
-                .compare_exchange(FREE, holder, Ordering::Acquire, Ordering::Relaxed);
-        claimed.is_ok()
-    }
-
-    /// Makes the lock free.
-    #[inline]
-    pub(super) fn clear(&self) {
-        self.holder.store(FREE, Ordering::Release);
-    }
-
-    pub(super) fn address(&self) -> usize {
-        core::ptr::from_ref(self).addr()
-    }
 }
 
 /// What a class of locks is called.
@@ -251,7 +176,7 @@ impl LockTable {
     /// The entry of a lock.
     #[inline]
     fn node(&mut self, word: &LockWord, site: Site) -> u32 {
-        let hint = word.node.load(Ordering::Relaxed);
+        let hint = word.node();
         let known = self.nodes.get(hint as usize);
         if known.is_some_and(|node| node.address == word.address()) {
             return hint;
@@ -272,7 +197,7 @@ impl LockTable {
         };
         let node = u32::try_from(self.nodes.len()).unwrap_or(NO_NODE);
         self.nodes.push(Node { address, class });
-        word.node.store(node, Ordering::Relaxed);
+        word.remember(node);
         node
     }
 
@@ -433,7 +358,7 @@ impl LockTable {
         let Some(holder) = word.holder().filter(|holder| *holder <= HOST) else {
             return;
         };
-        let node = word.node.load(Ordering::Relaxed);
+        let node = word.node();
         let held = &mut self.held[holder];
         match held.last() {
             Some(last) if last.node == node => {

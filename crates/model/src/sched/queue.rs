@@ -3,7 +3,7 @@
 use gpusvm::seam::env::Work;
 
 use crate::sched::fail::FailureKind;
-use crate::sched::lock::HOST;
+use crate::sched::lock_word::HOST;
 use crate::sched::pick::{ACTORS_MAX, Candidates, What};
 use crate::sched::world::{Actor, Block, NEVER, State, World};
 

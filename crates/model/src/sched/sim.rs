@@ -14,14 +14,16 @@ use gpusvm::seam::env::{Ns, Work};
 use crate::sched::env::ModelEnv;
 use crate::sched::fail::{Failure, FailureKind};
 use crate::sched::fiber::{Fiber, Life as FiberLife};
-use crate::sched::lock::{HOST, Order, Rank};
+use crate::sched::lock::{Order, Rank};
+use crate::sched::lock_word::HOST;
 use crate::sched::options::{KeepTape, Options};
+use crate::sched::oracle::{Moments, Oracle, When};
 use crate::sched::pick::Picker;
 use crate::sched::rng::mix;
 use crate::sched::stage;
 use crate::sched::tape::Tape;
 use crate::sched::trace::{Entry, timeline};
-use crate::sched::world::{Duty, Moments, Oracle, State, When, try_with, with};
+use crate::sched::world::{Duty, State, try_with, with};
 
 /// The world being made or running on this thread: makes actors and oracles.
 #[derive(Clone, Copy, Debug)]

@@ -16,9 +16,11 @@ use gpusvm::seam::env::{Ns, Work};
 
 use crate::sched::fail::FailureKind;
 use crate::sched::fiber;
-use crate::sched::lock::{HOST, LockWord, Rank, Site};
+use crate::sched::lock::Rank;
+use crate::sched::lock_word::{HOST, LockWord, Site};
 use crate::sched::options::{Kind, LockRules};
-use crate::sched::world::{Block, Due, Moments, NEVER, Oracle, State, World, with};
+use crate::sched::oracle::{Moments, Oracle};
+use crate::sched::world::{Block, Due, NEVER, State, World, with};
 
 /// The payload with which dying actors unwind.
 struct Death;

@@ -25,8 +25,10 @@ use gpusvm::seam::env::{Ns, Work};
 
 use crate::sched::fail::{Failure, FailureKind};
 use crate::sched::fiber::Fiber;
-use crate::sched::lock::{HOST, LockTable, Site};
+use crate::sched::lock::LockTable;
+use crate::sched::lock_word::{HOST, Site};
 use crate::sched::options::{Kind, Options, Points, Texts};
+use crate::sched::oracle::{Moments, Oracle, When};
 use crate::sched::pick::{ACTORS_MAX, Candidates, Picker, What};
 use crate::sched::rng::{Stream, hash_text, mix};
 use crate::sched::trace::{Entry, Ring};
@@ -86,54 +88,6 @@ pub(super) enum Due {
     Oracles(Moments),
     Switch,
     Death,
-}
-
-/// Looks at the world and says what is wrong.
-pub(super) type Look = Box<dyn FnMut() -> Result<(), String>>;
-
-/// When oracles look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum When {
-    /// After every step at which no actor is inside a busy operation.
-    Quiescent,
-    /// After such steps, if [`touch`](crate::sched::ModelEnv::touch) was called since the oracle
-    /// last looked: cheaper, where it is known what can break a rule.
-    Changed,
-    /// After every step.
-    EveryStep,
-    /// After every step, if a counter has moved since it last looked: see
-    /// [`oracle_counting`](crate::sched::Sim::oracle_counting).
-    Counted,
-    /// When all actors are done.
-    AtEnd,
-}
-
-/// A set of [`When`]s.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Moments(u8);
-
-impl Moments {
-    pub(super) const NONE: Self = Self(0);
-    pub(super) const AT_END: Self = Self::of(When::AtEnd);
-
-    const fn of(when: When) -> Self {
-        Self(match when {
-            When::Quiescent => 1,
-            When::Changed => 2,
-            When::EveryStep => 4,
-            When::AtEnd => 8,
-            When::Counted => 16,
-        })
-    }
-
-    pub(super) const fn has(self, when: When) -> bool {
-        self.0 & Self::of(when).0 != 0
-    }
-}
-
-pub(super) struct Oracle {
-    pub(super) when: When,
-    pub(super) look: Look,
 }
 
 /// Steps that an actor runs on end while others could run; then it gives way.
@@ -319,7 +273,7 @@ impl World {
     }
 
     pub(super) fn watch(&mut self, oracle: Oracle) {
-        self.watched.0 |= Moments::of(oracle.when).0;
+        self.watched = self.watched.and(oracle.when);
         self.oracles.push(oracle);
     }
 
@@ -364,18 +318,18 @@ impl World {
     /// Which oracles are to look after a step.
     #[inline]
     pub(super) fn moments(&mut self) -> Moments {
-        let mut now = Moments::of(When::EveryStep).0;
+        let mut now = Moments::NONE.and(When::EveryStep);
         if self.busy == 0 {
-            now |= Moments::of(When::Quiescent).0;
+            now = now.and(When::Quiescent);
             if self.touched {
-                now |= Moments::of(When::Changed).0;
+                now = now.and(When::Changed);
                 self.touched = false;
             }
         }
         if self.have_counters_moved() {
-            now |= Moments::of(When::Counted).0;
+            now = now.and(When::Counted);
         }
-        Moments(now & self.watched.0)
+        now.among(self.watched)
     }
 
     #[inline]
