@@ -67,7 +67,8 @@ impl Machine {
             space: Arc::clone(&space),
             sink: Arc::new((Arc::clone(&told), Some(folds))),
         };
-        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&host))));
+        let bus = Arc::new(Bus::new(Arc::clone(&host)));
+        let wires = Wires::new(bus, host.generation());
         let machine = Arc::new(Self {
             node: Node::new(config, 0, &seams, &wires),
             host,

@@ -5,6 +5,7 @@
 pub(crate) mod machine;
 pub(crate) mod mapped;
 pub(crate) mod oracle;
+mod port;
 pub(crate) mod sink;
 pub(crate) mod vram;
 
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use gpusvm::seam::mm::PagemapId;
 use gpusvm::seam::{Platform, Seams};
-use gpusvm_abi::bus::{DevicePort, FaultHandler, Park, VramStore};
+use gpusvm_abi::bus::{DevicePort, Park, VramStore};
 use gpusvm_model::kernel::ModelSpace;
 use gpusvm_model::sched::{ModelEnv, ModelMutex};
 use gpusvm_softgpu::{FaultService, GpuConfig, SoftGpu};
@@ -21,8 +22,9 @@ use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
 
+use crate::world::port::{Inline, Port};
 use crate::world::sink::Sink;
-use crate::world::vram::{ModelVram, Wires};
+use crate::world::vram::{ModelVram, Wires, Written};
 
 /// The model host, the Xe driver and its copy engine, as one platform.
 #[derive(Debug)]
@@ -61,10 +63,11 @@ pub(crate) enum Content {
 
 impl Content {
     /// Device memory of so many pages.
-    fn vram(self, pages: usize, wires: &Wires) -> Arc<dyn VramStore> {
+    fn vram(self, pages: usize, wires: &Wires, written: &Arc<Written>) -> Arc<dyn VramStore> {
+        let (wires, written) = (wires.clone(), Arc::clone(written));
         match self {
-            Self::FewWords => Arc::new(ModelVram::<{ vram::WORDS }>::new(pages, wires.clone())),
-            Self::Whole => Arc::new(ModelVram::<{ vram::ALL_WORDS }>::new(pages, wires.clone())),
+            Self::FewWords => Arc::new(ModelVram::<{ vram::WORDS }>::new(pages, wires, written)),
+            Self::Whole => Arc::new(ModelVram::<{ vram::ALL_WORDS }>::new(pages, wires, written)),
         }
     }
 }
@@ -83,6 +86,8 @@ pub(crate) struct Node {
     pub(crate) gpu: Arc<SoftGpu<ModelMutex>>,
     pub(crate) device: Arc<Device<ModelPlatform>>,
     pub(crate) vm: Arc<Vm<ModelPlatform>>,
+    /// What has been written to the device's memory.
+    pub(crate) written: Arc<Written>,
 }
 
 impl fmt::Debug for Node {
@@ -101,14 +106,15 @@ impl Node {
         seams: &Seams<ModelPlatform>,
         wires: &Wires,
     ) -> Self {
+        let written = Arc::<Written>::default();
         let gpu = SoftGpu::new(
             config.gpu,
-            config.content.vram(config.vram, wires),
+            config.content.vram(config.vram, wires, &written),
             Arc::clone(&wires.bus),
             Arc::new(ModelEnv) as Arc<dyn Park>,
         );
         let gpu = gpu.expect("a world's device has units, a ring and address spaces");
-        let port = Arc::clone(&gpu) as Arc<dyn DevicePort>;
+        let port = Arc::new(Port(Arc::<SoftGpu<ModelMutex>>::clone(&gpu))) as Arc<dyn DevicePort>;
         let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
         let id = PagemapId(u32::from(n) + 1);
         let device = Device::new(seams.clone(), id, port, copy);
@@ -119,12 +125,17 @@ impl Node {
             rights: Rights::ReadWrite,
         };
         vm.mirror(area).expect("a fresh VM has no ranges");
-        let inline = Arc::clone(&device) as Arc<dyn FaultHandler>;
+        let inline = Arc::new(Inline(Arc::<Device<ModelPlatform>>::clone(&device)));
         gpu.set_fault_service(match config.service {
             Service::Inline => FaultService::Inline(inline),
             Service::Queue => FaultService::Queue,
         });
-        Self { gpu, device, vm }
+        Self {
+            gpu,
+            device,
+            vm,
+            written,
+        }
     }
 
     /// Parts device and driver, which refer to each other.

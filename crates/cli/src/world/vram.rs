@@ -56,33 +56,53 @@ impl<const N: usize> Page<N> {
 /// access; each copied page is a switch point.
 pub(crate) struct ModelVram<const N: usize> {
     pages: Mutex<Vec<Page<N>>>,
+    size: u64,
+    written: Arc<Written>,
     wires: Wires,
+}
+
+/// What has been written to a device's memory: one bit for each page, modulo 64.
+#[derive(Debug, Default)]
+pub(crate) struct Written(AtomicU64);
+
+impl Written {
+    /// The bit of the page at an offset.
+    pub(crate) const fn bit(offset: u64) -> u64 {
+        1 << (offset / PAGE % 64)
+    }
+
+    /// Pages that were written since the last call.
+    pub(crate) fn take(&self) -> u64 {
+        self.0.swap(0, Ordering::Relaxed)
+    }
 }
 
 /// What the memory of all devices of a world shares.
 #[derive(Clone)]
 pub(crate) struct Wires {
     pub(crate) bus: Arc<dyn SystemBus>,
-    /// Grows with every write by the driver.
-    pub(crate) writes: Arc<AtomicU64>,
+    /// Grows with everything that changes, in the whole world.
+    changes: Arc<AtomicU64>,
     /// Copies of pages up to the one that fails; 0 where none does.
     pub(crate) fails_in: Arc<AtomicU64>,
 }
 
 impl Wires {
-    pub(crate) fn new(bus: Arc<dyn SystemBus>) -> Self {
+    pub(crate) fn new(bus: Arc<dyn SystemBus>, changes: &Arc<AtomicU64>) -> Self {
         Self {
             bus,
-            writes: Arc::default(),
+            changes: Arc::clone(changes),
             fails_in: Arc::default(),
         }
     }
 }
 
 impl<const N: usize> ModelVram<N> {
-    pub(crate) fn new(pages: usize, wires: Wires) -> Self {
+    pub(crate) fn new(pages: usize, wires: Wires, written: Arc<Written>) -> Self {
         Self {
             pages: Mutex::new(vec![Page::EMPTY; pages]),
+            size: u64::try_from(pages).unwrap_or(0) * PAGE,
+            written,
             wires,
         }
     }
@@ -103,6 +123,14 @@ impl<const N: usize> ModelVram<N> {
     /// Never contended: no actor gives way inside.
     fn with<R>(&self, act: impl FnOnce(&mut Vec<Page<N>>) -> R) -> R {
         act(&mut self.pages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Changes the page at an offset.
+    fn change<R>(&self, offset: u64, act: impl FnOnce(&mut Page<N>) -> R) -> R {
+        let bit = Written::bit(offset);
+        self.written.0.fetch_or(bit, Ordering::Relaxed);
+        self.wires.changes.fetch_add(1, Ordering::Relaxed);
+        self.with(|pages| act(&mut pages[place(offset).0]))
     }
 }
 
@@ -131,7 +159,7 @@ fn pages(offset: u64, len: u64) -> impl Iterator<Item = u64> {
 
 impl<const N: usize> VramStore for ModelVram<N> {
     fn size(&self) -> u64 {
-        self.with(|pages| u64::try_from(pages.len()).unwrap_or(0)) * PAGE
+        self.size
     }
 
     fn read(&self, offset: u64, dst: &mut [u8]) {
@@ -144,20 +172,19 @@ impl<const N: usize> VramStore for ModelVram<N> {
     }
 
     fn write(&self, offset: u64, src: &[u8]) {
-        self.with(|pages| {
-            for (at, piece) in pieces(offset, src.len()) {
-                let (page, byte) = place(at);
-                let least = (byte + piece.len()).div_ceil(8);
-                store_bytes(pages[page].words_mut(least), byte, &src[piece]);
-            }
-        });
-        self.wires.writes.fetch_add(1, Ordering::Relaxed);
+        for (at, piece) in pieces(offset, src.len()) {
+            let byte = place(at).1;
+            let least = (byte + piece.len()).div_ceil(8);
+            self.change(at, |page| {
+                store_bytes(page.words_mut(least), byte, &src[piece])
+            });
+        }
     }
 
     fn atomic(&self, offset: u64, op: AtomicOp) -> u64 {
-        self.with(|pages| {
-            let (page, byte) = place(offset);
-            let word = &mut pages[page].words_mut(byte / 8 + 1)[byte / 8];
+        let at = place(offset).1 / 8;
+        self.change(offset, |page| {
+            let word = &mut page.words_mut(at + 1)[at];
             let old = *word;
             *word = op.apply(old);
             old
@@ -166,7 +193,7 @@ impl<const N: usize> VramStore for ModelVram<N> {
 
     fn zero(&self, offset: u64, len: u64) {
         for at in pages(offset, len) {
-            self.with(|pages| pages[place(at).0] = Page::EMPTY);
+            self.change(at, |page| *page = Page::EMPTY);
             ModelEnv.point(Kind::Access);
         }
     }
@@ -179,7 +206,7 @@ impl<const N: usize> VramStore for ModelVram<N> {
             for (piece, address) in pieces.zip((from..).step_by(8 * (N / PIECES))) {
                 self.wires.bus.read(address, piece.as_mut_bytes())?;
             }
-            self.with(|pages| pages[place(at).0] = Page::Data(words));
+            self.change(at, |page| *page = Page::Data(words));
             ModelEnv.point(Kind::Access);
         }
         Ok(())
@@ -233,7 +260,8 @@ mod tests {
     }
 
     fn assert_keeps_bytes<const N: usize>() {
-        let vram = ModelVram::<N>::new(2, Wires::new(Arc::new(NoBus)));
+        let wires = Wires::new(Arc::new(NoBus), &Arc::default());
+        let vram = ModelVram::<N>::new(2, wires, Arc::default());
         // Half a word at its end, behind the first words, across a border.
         for at in [4, 8 * 100 + 4, PAGE - 2] {
             vram.write(at, &[1, 2, 3, 4]);

@@ -6,6 +6,7 @@
 
 use zerocopy::IntoBytes;
 
+use crate::mm::changes::Marks;
 use crate::mm::entry::SlotId;
 use crate::mm::rmap::RmapId;
 
@@ -102,6 +103,8 @@ pub struct Memory {
     next: u32,
     free: u32,
     device_free: Vec<u32>,
+    /// Frames that may have changed.
+    pub(crate) changed: Marks,
 }
 
 impl Memory {
@@ -118,6 +121,7 @@ impl Memory {
             next: 0,
             free: host,
             device_free: Vec::new(),
+            changed: Marks::default(),
         }
     }
 
@@ -146,6 +150,7 @@ impl Memory {
     }
 
     pub(crate) fn frame_mut(&mut self, frame: FrameId) -> &mut Frame {
+        self.changed.add(frame.0);
         &mut self.frames[frame.index()]
     }
 
