@@ -14,7 +14,7 @@ use crate::seam::env::{Environment, Ns, Point};
 use crate::seam::mm::{
     Access, AddressSpace, DeviceAllocation, FaultIn, MigrateTo, MigrationSet, Placement,
 };
-use crate::vram::{BoRequest, Evict, From};
+use crate::vram::{BoRequest, Evict, From, Purpose};
 
 /// A wish to move one span.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +72,7 @@ impl<P: Platform> Pagemap<P> {
         let bo = self.vram.allocate(BoRequest {
             bytes: span.bytes(),
             from: From::Bottom,
+            purpose: Purpose::Pages,
         })?;
         Ok(Allocation::new(self, bo, span))
     }
