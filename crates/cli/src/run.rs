@@ -94,7 +94,7 @@ impl RunError {
             Self::Unknown(_) | Self::Memory { .. } | Self::Needless(_) => 2,
             Self::LiveOnly(_) | Self::ModelUnits(_) | Self::ModelSize(_) => 2,
             Self::Prepare(_) | Self::Folder(_) => 2,
-            Self::Machine(MachineError::VramTooSmall { .. }) => 2,
+            Self::Machine(MachineError::VramTooSmall(..)) => 2,
             Self::Job(JobError::Interrupted) => 130,
             Self::Machine(_) | Self::Job(_) | Self::Report(_) => 1,
             Self::NotVerified(_) | Self::Torture(_) | Self::World(_) | Self::Output => 1,

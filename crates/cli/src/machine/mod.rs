@@ -127,13 +127,8 @@ impl Default for MachineConfig {
 /// A machine cannot be made.
 #[derive(Debug)]
 pub enum MachineError {
-    /// Device memory below the minimum.
-    VramTooSmall {
-        /// What there is.
-        bytes: u64,
-        /// The minimum.
-        least: u64,
-    },
+    /// Device memory of so many bytes, below the minimum.
+    VramTooSmall(u64, u64),
     /// No device, no VM, or more than there are address-space ids.
     Count,
     /// The host refuses.
@@ -147,7 +142,7 @@ pub enum MachineError {
 impl fmt::Display for MachineError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::VramTooSmall { bytes, least } => write!(
+            Self::VramTooSmall(bytes, least) => write!(
                 f,
                 "{bytes} bytes of VRAM do not hold a large range and its page tables; \
                  use --vram {} or more",
@@ -197,10 +192,7 @@ impl Machine {
     /// [`MachineError`] says which part refused and what to do.
     pub fn start(config: MachineConfig) -> Result<Self, MachineError> {
         if config.vram < VRAM_MIN {
-            return Err(MachineError::VramTooSmall {
-                bytes: config.vram,
-                least: VRAM_MIN,
-            });
+            return Err(MachineError::VramTooSmall(config.vram, VRAM_MIN));
         }
         if !(1..=VMS_MAX).contains(&config.devices.saturating_mul(config.vms)) {
             return Err(MachineError::Count);

@@ -65,11 +65,8 @@ pub(super) fn check(args: &RunArgs, plan: &Planned) -> Result<(), RunError> {
         return Err(RunError::ModelUnits(UNITS_MAX));
     }
     if plan.vram < VRAM_MIN {
-        let (bytes, least) = (plan.vram, VRAM_MIN);
-        return Err(RunError::Machine(MachineError::VramTooSmall {
-            bytes,
-            least,
-        }));
+        let small = MachineError::VramTooSmall(plan.vram, VRAM_MIN);
+        return Err(RunError::Machine(small));
     }
     if plan.bytes > SIZE_MAX {
         return Err(RunError::ModelSize(SIZE_MAX));
