@@ -6,7 +6,7 @@ use gpusvm::addr::{HostSpan, PAGE};
 use gpusvm::error::Interrupted;
 use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::env::Environment;
-use gpusvm::vram::{Bo, BoRequest, Evict, From as End};
+use gpusvm::vram::{Bo, BoRequest, Evict, From as End, Purpose};
 use gpusvm_xe::vm::MirrorArea;
 
 use crate::notes::{errno_of, errno_of_interrupted};
@@ -88,8 +88,12 @@ impl<H: Host> Play<H> {
         object: Object,
     ) -> Result<(), &'static str> {
         let vram = node.device.pagemap().vram();
-        let from = End::Bottom;
-        let bo = vram.allocate(BoRequest { bytes, from }).map_err(errno_of)?;
+        let request = BoRequest {
+            bytes,
+            from: End::Bottom,
+            purpose: Purpose::Tables,
+        };
+        let bo = vram.allocate(request).map_err(errno_of)?;
         let plain = Arc::new(Plain(Mutex::new(Some(Arc::clone(&bo)))));
         if object == Object::Evictable {
             let weak = Arc::downgrade(&plain);

@@ -25,9 +25,9 @@ pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> 
     let seed = order.seed;
     let memory = &order.memory;
     Ok(Box::new(Stream {
-        a: memory.array(n, |_| -1.0),
         b: memory.array(n, |i| exact((count(i) + seed) % 1000)),
         c: memory.array(n, |i| exact(count(i) % 77)),
+        a: memory.array(n, |_| -1.0),
     }))
 }
 
