@@ -133,6 +133,14 @@ impl Leg {
         }
     }
 
+    /// Where its pages stay while they are on the device, if that is in this process.
+    pub(crate) const fn parked_for_good(&self) -> Option<HostVa> {
+        match self.road {
+            Road::Straight => Some(self.parked),
+            Road::Through(_) | Road::Closed => None,
+        }
+    }
+
     fn parked_span(&self) -> HostSpan {
         HostSpan::at(self.parked, self.user.bytes())
     }

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | [`LiveSpace`] (`space`) | the process as an [`AddressSpace`](gpusvm::seam::mm::AddressSpace) |
 //! | `mappings` | the process's mappings, as the framework sees them |
-//! | `fault_in` | where pages are, for a device |
+//! | `fault_in`, `snapshot` | where pages are, for a device, with and without a fault |
+//! | `exclusive` | pages that a device has for itself |
 //! | `residency` | which pages are away, or on their way |
 //! | `watch` | which mappings raise faults and brackets |
 //! | `stays` | memory that never leaves: control blocks of threads, and their like |
@@ -37,6 +38,7 @@ mod attendant;
 mod bracket;
 mod claim;
 mod env;
+mod exclusive;
 mod fault_in;
 mod fork;
 mod in_thread;
@@ -48,6 +50,7 @@ mod pool;
 mod reader;
 mod residency;
 mod shard;
+mod snapshot;
 mod space;
 mod spans;
 mod staging;

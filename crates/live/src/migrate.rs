@@ -11,10 +11,10 @@
 //! the invalidation has ended every device access to it: a device unit may be waiting for the
 //! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PageCount, VramAddr, VramSpan};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PageCount, VramAddr, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
-use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrateTo, MigrationSet, VmaKind};
+use gpusvm::seam::mm::{AllocationRef, Folios, InvalidateReason, MigrateTo, MigrationSet, VmaKind};
 
 use crate::leg::{Leg, Mapping, Refused, Road, blocks};
 use crate::residency::{Busy, DevicePage, Piece};
@@ -40,6 +40,30 @@ pub struct LiveMigration<'a> {
     done: bool,
 }
 
+/// Where pages go, and how.
+struct Goal {
+    allocation: AllocationRef,
+    aperture: Option<HostSpan>,
+    folios: Folios,
+}
+
+/// `span` cut at 2 MiB borders, and so that no huge page goes whole where they are to be split: a MOVE
+/// of its first page cuts it.
+fn parts(span: HostSpan, folios: Folios) -> impl Iterator<Item = HostSpan> {
+    blocks(span).flat_map(move |block| {
+        let first = match folios {
+            Folios::Keep => 0,
+            Folios::Split => PAGE.min(block.bytes()),
+        };
+        let border = block.start().plus(first);
+        let both = [
+            HostSpan::new(block.start(), border),
+            HostSpan::new(border, block.end()),
+        ];
+        both.into_iter().filter(|part| !part.is_empty())
+    })
+}
+
 #[derive(Debug)]
 enum Way {
     Out {
@@ -63,20 +87,32 @@ impl LiveSpace {
             MigrateTo::Device {
                 allocation,
                 aperture,
-            } => self.begin_out(span, allocation, aperture),
+                folios,
+            } => self.begin_out(
+                span,
+                &Goal {
+                    allocation,
+                    aperture,
+                    folios,
+                },
+            ),
             MigrateTo::System {
                 allocation,
+                part,
                 aperture,
-            } => Ok(self.begin_home(&allocation, aperture)),
+                folios,
+            } => {
+                let goal = Goal {
+                    allocation,
+                    aperture,
+                    folios,
+                };
+                Ok(self.begin_home(&goal, part))
+            }
         }
     }
 
-    fn begin_out(
-        &self,
-        span: HostSpan,
-        allocation: AllocationRef,
-        aperture: Option<HostSpan>,
-    ) -> Result<LiveMigration<'_>, Interrupted> {
+    fn begin_out(&self, span: HostSpan, goal: &Goal) -> Result<LiveMigration<'_>, Interrupted> {
         let vma = self
             .vma_around(span.start())
             .ok_or(Failed::NoVma(span.start()))?;
@@ -89,7 +125,7 @@ impl LiveSpace {
             return Err(Failed::NotMigratable(span.start()).into());
         }
         for _attempt in 0..ATTEMPTS {
-            match self.try_out(span, &allocation, aperture)? {
+            match self.try_out(span, goal)? {
                 Ok(set) => return Ok(set),
                 Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
                 Err(Refused::News) => return Err(Stale::PagesBusy.into()),
@@ -106,8 +142,7 @@ impl LiveSpace {
     fn try_out(
         &self,
         span: HostSpan,
-        allocation: &AllocationRef,
-        aperture: Option<HostSpan>,
+        goal: &Goal,
     ) -> Result<Result<LiveMigration<'_>, Refused>, Interrupted> {
         let Some(shard) = self.shard_of(span) else {
             return Ok(Err(Refused::Mapping));
@@ -119,7 +154,8 @@ impl LiveSpace {
         let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
         self.residency.lock().depart(span);
         let mut from = Mapping { shard, left_at: 0 };
-        let mut legs = self.legs_out(span, from, aperture);
+        let aperture = goal.aperture;
+        let mut legs = self.legs_out(span, from, goal);
         // Threads that are made from now on touch their memory, and wait for this travel.
         let free = self.stays.check(&self.procmap, span);
         let unread = self.watch.shards.hold_settled(shard);
@@ -136,7 +172,7 @@ impl LiveSpace {
             moves: if aperture.is_some() {
                 Vec::new()
             } else {
-                moves_out(&legs, allocation)
+                moves_out(&legs, &goal.allocation)
             },
             adopted: if aperture.is_some() {
                 span.pages()
@@ -145,7 +181,7 @@ impl LiveSpace {
             },
             way: Way::Out {
                 span,
-                allocation: allocation.clone(),
+                allocation: goal.allocation.clone(),
                 from,
             },
             legs,
@@ -185,9 +221,9 @@ impl LiveSpace {
         }
     }
 
-    fn legs_out(&self, span: HostSpan, from: Mapping, aperture: Option<HostSpan>) -> Vec<Leg> {
-        blocks(span)
-            .map(|user| match aperture {
+    fn legs_out(&self, span: HostSpan, from: Mapping, goal: &Goal) -> Vec<Leg> {
+        parts(span, goal.folios)
+            .map(|user| match goal.aperture {
                 Some(home) => {
                     let parked = home.start().plus(user.start().offset_from(span.start()));
                     Leg::straight(user, from, parked)
@@ -202,21 +238,22 @@ impl LiveSpace {
         self.staging.take(Leg::kind(user), purpose)
     }
 
-    fn begin_home(
-        &self,
-        allocation: &AllocationRef,
-        aperture: Option<HostSpan>,
-    ) -> LiveMigration<'_> {
+    fn begin_home(&self, goal: &Goal, part: VramSpan) -> LiveMigration<'_> {
+        let (allocation, aperture) = (&goal.allocation, goal.aperture);
+        let part = match goal.folios {
+            Folios::Keep => self.whole_part(allocation, part),
+            Folios::Split => part,
+        };
         let pieces = self
             .residency
             .lock()
-            .recall(allocation.id(), allocation.origin());
+            .recall(allocation.id(), allocation.origin(), part);
         let mut legs = Vec::new();
         let mut moves = Vec::new();
         for piece in &pieces {
             let invalidation = self.notifiers.start(piece.span, InvalidateReason::Migrate);
             self.notifiers.end(&self.env, invalidation);
-            self.legs_home(piece, aperture, &mut legs, &mut moves);
+            self.legs_home(piece, goal, &mut legs, &mut moves);
         }
         let adopted = match aperture {
             Some(_) => pieces.iter().map(|piece| piece.span.pages()).sum(),
@@ -235,7 +272,7 @@ impl LiveSpace {
     fn legs_home(
         &self,
         piece: &Piece,
-        aperture: Option<HostSpan>,
+        goal: &Goal,
         legs: &mut Vec<Leg>,
         moves: &mut Vec<CopyMove>,
     ) {
@@ -243,9 +280,9 @@ impl LiveSpace {
             shard: piece.shard,
             left_at: piece.page.left_at,
         };
-        for user in blocks(piece.span) {
+        for user in parts(piece.span, goal.folios) {
             let offset = piece.page.offset + user.start().offset_from(piece.span.start());
-            if let Some(home) = aperture {
+            if let Some(home) = goal.aperture {
                 legs.push(Leg::straight(user, from, home.start().plus(offset)));
                 continue;
             }
@@ -334,6 +371,7 @@ impl MigrationSet for LiveMigration<'_> {
                     allocation: allocation.clone(),
                     offset: 0,
                     left_at: from.left_at,
+                    parked: self.legs.first().and_then(Leg::parked_for_good),
                 };
                 let closed = |leg: &&Leg| matches!(leg.road, Road::Closed);
                 for leg in self.legs.iter().filter(closed) {

@@ -28,10 +28,7 @@ pub fn move_to_system<P: Platform>(
     let seams = &pagemap.seams;
     let started = seams.env.now();
     let aperture = pagemap.copy.surrender(allocation.vram());
-    let to = MigrateTo::System {
-        allocation: Arc::<Allocation<P>>::clone(allocation),
-        aperture,
-    };
+    let to = MigrateTo::home(Arc::<Allocation<P>>::clone(allocation) as _, aperture);
     let set = seams.space.migrate_begin(allocation.origin(), to)?;
     seams.env.yield_point(Point::AfterCollect);
     if seams.env.mutant(Mutant::FinalizeBeforeCopyHome) {

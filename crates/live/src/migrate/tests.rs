@@ -107,10 +107,7 @@ fn set_that_is_dropped_puts_everything_back() {
         };
         let (map, span) = filled(Huge::Advise);
         let allocation: AllocationRef = bench.allocation(span);
-        let to = MigrateTo::Device {
-            allocation,
-            aperture: None,
-        };
+        let to = MigrateTo::device(allocation, None);
         drop(bench.space.begin(span, to).expect("plain memory migrates"));
         assert!(intact(&map));
         assert!(
