@@ -123,6 +123,7 @@ fn identity(allocation: &AllocationRef) -> Device {
         id: allocation.id().0,
         pagemap: allocation.pagemap().0,
         vram: allocation.vram().start().get(),
+        frames: (0, 0),
         coherent: allocation
             .coherent_at()
             .and_then(frame_of)

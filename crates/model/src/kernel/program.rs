@@ -13,6 +13,7 @@ use crate::mm::around::Around;
 use crate::mm::entry::Entry;
 use crate::mm::errno::{Errno, Signal};
 use crate::mm::fault::{Hit, fault};
+use crate::mm::file::FileId;
 use crate::mm::flags::Prot;
 use crate::mm::map::Map;
 use crate::mm::memory::FrameId;
@@ -26,6 +27,12 @@ impl<E: Environment> ModelSpace<E> {
     /// As the system call.
     pub fn mmap(&self, map: &Map) -> Result<HostVa, Errno> {
         map::mmap(&*self.kernel, self.pid, map)
+    }
+
+    /// A new memory file of so many pages of zeros.
+    #[must_use]
+    pub fn create_file(&self, pages: u32) -> FileId {
+        self.kernel.with(|mm| mm.create_file(pages))
     }
 
     /// `munmap`.

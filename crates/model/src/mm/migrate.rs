@@ -49,6 +49,8 @@ pub struct Device {
     pub vram: u64,
     /// Frame of its first page, in coherent memory.
     pub coherent: Option<u32>,
+    /// Frames among which its pages are.
+    pub frames: (u32, u32),
 }
 
 impl Machine {
@@ -163,8 +165,8 @@ impl Machine {
 
     /// The folios of the allocation in `place`, and where they begin in it.
     pub fn device_folios(&self, place: u32) -> Vec<(FrameId, Pages)> {
-        let first = self.memory.host_frames();
-        let frames = (first..).zip(&self.memory.frames[first as usize..]);
+        let (first, end) = self.device(place).frames;
+        let frames = (first..).zip(&self.memory.frames[first as usize..end as usize]);
         let folio = |(at, frame): (u32, &Frame)| match frame.owner {
             Owner::Device(of, page) if of == place && frame.refs > 0 => {
                 Some((FrameId(at), Pages::new(page, page + (1 << frame.order))))
@@ -346,6 +348,13 @@ impl Machine {
             Some(first) => self.memory.take_coherent(FrameId(first + page), owner)?,
         };
         self.device_pages[place as usize] += 1 << order;
+        let frames = &mut self.devices[place as usize].frames;
+        let (first, end) = *frames;
+        let behind = frame.0 + (1 << order);
+        *frames = match end {
+            0 => (frame.0, behind),
+            _ => (first.min(frame.0), end.max(behind)),
+        };
         Some(frame)
     }
 
