@@ -71,6 +71,7 @@ pub mod program {
 }
 
 pub use env::LiveEnv;
+pub use fork::begin_anew;
 pub use in_thread::ComputeOnly;
 pub use level::{
     BracketChoice, BracketLevel, FaultLevel, Level, LevelChoice, LiveConfig, OpenError, Sharding,
