@@ -18,6 +18,19 @@ pub struct LiveConfig {
     pub brackets: BracketChoice,
     /// How watched memory is spread over userfaultfds.
     pub sharding: Sharding,
+    /// What `/proc/self/pagemap` shows of memory that is away.
+    pub holes: Holes,
+}
+
+/// What `/proc/self/pagemap` shows of memory that is away, at level full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Holes {
+    /// Nothing is there.
+    #[default]
+    Empty,
+    /// Something that is not present, as of pages in private device memory. It costs a system call in
+    /// each direction, and huge pages come home as small ones: markers fill a page table.
+    Marked,
 }
 
 /// How watched memory is spread over userfaultfds.
@@ -429,8 +442,9 @@ impl From<Errno> for Refusal {
 
 /// News of clones needs a privilege more than the mode does.
 fn open_full() -> Result<Uffd, Errno> {
-    Uffd::open(OpenMode::Full, Features::EVENTS.and(Features::FORK))
-        .or_else(|_forbidden| Uffd::open(OpenMode::Full, Features::EVENTS))
+    let wanted = Features::EVENTS.and(Features::MARKERS);
+    Uffd::open(OpenMode::Full, wanted.and(Features::FORK))
+        .or_else(|_forbidden| Uffd::open(OpenMode::Full, wanted))
 }
 
 #[cfg(test)]

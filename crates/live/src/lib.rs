@@ -10,6 +10,7 @@
 //! | `watch` | which mappings raise faults and brackets |
 //! | `stays` | memory that never leaves: control blocks of threads, and their like |
 //! | `migrate`, `leg`, `staging` | pages leave and return, by `UFFDIO_MOVE` or through the migratable heap |
+//! | `read_only` | pages leave mappings that may not be written |
 //! | `shard`, `pool`, `reader` | userfaultfds, and the threads that serve CPU faults |
 //! | `in_thread` | CPU faults that are served where they occur |
 //! | `bracket` | address-space calls, seen before they happen |
@@ -47,6 +48,7 @@ mod level;
 mod mappings;
 mod migrate;
 mod pool;
+mod read_only;
 mod reader;
 mod residency;
 mod shard;
@@ -74,8 +76,8 @@ pub use env::LiveEnv;
 pub use fork::begin_anew;
 pub use in_thread::ComputeOnly;
 pub use level::{
-    BracketChoice, BracketLevel, FaultLevel, Level, LevelChoice, LiveConfig, OpenError, Sharding,
-    allocate_for,
+    BracketChoice, BracketLevel, FaultLevel, Holes, Level, LevelChoice, LiveConfig, OpenError,
+    Sharding, allocate_for,
 };
 pub use migrate::LiveMigration;
 pub use space::LiveSpace;

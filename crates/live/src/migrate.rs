@@ -14,7 +14,9 @@
 use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PageCount, VramAddr, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
-use gpusvm::seam::mm::{AllocationRef, Folios, InvalidateReason, MigrateTo, MigrationSet, VmaKind};
+use gpusvm::seam::mm::{
+    AllocationRef, Folios, InvalidateReason, MigrateTo, MigrationSet, Vma, VmaKind,
+};
 
 use crate::leg::{Leg, Mapping, Refused, Road, blocks};
 use crate::residency::{Busy, DevicePage, Piece};
@@ -41,10 +43,19 @@ pub struct LiveMigration<'a> {
 }
 
 /// Where pages go, and how.
+#[derive(Clone)]
 struct Goal {
     allocation: AllocationRef,
     aperture: Option<HostSpan>,
     folios: Folios,
+    rights: Stores,
+}
+
+/// Whether the mapping that pages leave may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stores {
+    Allowed,
+    Forbidden,
 }
 
 /// `span` cut at 2 MiB borders, and so that no huge page goes whole where they are to be split: a MOVE
@@ -94,6 +105,7 @@ impl LiveSpace {
                     allocation,
                     aperture,
                     folios,
+                    rights: Stores::Allowed,
                 },
             ),
             MigrateTo::System {
@@ -106,6 +118,7 @@ impl LiveSpace {
                     allocation,
                     aperture,
                     folios,
+                    rights: Stores::Allowed,
                 };
                 Ok(self.begin_home(&goal, part))
             }
@@ -116,14 +129,24 @@ impl LiveSpace {
         let vma = self
             .vma_around(span.start())
             .ok_or(Failed::NoVma(span.start()))?;
-        if vma.kind != VmaKind::Anonymous {
+        let read_only = self.is_read_only(&vma, span);
+        let leaves = |vma: &Vma| vma.kind == VmaKind::Anonymous || read_only;
+        if !leaves(&vma) {
             return Err(Failed::NotMigratable(span.start()).into());
         }
         self.watch_mapping(&vma);
         let piece = self.piece_at(vma, span.start());
-        if piece.kind != VmaKind::Anonymous || !piece.span.covers(span) {
+        if !leaves(&piece) || !piece.span.covers(span) {
             return Err(Failed::NotMigratable(span.start()).into());
         }
+        let goal = &Goal {
+            rights: if read_only {
+                Stores::Forbidden
+            } else {
+                Stores::Allowed
+            },
+            ..goal.clone()
+        };
         for _attempt in 0..ATTEMPTS {
             match self.try_out(span, goal)? {
                 Ok(set) => return Ok(set),
@@ -164,8 +187,20 @@ impl LiveSpace {
         let left = free
             .and_then(|()| self.expect_no_news(span))
             .and_then(|()| self.arm(span, shard).map_err(|CannotArm| Refused::Mapping))
-            .and_then(|()| legs.iter().try_for_each(|leg| self.leave(leg)));
+            .and_then(|()| {
+                let leave = || legs.iter().try_for_each(|leg| self.leave(leg));
+                match goal.rights {
+                    Stores::Allowed => leave(),
+                    Stores::Forbidden => self.with_stores(span, shard, leave),
+                }
+            });
         drop(unread);
+        if goal.rights == Stores::Forbidden {
+            self.unprotect(span, shard);
+        }
+        if left.is_ok() {
+            self.mark(span, shard);
+        }
         self.notifiers.end(&self.env, invalidation);
         let set = LiveMigration {
             space: self,

@@ -24,7 +24,7 @@ use crate::env::LiveEnv;
 use crate::exclusive::Lone;
 use crate::fork::{self, Forks};
 use crate::in_thread;
-use crate::level::{Descriptors, Level, LiveConfig, OpenError};
+use crate::level::{Descriptors, Holes, Level, LiveConfig, OpenError};
 use crate::mappings::Remembered;
 use crate::migrate::LiveMigration;
 use crate::pool::Pool;
@@ -75,6 +75,7 @@ pub struct LiveSpace {
     pub(crate) remembered: Remembered,
     pub(crate) stays: Stays,
     pub(crate) lone: Lone,
+    pub(crate) holes: Holes,
 }
 
 impl fmt::Debug for LiveSpace {
@@ -136,6 +137,7 @@ impl LiveSpace {
             remembered: Remembered::default(),
             stays: Stays::open(faults).map_err(OpenError::os("open /proc/self/task"))?,
             lone: Lone::default(),
+            holes: config.holes,
         });
         space.lone.belong_to(&space);
         if faults.has_uffd() {
@@ -314,6 +316,7 @@ impl LiveSpace {
     /// Ends the travel of recalled pieces by dropping their content.
     pub(crate) fn let_go(&self, pieces: Vec<Piece>) {
         for piece in &pieces {
+            self.unmark(piece.span, piece.shard);
             let released = self.residency.lock().release(piece.span);
             self.arrived(piece.span, piece.shard);
             drop(released);

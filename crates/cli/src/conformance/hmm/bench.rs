@@ -32,11 +32,19 @@ pub(super) enum Effort {
     Short,
 }
 
+/// Whether a case looks at the process's page map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PageMap {
+    Unseen,
+    Seen,
+}
+
 /// What a host is asked to run.
 #[derive(Clone, Copy)]
 pub(super) struct Plan {
     pub(super) variant: Variant,
     pub(super) effort: Effort,
+    pub(super) page_map: PageMap,
     pub(super) run: fn(&Bench<'_>) -> Result<(), Trouble>,
 }
 

@@ -20,7 +20,7 @@ pub(super) const CASES: [Case; 10] = [
     Case::new("migrate_anon_huge_empty", huge_empty),
     Case::new("migrate_anon_huge_zero", huge_zero),
     Case::new("migrate_anon_huge_free", huge_free),
-    Case::new("migrate_anon_huge_fault", huge_fault),
+    Case::new("migrate_anon_huge_fault", huge_fault).seeing_page_map(),
     Case::new("migrate_partial_unmap_fault", partial_unmap_fault),
     Case::new("migrate_remap_fault", remap_fault),
     Case::new("migrate_anon_huge_err", huge_err),

@@ -16,11 +16,11 @@ use gpusvm_dmirror::uapi::{Arguments, Command, Errno, UserMemory};
 use gpusvm_dmirror::{Device, DeviceConfig, Kind, Mirror};
 use gpusvm_live::program::{By, Child as Forked, Claim};
 use gpusvm_live::{
-    Advise, Backing, Huge, Leave, LiveBus, LiveConfig, LiveEnv, LiveSpace, OpenError, Protect,
-    RuntimeScope, Territory, VramMode, begin_anew, thread,
+    Advise, Backing, Holes, Huge, Leave, LiveBus, LiveConfig, LiveEnv, LiveSpace, OpenError,
+    Protect, RuntimeScope, Territory, VramMode, begin_anew, thread,
 };
 
-use crate::conformance::hmm::bench::{Plan, Trouble, wrong};
+use crate::conformance::hmm::bench::{PageMap, Plan, Trouble, wrong};
 use crate::conformance::hmm::host::{
     Advice, Child, ChildWork, Held, Leaves, Memory, Need, Node, Process, Rights,
 };
@@ -51,7 +51,12 @@ pub(super) const fn lacks(need: Need) -> Option<&'static str> {
 
 /// Runs a case in this process.
 pub(super) fn run(plan: Plan) -> Result<Vec<String>, Trouble> {
-    let process = LiveProcess::new()?;
+    // Marked holes show in the page map, but huge pages do not fit back into their tables.
+    let holes = match plan.page_map {
+        PageMap::Unseen => Holes::Empty,
+        PageMap::Seen => Holes::Marked,
+    };
+    let process = LiveProcess::new(holes)?;
     let played = process.world().and_then(|_open| plan.play(&process));
     process.close();
     played
@@ -64,11 +69,15 @@ struct World {
 }
 
 impl World {
-    fn open() -> Result<Self, Trouble> {
+    fn open(holes: Holes) -> Result<Self, Trouble> {
         let _runtime_memory = RuntimeScope::enter();
         let env = LiveEnv::new(1);
         let sink: Arc<dyn EventSink> = Arc::new(());
-        let space = LiveSpace::open(&LiveConfig::default(), Arc::clone(&env), sink);
+        let config = LiveConfig {
+            holes,
+            ..LiveConfig::default()
+        };
+        let space = LiveSpace::open(&config, Arc::clone(&env), sink);
         let space = space.map_err(lacking)?;
         if space.level().faults != gpusvm_live::FaultLevel::Full {
             space.close();
@@ -109,18 +118,20 @@ struct LiveProcess {
     /// First address that no mapping has had.
     next: AtomicU64,
     world: OnceLock<Result<World, Trouble>>,
+    holes: Holes,
     /// Huge pages that were added to the pool.
     pool: OnceLock<Pool>,
 }
 
 impl LiveProcess {
-    fn new() -> Result<Self, Trouble> {
+    fn new(holes: Holes) -> Result<Self, Trouble> {
         let land = Territory::reserve(LAND_BYTES).map_err(|why| refused("mmap", why))?;
         let next = AtomicU64::new(land.span().start().get());
         Ok(Self {
             bus: LiveBus::new(),
             land: Arc::new(land),
             next,
+            holes,
             world: OnceLock::new(),
             pool: OnceLock::new(),
         })
@@ -132,6 +143,7 @@ impl LiveProcess {
             bus: self.bus,
             land: Arc::clone(&self.land),
             next: AtomicU64::new(self.next.load(Ordering::Relaxed)),
+            holes: self.holes,
             world: OnceLock::new(),
             pool: OnceLock::new(),
         }
@@ -141,7 +153,7 @@ impl LiveProcess {
     fn world(&self) -> Result<&World, Trouble> {
         let world = self.world.get_or_init(|| {
             begin_anew();
-            World::open()
+            World::open(self.holes)
         });
         world.as_ref().map_err(Clone::clone)
     }

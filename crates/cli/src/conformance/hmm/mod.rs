@@ -25,7 +25,7 @@ mod two;
 
 use std::io::Write;
 
-use crate::conformance::hmm::bench::{Bench, Trouble};
+use crate::conformance::hmm::bench::{Bench, PageMap, Trouble};
 use crate::conformance::hmm::facts::Facts;
 use crate::conformance::hmm::host::{Need, Variant};
 use crate::conformance::{ConformanceError, HmmArgs, HmmHost, Row, Verdict, show};
@@ -36,6 +36,7 @@ struct Case {
     name: &'static str,
     run: fn(&Bench<'_>) -> Result<(), Trouble>,
     needs: &'static [Need],
+    page_map: PageMap,
 }
 
 impl Case {
@@ -44,11 +45,19 @@ impl Case {
             name,
             run,
             needs: &[],
+            page_map: PageMap::Unseen,
         }
     }
 
     const fn needing(self, needs: &'static [Need]) -> Self {
         Self { needs, ..self }
+    }
+
+    const fn seeing_page_map(self) -> Self {
+        Self {
+            page_map: PageMap::Seen,
+            ..self
+        }
     }
 }
 
@@ -95,6 +104,7 @@ fn verdict(args: &HmmArgs, variant: Variant, case: Case, facts: &Facts) -> Verdi
     let plan = bench::Plan {
         variant,
         effort,
+        page_map: case.page_map,
         run: case.run,
     };
     let coherent = (variant == Variant::Coherent).then_some(Need::CoherentMemory);
