@@ -189,3 +189,58 @@ impl DeviceAllocation for Exclusive {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gpusvm::seam::mm::{AddressSpace, Seen};
+    use gpusvm_abi::bus::SystemBus;
+
+    use crate::sys::fault_copy::LiveBus;
+    use crate::sys::file::FileMapping;
+    use crate::sys::mapping::{AnonMapping, Huge};
+    use crate::toy::Bench;
+
+    fn seen(bench: &Bench, span: HostSpan) -> Vec<Seen> {
+        let mut pages = Vec::new();
+        let looked = bench.space.snapshot(span, Some(PagemapId(1)), &mut pages);
+        looked.expect("the space is open");
+        pages
+    }
+
+    #[test]
+    fn device_has_the_page_until_the_cpu_touches_it() {
+        let Some(bench) = Bench::open(VramMode::Adopt) else {
+            return;
+        };
+        let mut map = AnonMapping::new(2 << 20, Huge::Never).expect("2M can be mapped");
+        map.words_mut().fill(3);
+        let at = HostVa::new(map.address());
+        let page = HostSpan::at(at, PAGE);
+        let mut given = None;
+        let made = bench.space.make_exclusive(at, &mut |bus| given = Some(bus));
+        made.expect("private memory");
+        let bus = given.expect("committed").get();
+        assert_eq!(seen(&bench, page), [Seen::Absent]);
+        let mut word = [0; 8];
+        LiveBus.read(bus, &mut word).expect("the device reaches it");
+        assert_eq!(u64::from_ne_bytes(word), 3);
+        LiveBus
+            .write(bus, &4_u64.to_ne_bytes())
+            .expect("and writes it");
+        assert_eq!(map.words()[0], 4, "the very page came back");
+        assert!(matches!(seen(&bench, page)[..], [Seen::Page(_)]));
+    }
+
+    #[test]
+    fn pages_of_files_cannot_be_exclusive() {
+        let Some(bench) = Bench::open(VramMode::Adopt) else {
+            return;
+        };
+        let own = std::env::current_exe().expect("a program has a file");
+        let map = FileMapping::open(&own).expect("it can be read");
+        let at = HostVa::new(map.address());
+        let made = bench.space.make_exclusive(at, &mut |_bus| ());
+        assert!(matches!(made, Err(Interrupted::Failed(_))), "{made:?}");
+    }
+}
