@@ -161,20 +161,29 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
             if self.interval.read_retry(seq) {
                 return Err(Stale::CpuMappingChanged.into());
             }
-            for ((n, before), now) in (0..).zip(before).zip(now) {
-                if let Seen::Page(page) = now
-                    && self.device.offset_of(page.at).is_some()
-                {
-                    let writable = is_writable(before) && is_writable(&now);
-                    let tag = if writable { Tag::Write } else { Tag::Read };
-                    let at = page.at;
-                    entries.insert(span.start().plus(n * PAGE), Entry { at, tag });
-                }
-            }
+            let pages = (0..).zip(before.iter().zip(now));
+            entries.extend(pages.filter_map(|(n, (before, now))| {
+                let entry = self.entry_for(before, now)?;
+                Some((span.start().plus(n * PAGE), entry))
+            }));
             Ok(())
         });
         // Without entries the command answers that the pages are not there.
         let _may_fail = entered;
+    }
+
+    /// The entry of a page that is `now` on this device, and was as `before` says.
+    fn entry_for(&self, before: &Seen, now: Seen) -> Option<Entry> {
+        let Seen::Page(SeenPage { at, .. }) = now else {
+            return None;
+        };
+        self.device.offset_of(at)?;
+        let tag = if is_writable(before) && is_writable(&now) {
+            Tag::Write
+        } else {
+            Tag::Read
+        };
+        Some(Entry { at, tag })
     }
 
     /// Brings home what of a step is on this device.

@@ -163,7 +163,7 @@ impl CpuFaultSink for Exclusive {
 
 impl DeviceAllocation for Exclusive {
     fn id(&self) -> AllocationId {
-        AllocationId(u64::from(NOBODYS.0) << 32 | self.place / PAGE)
+        AllocationId((u64::from(NOBODYS.0) << 32) | (self.place / PAGE))
     }
 
     fn pagemap(&self) -> PagemapId {

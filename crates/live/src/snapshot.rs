@@ -94,7 +94,11 @@ impl LiveSpace {
                 vram: page.vram(),
             },
             // Before a fork all pages come home, so those that are away are the process's alone.
-            access: access(vma.write),
+            access: if vma.write {
+                Access::Write
+            } else {
+                Access::Read
+            },
             order: if self.is_large(span, first, at) {
                 HUGE
             } else {
@@ -149,9 +153,10 @@ impl Rights {
             look.is_exclusive()
         };
         let zero = look.is_zero();
+        let write = self.write && own && !zero;
         Seen::Page(SeenPage {
             at: Location::System(BusAddr::new(at.get())),
-            access: access(self.write && own && !zero),
+            access: if write { Access::Write } else { Access::Read },
             order: if look.is_huge() { HUGE } else { 0 },
             kind: if zero {
                 PageKind::Zero
@@ -160,8 +165,4 @@ impl Rights {
             },
         })
     }
-}
-
-fn access(write: bool) -> Access {
-    if write { Access::Write } else { Access::Read }
 }

@@ -227,15 +227,12 @@ impl Process for ModelProcess {
         let pages = pages.next_multiple_of(BLOCK);
         let found = self.space.kernel().look(|mm| {
             let vmas = &mm.process(self.space.pid()).vmas;
-            let starts = (0..mm.shape().pages).step_by(BLOCK as usize);
+            let mut starts = (0..mm.shape().pages).step_by(BLOCK as usize);
             let free = |start: &u32| {
                 let span = gpusvm_model::mm::Pages::new(*start, start.saturating_add(pages));
                 span.end <= mm.shape().pages && vmas.overlapping(span).next().is_none()
             };
-            starts
-                .clone()
-                .find(free)
-                .map(|start| mm.shape().address(start))
+            starts.find(free).map(|start| mm.shape().address(start))
         });
         found.ok_or_else(|| refused("mmap", "no room"))
     }
