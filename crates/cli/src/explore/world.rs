@@ -6,7 +6,7 @@
 //! ```
 
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::PAGE;
@@ -17,13 +17,13 @@ use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{Map, Place, What};
-use gpusvm_model::sched::{ModelEnv, Sim, When};
+use gpusvm_model::sched::{ModelEnv, Sim};
 use gpusvm_softgpu::{GpuConfig, Planted};
 use gpusvm_xe::vm::NOTIFIER_BYTES;
 
 use crate::explore::ledger::Ledger;
-use crate::explore::oracle;
-use crate::explore::plan::{Closes, PAGES, Plan, WORDS, address};
+use crate::explore::oracle::Oracle;
+use crate::explore::plan::{Closes, Plan, WORDS, address};
 use crate::explore::{cpu, gpu};
 use crate::world::oracle::nothing_is_left;
 use crate::world::sink::Told;
@@ -38,8 +38,6 @@ pub(super) struct World {
     pub(super) nodes: Vec<Node>,
     pub(super) told: Arc<Told>,
     ledger: Mutex<Ledger>,
-    /// Writes to device memory so far.
-    pub(super) writes: Arc<AtomicU64>,
     /// Actors that are not done.
     pub(super) busy: AtomicU32,
     /// No fault will come any more.
@@ -57,7 +55,7 @@ impl fmt::Debug for World {
 /// Makes the world of a plan.
 pub(super) fn build(plan: &'static Plan, sim: &Sim) {
     let world = Arc::new(World::new(plan));
-    map(&world.space, 0..PAGES);
+    map(&world.space, 0..plan.pages);
     for n in 0..usize::from(plan.cpus) {
         let world = Arc::clone(&world);
         sim.spawn(CPUS[n % CPUS.len()], move || cpu::run(&world, n));
@@ -73,8 +71,10 @@ pub(super) fn build(plan: &'static Plan, sim: &Sim) {
         }
     }
     collect_garbage(sim, &world);
-    let (of_oracle, mut seen) = (Arc::clone(&world), None);
-    sim.oracle(When::EveryStep, move || oracle::look(&of_oracle, &mut seen));
+    let (of_oracle, mut oracle) = (Arc::clone(&world), Oracle::new(&world));
+    // Whatever changes memory of the host or of a device counts in it.
+    let changes = Arc::clone(world.kernel.generation());
+    sim.oracle_counting(changes, move || oracle.look(&of_oracle));
     sim.spawn("conductor", move || conduct(&world));
 }
 
@@ -109,7 +109,7 @@ pub(super) fn map(space: &ModelSpace<ModelEnv>, pages: core::ops::Range<u32>) {
 
 impl World {
     fn new(plan: &'static Plan) -> Self {
-        let kernel = Kernel::new(Arc::new(ModelEnv), Plan::shape());
+        let kernel = Kernel::new(Arc::new(ModelEnv), plan.shape());
         let space = ModelSpace::first(&kernel);
         let told = Arc::new(Told::default());
         let seams = Seams {
@@ -117,7 +117,7 @@ impl World {
             space: Arc::clone(&space),
             sink: Arc::new((Arc::clone(&told), None)),
         };
-        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))));
+        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation());
         let config = config(plan);
         let node = |n: u16| Node::new(&config, n, &seams, &wires);
         Self {
@@ -127,7 +127,6 @@ impl World {
             space,
             told,
             ledger: Mutex::default(),
-            writes: wires.writes,
             busy: AtomicU32::new(u32::from(plan.cpus + plan.gpus)),
             closed: AtomicBool::new(false),
         }
@@ -140,7 +139,7 @@ impl World {
 
     /// Words that were stored to.
     pub(super) fn used(&self) -> Vec<(u32, usize)> {
-        let all = (0..PAGES).flat_map(|page| (0..WORDS).map(move |slot| (page, slot)));
+        let all = (0..self.plan.pages).flat_map(|page| (0..WORDS).map(move |slot| (page, slot)));
         self.ledger(|ledger| {
             all.filter(|(page, slot)| ledger.is_used(*page, *slot))
                 .collect()

@@ -211,7 +211,7 @@ impl ModelHost {
             space: Arc::clone(&space),
             sink: Arc::new((Arc::clone(&told), Some(Arc::clone(&folds)))),
         };
-        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))));
+        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation());
         let config = node_config(setup, lanes);
         let node = |n| Node::new(&config, n, &seams, &wires);
         Self {
@@ -253,7 +253,7 @@ impl ModelHost {
     /// The rules that hold between any two steps; all entries are looked at now and then.
     fn look(&self, seen: &mut u64) -> Result<(), String> {
         oracle::trespasses(&self.kernel)?;
-        let now = self.kernel.generation() + self.wires.writes.load(Ordering::Relaxed);
+        let now = self.wires.changes.load(Ordering::Relaxed);
         if now < *seen + LOOKS_EVERY {
             return Ok(());
         }

@@ -3,6 +3,7 @@
 //! build their worlds of it.
 
 pub(crate) mod oracle;
+mod port;
 pub(crate) mod sink;
 pub(crate) mod vram;
 
@@ -11,7 +12,7 @@ use std::sync::Arc;
 
 use gpusvm::seam::mm::PagemapId;
 use gpusvm::seam::{Platform, Seams};
-use gpusvm_abi::bus::{DevicePort, FaultHandler, Park, VramStore};
+use gpusvm_abi::bus::{DevicePort, Park, VramStore};
 use gpusvm_model::kernel::ModelSpace;
 use gpusvm_model::sched::{ModelEnv, ModelMutex};
 use gpusvm_softgpu::{FaultService, GpuConfig, SoftGpu};
@@ -19,8 +20,9 @@ use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
 
+use crate::world::port::{Inline, Port};
 use crate::world::sink::Sink;
-use crate::world::vram::{ModelVram, Wires};
+use crate::world::vram::{ModelVram, Wires, Written};
 
 /// The model host, the Xe driver and its copy engine, as one platform.
 #[derive(Debug)]
@@ -60,6 +62,8 @@ pub(crate) struct Node {
     pub(crate) gpu: Arc<SoftGpu<ModelMutex>>,
     pub(crate) device: Arc<Device<ModelPlatform>>,
     pub(crate) vm: Arc<Vm<ModelPlatform>>,
+    /// What has been written to the device's memory.
+    pub(crate) written: Arc<Written>,
 }
 
 impl fmt::Debug for Node {
@@ -78,7 +82,8 @@ impl Node {
         seams: &Seams<ModelPlatform>,
         wires: &Wires,
     ) -> Self {
-        let vram = ModelVram::new(config.vram, wires.clone());
+        let written = Arc::<Written>::default();
+        let vram = ModelVram::new(config.vram, Arc::clone(&written), wires.clone());
         let gpu = SoftGpu::new(
             config.gpu,
             Arc::new(vram) as Arc<dyn VramStore>,
@@ -86,7 +91,7 @@ impl Node {
             Arc::new(ModelEnv) as Arc<dyn Park>,
         );
         let gpu = gpu.expect("a world's device has units, a ring and address spaces");
-        let port = Arc::clone(&gpu) as Arc<dyn DevicePort>;
+        let port = Arc::new(Port(Arc::<SoftGpu<ModelMutex>>::clone(&gpu))) as Arc<dyn DevicePort>;
         let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
         let id = PagemapId(u32::from(n) + 1);
         let device = Device::new(seams.clone(), id, port, copy);
@@ -97,12 +102,17 @@ impl Node {
             rights: Rights::ReadWrite,
         };
         vm.mirror(area).expect("a fresh VM has no ranges");
-        let inline = Arc::clone(&device) as Arc<dyn FaultHandler>;
+        let inline = Arc::new(Inline(Arc::<Device<ModelPlatform>>::clone(&device)));
         gpu.set_fault_service(match config.service {
             Service::Inline => FaultService::Inline(inline),
             Service::Queue => FaultService::Queue,
         });
-        Self { gpu, device, vm }
+        Self {
+            gpu,
+            device,
+            vm,
+            written,
+        }
     }
 
     /// Parts device and driver, which refer to each other.

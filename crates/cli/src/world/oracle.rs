@@ -51,7 +51,12 @@ pub(crate) fn trespasses(kernel: &Kernel<ModelEnv>) -> Result<(), String> {
 
 /// A valid entry of a device leads where the process has the page, and gives no right that the
 /// process does not have: invalidations zap before anything changes.
-fn entry_agrees(mm: &Machine, node: &Node, page: u32, found: Translation) -> Result<(), String> {
+pub(crate) fn entry_agrees(
+    mm: &Machine,
+    node: &Node,
+    page: u32,
+    found: Translation,
+) -> Result<(), String> {
     let entry = mm.entry(Pid(0), page);
     let wrong = |why: &str| {
         let device = node.vm.asid();

@@ -43,9 +43,27 @@ impl Page {
     }
 }
 
+/// What has been written to a device's memory: one bit for each page, modulo 64.
+#[derive(Debug, Default)]
+pub(crate) struct Written(AtomicU64);
+
+impl Written {
+    /// The bit of the page at an offset.
+    pub(crate) const fn bit(offset: u64) -> u64 {
+        1 << (offset / PAGE % 64)
+    }
+
+    /// Pages that were written since the last call.
+    pub(crate) fn take(&self) -> u64 {
+        self.0.swap(0, Ordering::Relaxed)
+    }
+}
+
 /// Device memory. Its accesses are whole words; each copied page is a switch point.
 pub(crate) struct ModelVram {
     pages: Mutex<Vec<Page>>,
+    size: u64,
+    written: Arc<Written>,
     wires: Wires,
 }
 
@@ -53,26 +71,28 @@ pub(crate) struct ModelVram {
 #[derive(Clone)]
 pub(crate) struct Wires {
     pub(crate) bus: Arc<dyn SystemBus>,
-    /// Grows with every write by the driver.
-    pub(crate) writes: Arc<AtomicU64>,
+    /// Grows with everything that changes, in the whole world.
+    pub(crate) changes: Arc<AtomicU64>,
     /// Copies of pages up to the one that fails; 0 where none does.
     pub(crate) fails_in: Arc<AtomicU64>,
 }
 
 impl Wires {
-    pub(crate) fn new(bus: Arc<dyn SystemBus>) -> Self {
+    pub(crate) fn new(bus: Arc<dyn SystemBus>, changes: &Arc<AtomicU64>) -> Self {
         Self {
             bus,
-            writes: Arc::default(),
+            changes: Arc::clone(changes),
             fails_in: Arc::default(),
         }
     }
 }
 
 impl ModelVram {
-    pub(crate) fn new(pages: usize, wires: Wires) -> Self {
+    pub(crate) fn new(pages: usize, written: Arc<Written>, wires: Wires) -> Self {
         Self {
             pages: Mutex::new(vec![Page::EMPTY; pages]),
+            size: u64::try_from(pages).unwrap_or(0) * PAGE,
+            written,
             wires,
         }
     }
@@ -94,6 +114,15 @@ impl ModelVram {
     fn with<R>(&self, act: impl FnOnce(&mut Vec<Page>) -> R) -> R {
         act(&mut self.pages.lock().unwrap_or_else(PoisonError::into_inner))
     }
+
+    /// Changes the page at an offset.
+    fn change<R>(&self, offset: u64, act: impl FnOnce(&mut Page) -> R) -> R {
+        self.written
+            .0
+            .fetch_or(Written::bit(offset), Ordering::Relaxed);
+        self.wires.changes.fetch_add(1, Ordering::Relaxed);
+        self.with(|pages| act(&mut pages[place(offset).0]))
+    }
 }
 
 /// The page and the word at an offset.
@@ -109,7 +138,7 @@ fn pages(offset: u64, len: u64) -> impl Iterator<Item = u64> {
 
 impl VramStore for ModelVram {
     fn size(&self) -> u64 {
-        self.with(|pages| u64::try_from(pages.len()).unwrap_or(0)) * PAGE
+        self.size
     }
 
     fn read(&self, offset: u64, dst: &mut [u8]) {
@@ -123,21 +152,19 @@ impl VramStore for ModelVram {
     }
 
     fn write(&self, offset: u64, src: &[u8]) {
-        self.with(|pages| {
-            for (at, bytes) in (offset..).step_by(8).zip(src.chunks(8)) {
-                let (page, word) = place(at);
-                let mut whole = pages[page].word(word).to_ne_bytes();
+        for (at, bytes) in (offset..).step_by(8).zip(src.chunks(8)) {
+            self.change(at, |page| {
+                let word = page.word_mut(place(at).1);
+                let mut whole = word.to_ne_bytes();
                 whole[..bytes.len()].copy_from_slice(bytes);
-                *pages[page].word_mut(word) = u64::from_ne_bytes(whole);
-            }
-        });
-        self.wires.writes.fetch_add(1, Ordering::Relaxed);
+                *word = u64::from_ne_bytes(whole);
+            });
+        }
     }
 
     fn atomic(&self, offset: u64, op: AtomicOp) -> u64 {
-        self.with(|pages| {
-            let (page, word) = place(offset);
-            let word = pages[page].word_mut(word);
+        self.change(offset, |page| {
+            let word = page.word_mut(place(offset).1);
             let old = *word;
             *word = op.apply(old);
             old
@@ -146,7 +173,7 @@ impl VramStore for ModelVram {
 
     fn zero(&self, offset: u64, len: u64) {
         for at in pages(offset, len) {
-            self.with(|pages| pages[place(at).0] = Page::EMPTY);
+            self.change(at, |page| *page = Page::EMPTY);
             ModelEnv.point(Kind::Access);
         }
     }
@@ -160,7 +187,7 @@ impl VramStore for ModelVram {
                 self.wires.bus.read(address, &mut bytes)?;
                 *word = u64::from_ne_bytes(bytes);
             }
-            self.with(|pages| pages[place(at).0] = Page::Data(words));
+            self.change(at, |page| *page = Page::Data(words));
             ModelEnv.point(Kind::Access);
         }
         Ok(())

@@ -15,7 +15,7 @@ use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use lock_api::GuardNoSend;
 
-use crate::sched::lock::LockWord;
+use crate::sched::lock_word::LockWord;
 
 type Yields = Yielder<(), ()>;
 

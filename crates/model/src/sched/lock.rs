@@ -7,15 +7,10 @@
 //! taken has no cycle, whether or not this world would have deadlocked.
 
 use core::fmt;
-use core::panic::Location;
-use core::sync::atomic::{AtomicU32, Ordering};
 use std::borrow::Cow;
 
+use crate::sched::lock_word::{HOST, LockWord, NO_NODE, Site};
 use crate::sched::pick::ACTORS_MAX;
-use crate::sched::stage;
-
-/// A place in the source.
-pub(super) type Site = &'static Location<'static>;
 
 /// Rank of a lock. A lock may be taken only while every lock held has a lower rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,76 +27,6 @@ impl Rank {
     pub const VRAM: Self = Self(40);
     /// Locks under which no other is taken.
     pub const LEAF: Self = Self(50);
-}
-
-/// Value of a free lock word; holders are counted from 1.
-const FREE: u32 = 0;
-/// Holder on a thread's own stack, not an actor.
-pub(super) const HOST: usize = ACTORS_MAX;
-const NO_NODE: u32 = u32::MAX;
-
-/// The word of one lock. Atomic, so that it excludes whoever takes it, on any thread.
-#[derive(Debug)]
-pub(super) struct LockWord {
-    holder: AtomicU32,
-    /// Where the world of the last holder keeps what it knows of the lock: a hint.
-    node: AtomicU32,
-}
-
-impl LockWord {
-    pub(super) const fn new() -> Self {
-        Self {
-            holder: AtomicU32::new(FREE),
-            node: AtomicU32::new(NO_NODE),
-        }
-    }
-
-    /// Takes the lock for the running actor, which waits for it if need be.
-    #[inline]
-    pub(super) fn take(&self, site: Site) {
-        stage::take_lock(self, site);
-    }
-
-    /// Takes the lock if it is free.
-    #[inline]
-    pub(super) fn try_take(&self, site: Site) -> bool {
-        stage::try_lock(self, site)
-    }
-
-    /// Frees the lock.
-    #[inline]
-    pub(super) fn release(&self) {
-        stage::release_lock(self);
-    }
-
-    pub(super) fn is_held(&self) -> bool {
-        self.holder.load(Ordering::Relaxed) != FREE
-    }
-
-    /// Who holds it.
-    pub(super) fn holder(&self) -> Option<usize> {
-        (self.holder.load(Ordering::Relaxed) as usize).checked_sub(1)
-    }
-
-    /// Makes `holder` the holder of a free lock.
-    #[inline]
-    pub(super) fn claim(&self, holder: usize) -> bool {
-        let holder = u32::try_from(holder + 1).unwrap_or(u32::MAX);
-        let claimed =
-            self.holder
-                .compare_exchange(FREE, holder, Ordering::Acquire, Ordering::Relaxed);
-        claimed.is_ok()
-    }
-
-    /// Makes the lock free.
-    #[inline]
-    pub(super) fn clear(&self) {
-        self.holder.store(FREE, Ordering::Release);
-    }
-
-    pub(super) fn address(&self) -> usize {
-        core::ptr::from_ref(self).addr()
-    }
 }
 
 /// What a class of locks is called.
@@ -134,6 +59,8 @@ struct Class {
     inner: u64,
     /// The same, in any world since the scenario changed.
     inner_ever: u64,
+    /// Classes under which this one was taken in this world, and may be.
+    outer: u64,
 }
 
 /// Classes whose order is watched: one bit each.
@@ -158,6 +85,8 @@ struct Named {
 #[derive(Clone, Copy, Debug)]
 struct Held {
     node: u32,
+    /// Bit of its class; none where its order is not watched.
+    bit: u64,
     site: Site,
 }
 
@@ -187,7 +116,7 @@ pub(super) struct LockTable {
 pub(super) type Broken = String;
 
 impl LockTable {
-    pub(super) fn new() -> Self {
+    pub(super) const fn new() -> Self {
         Self {
             classes: Vec::new(),
             nodes: Vec::new(),
@@ -206,7 +135,7 @@ impl LockTable {
         self.edges.clear();
         self.held.iter_mut().for_each(Vec::clear);
         for class in &mut self.classes {
-            class.inner = 0;
+            (class.inner, class.outer) = (0, 0);
         }
         self.seed = seed;
     }
@@ -225,6 +154,7 @@ impl LockTable {
             None => self.new_class(Label::Named(name)),
         };
         self.classes[class].rank = Some(rank);
+        self.classes.iter_mut().for_each(|class| class.outer = 0);
         self.named.push(Named { start, end, class });
         let inside = |node: &&mut Node| (start..end).contains(&node.address);
         for node in self.nodes.iter_mut().filter(inside) {
@@ -238,6 +168,7 @@ impl LockTable {
             rank: None,
             inner: 0,
             inner_ever: 0,
+            outer: 0,
         });
         self.classes.len() - 1
     }
@@ -245,7 +176,7 @@ impl LockTable {
     /// The entry of a lock.
     #[inline]
     fn node(&mut self, word: &LockWord, site: Site) -> u32 {
-        let hint = word.node.load(Ordering::Relaxed);
+        let hint = word.node();
         let known = self.nodes.get(hint as usize);
         if known.is_some_and(|node| node.address == word.address()) {
             return hint;
@@ -266,7 +197,7 @@ impl LockTable {
         };
         let node = u32::try_from(self.nodes.len()).unwrap_or(NO_NODE);
         self.nodes.push(Node { address, class });
-        word.node.store(node, Ordering::Relaxed);
+        word.remember(node);
         node
     }
 
@@ -287,20 +218,24 @@ impl LockTable {
         word: &LockWord,
         site: Site,
     ) -> Result<(), Broken> {
-        let node = self.node(word, site);
         if self.held[actor].is_empty() {
+            return Ok(());
+        }
+        let node = self.node(word, site);
+        let known = self.classes[self.nodes[node as usize].class].outer;
+        if self.held[actor].iter().all(|held| held.bit & known != 0) {
             return Ok(());
         }
         self.check_order(actor, node, site)
     }
 
+    #[cold]
     fn check_order(&mut self, actor: usize, node: u32, site: Site) -> Result<(), Broken> {
         let inner = self.nodes[node as usize].class;
         for at in 0..self.held[actor].len() {
             let held = self.held[actor][at];
-            let outer = self.nodes[held.node as usize].class;
             let edge = Edge {
-                outer,
+                outer: self.nodes[held.node as usize].class,
                 outer_site: held.site,
                 inner,
                 inner_site: site,
@@ -309,6 +244,7 @@ impl LockTable {
             // Both, so that the order is known also where the rank is wrong.
             let (rank, order) = (self.check_rank(&edge), self.check_edge(&edge));
             rank.and(order)?;
+            self.classes[inner].outer |= held.bit;
         }
         Ok(())
     }
@@ -346,12 +282,25 @@ impl LockTable {
             self.classes[outer].inner_ever |= bit;
             self.edges_ever.push(*edge);
         }
-        if let Some(path) = self.path(inner, outer) {
+        if self.leads(inner, outer)
+            && let Some(path) = self.path(inner, outer)
+        {
             return Err(self.describe_cycle(edge, &path));
         }
         self.classes[outer].inner |= bit;
         self.edges.push(*edge);
         Ok(())
+    }
+
+    /// Whether orders of this world lead from one class to another.
+    fn leads(&self, from: usize, to: usize) -> bool {
+        let (mut reached, mut new) = (0_u64, 1_u64 << from);
+        while new != 0 {
+            let class = new.trailing_zeros() as usize;
+            reached |= 1 << class;
+            new = (new | self.classes[class].inner) & !reached;
+        }
+        reached >> to & 1 == 1
     }
 
     /// Orders of this world that lead from one class to another, if there are any.
@@ -398,7 +347,9 @@ impl LockTable {
     #[inline]
     pub(super) fn took(&mut self, actor: usize, word: &LockWord, site: Site) {
         let node = self.node(word, site);
-        self.held[actor].push(Held { node, site });
+        let class = self.nodes[node as usize].class;
+        let bit = if class < CLASSES_MAX { 1 << class } else { 0 };
+        self.held[actor].push(Held { node, bit, site });
     }
 
     /// Takes note that a lock is about to be free.
@@ -407,10 +358,13 @@ impl LockTable {
         let Some(holder) = word.holder().filter(|holder| *holder <= HOST) else {
             return;
         };
-        let node = word.node.load(Ordering::Relaxed);
+        let node = word.node();
         let held = &mut self.held[holder];
-        if let Some(at) = held.iter().rposition(|held| held.node == node) {
-            held.remove(at);
+        match held.last() {
+            Some(last) if last.node == node => {
+                held.pop();
+            }
+            Some(_) | None => held.retain(|held| held.node != node),
         }
     }
 

@@ -3,10 +3,11 @@
 use core::fmt;
 use core::marker::PhantomData;
 use core::panic::AssertUnwindSafe;
+use core::sync::atomic::AtomicU64;
 use std::borrow::Cow;
 use std::panic::catch_unwind;
 use std::rc::Rc;
-use std::sync::Once;
+use std::sync::{Arc, Once};
 
 use corosensei::stack::DefaultStack;
 use gpusvm::seam::env::{Ns, Point, Work};
@@ -14,14 +15,16 @@ use gpusvm::seam::env::{Ns, Point, Work};
 use crate::sched::env::ModelEnv;
 use crate::sched::fail::{Failure, FailureKind};
 use crate::sched::fiber::{Fiber, Life as FiberLife};
-use crate::sched::lock::{HOST, Order, Rank};
+use crate::sched::lock::{Order, Rank};
+use crate::sched::lock_word::HOST;
 use crate::sched::options::{KeepTape, Options};
+use crate::sched::oracle::{Moments, Oracle, When};
 use crate::sched::pick::Picker;
 use crate::sched::rng::mix;
 use crate::sched::stage;
 use crate::sched::tape::Tape;
 use crate::sched::trace::{Entry, timeline};
-use crate::sched::world::{Duty, Moments, Oracle, State, When, try_with, with};
+use crate::sched::world::{Duty, State, try_with, with};
 
 /// The world being made or running on this thread: makes actors and oracles.
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +89,16 @@ impl Sim {
     pub fn hook(&self, hook: impl Fn(Point) + 'static) {
         let former = with(|world| world.hook.replace(Rc::new(hook)));
         drop(former);
+    }
+
+    /// Adds an oracle that looks after each step that has moved `counter`.
+    pub fn oracle_counting(
+        &self,
+        counter: Arc<AtomicU64>,
+        look: impl FnMut() -> Result<(), String> + 'static,
+    ) {
+        with(|world| world.count(counter));
+        self.oracle(When::Counted, look);
     }
 
     /// Names all locks and words that lie in `owner`, and gives the locks a rank. Where owners
@@ -157,7 +170,7 @@ impl fmt::Display for Trouble {
 /// # Panics
 /// When this thread runs a world already, and when `build` panics.
 pub fn run(options: &Options, picker: &mut Picker, build: impl FnOnce(&Sim)) -> Outcome {
-    let taken = std::mem::replace(picker, Picker::playback(&[]));
+    let taken = std::mem::replace(picker, Picker::NONE);
     with(|world| {
         assert_eq!(world.state, State::Idle, "a thread has one world at a time");
         world.start(options, taken);

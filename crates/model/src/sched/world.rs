@@ -13,17 +13,23 @@
 //!
 //! Borrows of the world are short and never last while foreign code runs.
 
+use core::mem::ManuallyDrop;
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use corosensei::stack::DefaultStack;
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::{Ns, Point, Work};
 
 use crate::sched::fail::{Failure, FailureKind};
 use crate::sched::fiber::Fiber;
-use crate::sched::lock::{HOST, LockTable, Site};
-use crate::sched::options::{Kind, Options, Texts};
+use crate::sched::lock::LockTable;
+use crate::sched::lock_word::{HOST, Site};
+use crate::sched::options::{Kind, Options, Points, Texts};
+use crate::sched::oracle::{Moments, Oracle, When};
 use crate::sched::pick::{ACTORS_MAX, Candidates, Picker, What};
 use crate::sched::rng::{Stream, hash_text, mix};
 use crate::sched::trace::{Entry, Ring};
@@ -85,52 +91,8 @@ pub(super) enum Due {
     Death,
 }
 
-/// Looks at the world and says what is wrong.
-pub(super) type Look = Box<dyn FnMut() -> Result<(), String>>;
-
-/// When oracles look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum When {
-    /// After every step at which no actor is inside a busy operation.
-    Quiescent,
-    /// After such steps, if [`touch`](crate::sched::ModelEnv::touch) was called since the oracle
-    /// last looked: cheaper, where it is known what can break a rule.
-    Changed,
-    /// After every step.
-    EveryStep,
-    /// When all actors are done.
-    AtEnd,
-}
-
-/// A set of [`When`]s.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Moments(u8);
-
-impl Moments {
-    pub(super) const NONE: Self = Self(0);
-    pub(super) const AT_END: Self = Self::of(When::AtEnd);
-
-    const fn of(when: When) -> Self {
-        Self(match when {
-            When::Quiescent => 1,
-            When::Changed => 2,
-            When::EveryStep => 4,
-            When::AtEnd => 8,
-        })
-    }
-
-    pub(super) const fn has(self, when: When) -> bool {
-        self.0 & Self::of(when).0 != 0
-    }
-}
-
 /// Acts at the points that the framework names.
 pub(super) type Hook = Rc<dyn Fn(Point)>;
-
-pub(super) struct Oracle {
-    pub(super) when: When,
-    pub(super) look: Look,
-}
 
 /// Steps that an actor runs on end while others could run; then it gives way.
 const STREAK_MAX: u32 = 500;
@@ -139,6 +101,8 @@ pub(super) const NEVER: u64 = u64::MAX;
 pub(super) struct World {
     pub(super) state: State,
     pub(super) options: Options,
+    /// The bug that its name means, if it is one that the framework knows.
+    pub(super) mutant: Option<Mutant>,
     pub(super) actors: Vec<Actor>,
     pub(super) newborn: Vec<Fiber>,
     pub(super) stacks: Vec<DefaultStack>,
@@ -168,6 +132,8 @@ pub(super) struct World {
     pub(super) hook: Option<Hook>,
     /// When some oracle looks.
     watched: Moments,
+    /// What oracles count, and what it was when they last looked.
+    counters: Vec<(Arc<AtomicU64>, u64)>,
     /// Something has changed since oracles looked at changes.
     touched: bool,
     pub(super) looking: bool,
@@ -181,27 +147,39 @@ pub(super) struct World {
 }
 
 thread_local! {
-    static STAGE: RefCell<World> = RefCell::new(World::new());
+    /// Without a destructor: then it takes no more than an address to reach it. [`Leaving`] empties it.
+    static STAGE: ManuallyDrop<RefCell<World>> =
+        const { ManuallyDrop::new(RefCell::new(World::new())) };
+    static LEAVING: Leaving = const { Leaving };
+}
+
+/// Gives the memory of a thread's world back when the thread ends.
+struct Leaving;
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        let last = try_with(|world| std::mem::replace(world, World::new()));
+        drop(last);
+    }
 }
 
 /// Runs `act` on the world of this thread. It must not call foreign code.
 #[inline]
 pub(super) fn with<R>(act: impl FnOnce(&mut World) -> R) -> R {
-    STAGE.with_borrow_mut(act)
+    STAGE.with(|stage| act(&mut stage.borrow_mut()))
 }
 
-/// As [`with`], where the world may be in use or gone: in a panic hook.
+/// As [`with`], where the world may be in use: in a panic hook.
 pub(super) fn try_with<R>(act: impl FnOnce(&mut World) -> R) -> Option<R> {
-    STAGE
-        .try_with(|stage| stage.try_borrow_mut().ok().map(|mut world| act(&mut world)))
-        .ok()?
+    STAGE.with(|stage| stage.try_borrow_mut().ok().map(|mut world| act(&mut world)))
 }
 
 impl World {
-    fn new() -> Self {
+    const fn new() -> Self {
         Self {
             state: State::Idle,
-            options: Options::default(),
+            options: Options::USUAL,
+            mutant: None,
             actors: Vec::new(),
             newborn: Vec::new(),
             stacks: Vec::new(),
@@ -217,19 +195,20 @@ impl World {
             streak: 0,
             phase: Phase::Safety,
             calm_since: 0,
-            picker: Picker::uniform(0),
+            picker: Picker::NONE,
             tape: Vec::new(),
             hash: 0,
             locks: LockTable::new(),
-            ring: Ring::default(),
+            ring: Ring::new(),
             oracles: Vec::new(),
             hook: None,
             watched: Moments::NONE,
+            counters: Vec::new(),
             touched: false,
             looking: false,
             busy: 0,
             deferred: Vec::new(),
-            random: Stream::named(0, ""),
+            random: Stream::ZERO,
             chaos_sites: Vec::new(),
             failure: None,
             dying_waits: 0,
@@ -239,15 +218,25 @@ impl World {
 
     /// Makes the thread's world a new one.
     pub(super) fn start(&mut self, options: &Options, picker: Picker) {
+        LEAVING.with(|_ends_with_the_thread| ());
         if self.options.scenario != options.scenario {
             self.locks.forget();
         }
         self.options.clone_from(options);
+        if Stream::named(options.seed, "points").one_in(options.all_points_one_in) {
+            self.options.points = Points::ALL;
+        }
+        let name = options.mutant.as_deref();
+        self.mutant = name.and_then(|name| {
+            let mut all = Mutant::ALL.iter().copied();
+            all.find(|mutant| mutant.name() == name)
+        });
         self.locks.start(options.seed);
         self.ring.start(options.events);
         self.actors.clear();
         self.tape.clear();
         self.deferred.clear();
+        self.counters.clear();
         self.chaos_sites.clear();
         (self.ready, self.unfinished, self.steps, self.switches) = (0, 0, 0, 0);
         (self.now, self.earliest, self.streak, self.dying_waits) = (0, NEVER, 0, 0);
@@ -267,7 +256,7 @@ impl World {
     pub(super) fn stop(&mut self) -> Picker {
         self.state = State::Idle;
         self.current = HOST;
-        std::mem::replace(&mut self.picker, Picker::uniform(0))
+        std::mem::replace(&mut self.picker, Picker::NONE)
     }
 
     /// Enters a new actor, which can run at once.
@@ -290,8 +279,13 @@ impl World {
     }
 
     pub(super) fn watch(&mut self, oracle: Oracle) {
-        self.watched.0 |= Moments::of(oracle.when).0;
+        self.watched = self.watched.and(oracle.when);
         self.oracles.push(oracle);
+    }
+
+    /// Oracles that look at what is counted look when this number moves.
+    pub(super) fn count(&mut self, counter: Arc<AtomicU64>) {
+        self.counters.push((counter, u64::MAX));
     }
 
     pub(super) const fn now(&self) -> Ns {
@@ -314,7 +308,7 @@ impl World {
     /// An actor arrives at a point.
     #[inline]
     pub(super) fn arrive(&mut self, kind: Kind) -> Due {
-        if !self.is_live() || !self.options.points.has(kind) {
+        if !self.options.points.has(kind) || !self.is_live() {
             return Due::Nothing;
         }
         self.step();
@@ -330,15 +324,28 @@ impl World {
     /// Which oracles are to look after a step.
     #[inline]
     pub(super) fn moments(&mut self) -> Moments {
-        let mut now = Moments::of(When::EveryStep).0;
+        let mut now = Moments::NONE.and(When::EveryStep);
         if self.busy == 0 {
-            now |= Moments::of(When::Quiescent).0;
+            now = now.and(When::Quiescent);
             if self.touched {
-                now |= Moments::of(When::Changed).0;
+                now = now.and(When::Changed);
                 self.touched = false;
             }
         }
-        Moments(now & self.watched.0)
+        if self.have_counters_moved() {
+            now = now.and(When::Counted);
+        }
+        now.among(self.watched)
+    }
+
+    #[inline]
+    fn have_counters_moved(&mut self) -> bool {
+        self.counters
+            .iter_mut()
+            .fold(false, |any, (counter, seen)| {
+                let now = counter.load(Ordering::Relaxed);
+                core::mem::replace(seen, now) != now || any
+            })
     }
 
     pub(super) const fn touch(&mut self) {
