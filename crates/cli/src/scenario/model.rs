@@ -45,8 +45,8 @@ const LAND: u64 = 32 << 20;
 const BASE: HostVa = HostVa::new(1 << 40);
 /// Steps for which whoever comes to a point gives way there.
 const GIVES_WAY: u32 = 4000;
-/// Steps between two looks at all entries.
-const LOOKS_EVERY: u64 = 512;
+/// Changes, a word or an entry each, between two looks at all entries.
+const LOOKS_EVERY: u64 = 1 << 14;
 
 /// Runs a scenario in as many orders of events as it says.
 pub(super) fn run(scenario: &Scenario, mutant: Option<Mutant>) -> Verdict {
