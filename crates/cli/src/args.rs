@@ -44,8 +44,8 @@ pub enum Command {
     Explore(ExploreArgs),
     /// Check that a host does what Linux and its drivers do. The last line counts.
     #[command(
-        after_help = "Examples:\n  gpusvm conformance scenarios --host model\n  \
-        gpusvm conformance scenarios --host live --json"
+        after_help = "Examples:\n  gpusvm conformance scenarios --host live\n  \
+        gpusvm conformance hmm --host model --json"
     )]
     Conformance(ConformanceArgs),
     /// Show what this machine and kernel allow, and what follows for you.

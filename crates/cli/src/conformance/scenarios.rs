@@ -32,13 +32,16 @@ fn wanted(args: &ScenariosArgs) -> Result<Vec<Scenario>, ConformanceError> {
         None => library::all()?,
         Some(path) => {
             let text = std::fs::read_to_string(path);
-            let text = text.map_err(|why| ConformanceError::File(path.clone(), why))?;
+            let text =
+                text.map_err(|why| ConformanceError::Input(format!("{}: {why}", path.display())))?;
             parse(&path.display().to_string(), &text)?
         }
     };
     let there = |number: &&u32| !all.iter().any(|scenario| scenario.number() == **number);
     if let Some(missing) = numbers.iter().find(there) {
-        return Err(ConformanceError::NoScenario(*missing));
+        return Err(ConformanceError::Usage(format!(
+            "there is no scenario {missing}; tests/scenarios/absent.txt says what it waits for"
+        )));
     }
     if !numbers.is_empty() {
         all.retain(|scenario| numbers.contains(&scenario.number()));

@@ -10,7 +10,7 @@
 //! | `world` | a process, devices, actors, put together |
 //! | `cpu`, `gpu`, `op` | what the actors do |
 //! | `ledger` | which values may be read |
-//! | `oracle` | what has changed between two steps, and whether the rules of `crate::world` hold there |
+//! | `oracle` | when the rules of `crate::world` are looked at |
 //! | `exam` | known bugs, each of which must be found |
 
 mod cpu;

@@ -1,4 +1,4 @@
-//! Looks at a world between any two steps.
+//! When the rules that hold between any two steps are looked at.
 //!
 //! An oracle looks at what has changed since it looked last. Debug builds also look at everything,
 //! and say when that finds more.

@@ -117,8 +117,7 @@ impl World {
             space: Arc::clone(&space),
             sink: Arc::new((Arc::clone(&told), None)),
         };
-        let bus = Arc::new(Bus::new(Arc::clone(&kernel)));
-        let wires = Wires::new(bus, kernel.generation());
+        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation());
         let config = config(plan);
         let node = |n: u16| Node::new(&config, n, &seams, &wires);
         Self {

@@ -156,6 +156,7 @@ fn shape(bytes: u64) -> Shape {
         pmd_order: 9,
         words: 512,
         thp: Thp::Madvise,
+        ..Shape::default()
     }
 }
 

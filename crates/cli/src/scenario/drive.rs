@@ -88,10 +88,15 @@ impl<H: Host> Play<H> {
         object: Object,
     ) -> Result<(), &'static str> {
         let vram = node.device.pagemap().vram();
+        let from = End::Bottom;
+        let purpose = match object {
+            Object::Evictable => Purpose::Pages,
+            Object::Pinned => Purpose::Pinned,
+        };
         let request = BoRequest {
             bytes,
-            from: End::Bottom,
-            purpose: Purpose::Tables,
+            from,
+            purpose,
         };
         let bo = vram.allocate(request).map_err(errno_of)?;
         let plain = Arc::new(Plain(Mutex::new(Some(Arc::clone(&bo)))));

@@ -22,7 +22,7 @@ use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::memory::FrameId;
 use gpusvm_model::mm::remap::Target;
-use gpusvm_model::mm::{Shape, Thp};
+use gpusvm_model::mm::{DeviceFolios, Shape, Thp};
 use gpusvm_model::sched::{Kind, Life, ModelEnv, Options, Outcome, Picker, Sim, Texts, When};
 use gpusvm_softgpu::{Dispatch, GpuConfig, Planted, Stop, Tile};
 use gpusvm_xe::stats::DeviceStats;
@@ -46,8 +46,8 @@ const LAND: u64 = 32 << 20;
 const BASE: HostVa = HostVa::new(1 << 40);
 /// Steps for which whoever comes to a point gives way there.
 const GIVES_WAY: u32 = 4000;
-/// Steps between two looks at all entries.
-const LOOKS_EVERY: u64 = 512;
+/// Changes, a word or an entry each, between two looks at all entries.
+const LOOKS_EVERY: u64 = 1 << 14;
 
 /// Runs a scenario in as many orders of events as it says.
 pub(super) fn run(scenario: &Scenario, mutant: Option<Mutant>) -> Verdict {
@@ -213,8 +213,7 @@ impl ModelHost {
             space: Arc::clone(&space),
             sink: Arc::new((Arc::clone(&told), Some(Arc::clone(&folds)))),
         };
-        let bus = Arc::new(Bus::new(Arc::clone(&kernel)));
-        let wires = Wires::new(bus, kernel.generation());
+        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation());
         let config = node_config(setup, lanes);
         let node = |n| Node::new(&config, n, &seams, &wires);
         Self {
@@ -256,7 +255,7 @@ impl ModelHost {
     /// The rules that hold between any two steps; all entries are looked at now and then.
     fn look(&self, seen: &mut u64) -> Result<(), String> {
         oracle::trespasses(&self.kernel)?;
-        let now = self.kernel.generation().load(Ordering::Relaxed);
+        let now = self.wires.changes.load(Ordering::Relaxed);
         if now < *seen + LOOKS_EVERY {
             return Ok(());
         }
@@ -298,6 +297,8 @@ fn shape(setup: &Setup) -> Shape {
         pmd_order: 9,
         words: u32::try_from(WORDS).unwrap_or(2),
         thp: Thp::Madvise,
+        device_folios: DeviceFolios::Small,
+        coherent: 0,
     }
 }
 

@@ -4,7 +4,7 @@ use gpusvm::addr::PAGE;
 use gpusvm_model::kernel::{Kernel, bus};
 use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::flags::Bits;
-use gpusvm_model::mm::memory::{FrameId, Owner};
+use gpusvm_model::mm::memory::FrameId;
 use gpusvm_model::mm::{Machine, Pid};
 use gpusvm_model::sched::ModelEnv;
 use gpusvm_softgpu::Translation;
@@ -51,9 +51,6 @@ pub(crate) fn trespasses(kernel: &Kernel<ModelEnv>) -> Result<(), String> {
 
 /// A valid entry of a device leads where the process has the page, and gives no right that the
 /// process does not have: invalidations zap before anything changes.
-///
-/// # Errors
-/// Which of the two is broken.
 pub(crate) fn entry_agrees(
     mm: &Machine,
     node: &Node,
@@ -107,10 +104,8 @@ pub(crate) fn entry_agrees(
 
 /// Where in device memory a page is.
 fn vram_of(mm: &Machine, frame: FrameId) -> Option<u64> {
-    match mm.memory().folio(frame).owner {
-        Owner::Device(place, n) => Some(mm.device(place).vram + u64::from(n) * PAGE),
-        Owner::Free | Owner::Anon | Owner::Ksm | Owner::File(..) | Owner::Poisoned => None,
-    }
+    let page = mm.memory().device_page(frame)?;
+    Some(mm.device(page.place).vram + u64::from(page.page) * PAGE)
 }
 
 /// When all VMs are closed and everything was evicted.

@@ -82,7 +82,7 @@ impl Written {
 pub(crate) struct Wires {
     pub(crate) bus: Arc<dyn SystemBus>,
     /// Grows with everything that changes, in the whole world.
-    changes: Arc<AtomicU64>,
+    pub(crate) changes: Arc<AtomicU64>,
     /// Copies of pages up to the one that fails; 0 where none does.
     pub(crate) fails_in: Arc<AtomicU64>,
 }

@@ -2,6 +2,7 @@
 
 use gpusvm::addr::{HostSpan, PAGE};
 use gpusvm::seam::mm::Access;
+use gpusvm::seam::mm::AddressSpace;
 use gpusvm_model::mm::around::Around;
 use gpusvm_model::mm::errno::{Errno, Signal};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
@@ -64,10 +65,8 @@ impl ModelHost {
             }
             Deed::Exclusive => {
                 for at in pages {
-                    match self.space.make_device_exclusive(at) {
-                        Ok(true) => {}
-                        Ok(false) | Err(_) => return Err(Refusal::With("EBUSY".to_owned())),
-                    }
+                    let made = self.space.make_exclusive(at, &mut |_page| {});
+                    made.map_err(|_why| Refusal::With("EBUSY".to_owned()))?;
                 }
             }
             Deed::Poison => pages.for_each(|at| self.space.poison(at)),
