@@ -1,6 +1,6 @@
 //! `gpusvm conformance`: whether a host does what Linux and its drivers do.
 //!
-//! Each suite makes [`Row`]s; here they become a table that ends with `N passed, N failed, N skipped`,
+//! Each suite makes rows; here they become a table that ends with `N passed, N failed, N skipped`,
 //! or one JSON object.
 
 mod hmm;

@@ -4,7 +4,7 @@
 //! prepared runs on a device through a [`Job`] and then verifies itself, without the device. `size`
 //! is the total of the data; workloads whose every access may fault bound their work, and say so.
 //!
-//! The same workload runs on both hosts: its data is in [`Array`]s, which are ordinary memory of this process
+//! The same workload runs on both hosts: its data is in arrays, which are ordinary memory of this process
 //! or memory of a world's process.
 
 mod atomics;
