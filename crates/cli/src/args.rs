@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::conformance::Suite;
 use crate::machine::{MachineConfig, ServiceMode};
 use crate::size;
 use crate::torture::op::Op;
@@ -40,6 +41,9 @@ pub enum Command {
         gpusvm explore --scenario all\n  gpusvm explore --mutant all     does it find known bugs?\n  \
         gpusvm explore --tape FILE      what failed, again")]
     Explore(ExploreArgs),
+    /// Compare the hosts with Linux.
+    #[command(subcommand)]
+    Conformance(Suite),
     /// Show what this machine and kernel allow, and what follows for you.
     Info(InfoArgs),
     /// Measure against yardsticks taken in the same run, as ratios.

@@ -1,6 +1,6 @@
 //! `madvise` and `process_madvise`: one table says what an advice is, one function per kind does it.
 
-use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::addr::HostVa;
 use gpusvm::seam::mm::{Access, InvalidateReason};
 
 use crate::mm::around::{Around, MmapLock};
@@ -125,13 +125,16 @@ pub fn madvise<A: Around>(
 pub fn process_madvise<A: Around>(
     around: &A,
     pid: Pid,
-    spans: &[HostSpan],
+    spans: &[(HostVa, u64)],
     advice: i32,
 ) -> Result<u64, Errno> {
+    if spans.iter().any(|(_, len)| i64::try_from(*len).is_err()) {
+        return Err(Errno::Invalid);
+    }
     let mut done = 0;
-    for span in spans {
-        match madvise(around, pid, span.start(), span.bytes(), advice) {
-            Ok(()) => done += span.bytes(),
+    for (at, len) in spans {
+        match madvise(around, pid, *at, *len, advice) {
+            Ok(()) => done += len,
             Err(error) if done == 0 => return Err(error),
             Err(_) => break,
         }

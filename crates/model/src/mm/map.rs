@@ -224,7 +224,7 @@ impl Machine {
     }
 
     fn near(&self, pid: Pid, at: HostVa, len: u32, what: What) -> Option<Pages> {
-        let hint = self.shape.page(at.plus(PAGE - 1).align_down(PAGE));
+        let hint = self.shape.page(at.align_down(PAGE));
         let wanted = hint.map(|start| Pages::new(start, start.saturating_add(len)));
         let fits = |pages: &Pages| pages.end <= self.shape.pages && !self.is_mapped(pid, *pages);
         if let Some(pages) = wanted.filter(fits) {

@@ -71,7 +71,7 @@ use gpusvm::mutant::Mutant;
 use crate::mm::entry::{Block, Entry};
 use crate::mm::errno::Errno;
 use crate::mm::file::File;
-use crate::mm::memory::Memory;
+use crate::mm::memory::{FrameId, Memory};
 use crate::mm::migrate::Device;
 use crate::mm::rmap::Rmaps;
 use crate::mm::swap::Swap;
@@ -304,6 +304,11 @@ impl Machine {
         }
     }
 
+    /// Re-introduces a known bug, or none.
+    pub fn plant(&mut self, bug: Option<Mutant>) {
+        self.mutant = bug;
+    }
+
     /// Its sizes.
     #[must_use]
     pub const fn shape(&self) -> &Shape {
@@ -323,6 +328,14 @@ impl Machine {
     /// All processes, alive or not.
     pub fn pids(&self) -> impl Iterator<Item = Pid> + use<> {
         (0..self.shape.processes).map(Pid)
+    }
+
+    /// What a store does once [`access`](Self::access) has found its page: word `at` of the page
+    /// becomes `value`. Words that the pages of this machine do not have are dropped.
+    pub fn write_word(&mut self, frame: FrameId, at: usize, value: u64) {
+        if let Some(word) = self.memory.content_mut(frame).get_mut(at) {
+            *word = value;
+        }
     }
 
     /// Frames of host memory and device pages.

@@ -55,7 +55,11 @@ impl Machine {
                     | (u64::from(self.is_sole(frame)) * PM_MMAP_EXCLUSIVE)
                     | self.file_bit(frame, PM_FILE)
             }
-            Entry::Zero(_) => PM_PRESENT,
+            // The large page of zeros has an owner that counts as a file.
+            Entry::Zero(_) => match self.block(pid, page) {
+                Block::Zero(_) => PM_PRESENT | PM_FILE,
+                Block::Table | Block::Huge(..) => PM_PRESENT,
+            },
             Entry::Guard => PM_SWAP | PM_GUARD_REGION,
             Entry::Migration(frame, _) => PM_SWAP | self.file_bit(frame, PM_FILE),
             Entry::Swap(..)

@@ -12,9 +12,10 @@ use crate::mm::entry::{Entry, SlotId};
 use crate::mm::errno::Signal;
 use crate::mm::fault::{Faulted, Hit, fault};
 use crate::mm::flags::{Bits, VmFlags};
-use crate::mm::map::split_block;
+use crate::mm::map::{split_block, zap_pages};
 use crate::mm::memory::{FolioFlags, FrameId, Owner};
 use crate::mm::rmap::{Level, Mapping};
+use crate::mm::table::Zap;
 use crate::mm::thp::Split;
 use crate::mm::{Machine, Pages, Pid};
 
@@ -27,10 +28,19 @@ enum Leaves {
     Nothing,
 }
 
-/// Swaps the anonymous pages of a span out, as far as they go (`MADV_PAGEOUT`).
+/// Swaps the anonymous pages of a span out, as far as they go (`MADV_PAGEOUT`). Pages that are
+/// mapped more than once are left alone. Those of files lose their entries and stay in memory.
 pub fn page_out<A: Around>(around: &A, pid: Pid, pages: Pages) {
     for page in pages.iter() {
-        if let Entry::Present(frame, _) = around.with(|mm| mm.entry(pid, page)) {
+        let Entry::Present(frame, _) = around.with(|mm| mm.entry(pid, page)) else {
+            continue;
+        };
+        if !around.with(|mm| mm.is_sole(frame)) {
+            continue;
+        }
+        if around.with(|mm| matches!(mm.memory.folio(frame).owner, Owner::File(..))) {
+            zap_pages(around, pid, Pages::one(page), Zap::KeepMarkers, InvalidateReason::Clear);
+        } else {
             reclaim(around, frame);
         }
     }

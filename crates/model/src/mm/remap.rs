@@ -53,9 +53,14 @@ pub struct Remap {
     pub target: Target,
 }
 
+/// Bytes that a process can have: `TASK_SIZE`.
+const TASK_SIZE: u64 = (1 << 47) - PAGE;
+
 /// A checked request.
 struct Plan {
     old: Pages,
+    /// More than a process can have.
+    absurd: bool,
     new_len: u32,
     fixed: Option<Pages>,
     target: Target,
@@ -100,6 +105,7 @@ fn move_all<A: Around>(around: &A, pid: Pid, plan: &Plan, to: u32) -> Result<(),
         let start = to + (part.start - plan.old.start);
         let one = Plan {
             old: part,
+            absurd: false,
             new_len: part.len(),
             fixed: Some(Pages::new(start, start + part.len())),
             target: plan.target,
@@ -116,6 +122,9 @@ fn remap_locked<A: Around>(around: &A, pid: Pid, plan: &Plan) -> Result<(Pages, 
     let old = plan.old;
     let stays = Pages::new(old.start, old.start + plan.new_len);
     if plan.fixed.is_none() && !plan.target.leaves() {
+        if plan.absurd {
+            return Err(Errno::Invalid);
+        }
         if plan.new_len < old.len() {
             unmap_locked(around, pid, Pages::new(stays.end, old.end));
         }
@@ -134,6 +143,9 @@ fn move_mapping<A: Around>(around: &A, pid: Pid, plan: &Plan) -> Result<(Pages, 
     let mut old = plan.old;
     if let Some(target) = plan.fixed {
         unmap_locked(around, pid, target);
+        if plan.absurd {
+            return Err(Errno::Invalid);
+        }
         if old.len() > plan.new_len {
             let kept = Pages::new(old.start, old.start + plan.new_len);
             unmap_locked(around, pid, Pages::new(kept.end, old.end));
@@ -149,7 +161,7 @@ fn move_mapping<A: Around>(around: &A, pid: Pid, plan: &Plan) -> Result<(Pages, 
     move_pages(around, pid, old, new.start);
     if plan.target.leaves() {
         around.with(|mm| mm.leave_behind(pid, old));
-    } else {
+    } else if !old.is_empty() {
         unmap_locked(around, pid, old);
     }
     Ok((new, Pages::new(new.start + old.len(), new.end)))
@@ -178,34 +190,42 @@ fn move_pages<A: Around>(around: &A, pid: Pid, old: Pages, to: u32) {
 impl Machine {
     /// Checks that need no look at mappings.
     fn plan_remap(&self, remap: &Remap) -> Result<Plan, Errno> {
-        let old = self.argument(remap.at, remap.old_len)?;
-        let new_len = remap
-            .new_len
-            .checked_next_multiple_of(PAGE)
-            .ok_or(Errno::Invalid)?;
-        let new_len = u32::try_from(new_len / PAGE).map_err(|_large| Errno::Invalid)?;
-        if new_len == 0 || new_len > self.shape.pages {
+        if !remap.at.is_aligned(PAGE) {
             return Err(Errno::Invalid);
         }
+        // Lengths wrap around zero unnoticed.
+        let rounded = |len: u64| len.wrapping_add(PAGE - 1) & !(PAGE - 1);
+        let (old_len, new_len) = (rounded(remap.old_len), rounded(remap.new_len));
+        let absurd = old_len > TASK_SIZE;
+        let old = self.argument(remap.at, if absurd { TASK_SIZE } else { old_len })?;
+        if new_len == 0 || new_len > TASK_SIZE {
+            return Err(Errno::Invalid);
+        }
+        let new_len = u32::try_from(new_len / PAGE).unwrap_or(u32::MAX);
         if remap.target.leaves() && new_len != old.len() {
             return Err(Errno::Invalid);
         }
         let fixed = match remap.target.fixed() {
-            Some(at) => Some(self.fixed_target(at, new_len, old)?),
+            Some(at) => Some(self.fixed_target(at, new_len, (remap.at, old_len))?),
             None => None,
         };
         Ok(Plan {
             old,
+            absurd,
             new_len,
             fixed,
             target: remap.target,
         })
     }
 
-    fn fixed_target(&self, at: HostVa, len: u32, old: Pages) -> Result<Pages, Errno> {
+    fn fixed_target(&self, at: HostVa, len: u32, old: (HostVa, u64)) -> Result<Pages, Errno> {
         let start = self.shape.page(at).ok_or(Errno::Invalid)?;
-        let pages = Pages::new(start, start + len);
-        if !at.is_aligned(PAGE) || pages.end > self.shape.pages || pages.overlaps(old) {
+        let pages = Pages::new(start, start.saturating_add(len));
+        let (from, bytes) = old;
+        // The end of the old span wraps around zero unnoticed.
+        let old_end = from.get().wrapping_add(bytes);
+        let overlaps = old_end > at.get() && at.get() + u64::from(len) * PAGE > from.get();
+        if !at.is_aligned(PAGE) || pages.end > self.shape.pages || overlaps {
             return Err(Errno::Invalid);
         }
         Ok(pages)
@@ -218,21 +238,22 @@ impl Machine {
             .vmas
             .at(plan.old.start)
             .ok_or(Errno::Fault)?;
-        if plan.old.is_empty() {
-            let shared = vma.flags.has(VmFlags::SHARED);
-            return Err(if shared {
-                Errno::NotSupported
-            } else {
-                Errno::Invalid
-            });
+        // An old length of zero asks for a second mapping of what is shared.
+        if plan.old.is_empty() && !vma.flags.has(VmFlags::SHARED) {
+            return Err(Errno::Invalid);
         }
         if plan.target.leaves() && vma.flags.any(VmFlags::DONT_EXPAND.with(VmFlags::PFN_MAP)) {
             return Err(Errno::Invalid);
         }
-        // What shrinks or stays as it is may span several mappings.
+        // What shrinks or stays as it is may span several mappings, but not what moves.
         let stays = plan.fixed.is_none() && !plan.target.leaves();
-        let shrinks = stays && plan.new_len <= plan.old.len();
-        if !shrinks && !vma.pages.covers(plan.old) {
+        let kept = plan.new_len.min(plan.old.len());
+        let moved = match plan.new_len <= plan.old.len() {
+            true if stays => 0,
+            true => kept,
+            false => plan.old.len(),
+        };
+        if !vma.pages.covers(Pages::new(plan.old.start, plan.old.start + moved)) {
             return Err(Errno::Fault);
         }
         let rigid = vma.flags.any(VmFlags::DONT_EXPAND.with(VmFlags::PFN_MAP));
@@ -249,7 +270,7 @@ impl Machine {
             return false;
         };
         let room = grown.end <= self.shape.pages && !self.is_mapped(pid, grown);
-        if vma.pages.end != old.end || !room {
+        if old.is_empty() || vma.pages.end != old.end || !room {
             return false;
         }
         let more = Vma {

@@ -22,8 +22,11 @@ pub(crate) fn collapse_pages<A: Around>(around: &A, pid: Pid, part: &Vma) -> Res
     if part.flags.has(VmFlags::NO_HUGE) || !part.is_anon() || !around.with(room) {
         return Err(Errno::Invalid);
     }
-    let mut result = Ok(());
     let mut start = part.pages.start.next_multiple_of(block);
+    if start >= part.pages.end - part.pages.end % block {
+        return Err(Errno::Invalid);
+    }
+    let mut result = Ok(());
     while start + block <= part.pages.end {
         if let Err(error) = collapse(around, pid, Pages::new(start, start + block)) {
             result = Err(error);

@@ -226,7 +226,11 @@ impl Process<'_> {
             }
             match step.call {
                 Call::Exit => self.exit(at),
-                Call::Fork { child } if self.fork(at, child) => return,
+                Call::Fork { child } => {
+                    if self.fork(at, child) {
+                        return;
+                    }
+                }
                 _ => {
                     let answer = self.make(&step.call);
                     self.note(at, answer, step.look);
