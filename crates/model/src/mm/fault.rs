@@ -212,7 +212,7 @@ impl Machine {
         wanted
             && !vma.flags.has(VmFlags::NO_HUGE)
             && vma.pages.covers(block)
-            && self.next_used(pid, block.start, block).is_none()
+            && !self.has_table(pid, page)
     }
 
     fn fault_anon_block(&mut self, pid: Pid, page: u32, access: Access, vma: &Vma) -> Faulted {

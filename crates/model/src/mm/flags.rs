@@ -112,6 +112,8 @@ flags! {
         HUGETLB = 1 << 20;
         /// Its memory is accounted for: it is private and may be or was written.
         ACCOUNT = 1 << 21;
+        /// There are guards in it, or were.
+        MAYBE_GUARD = 1 << 22;
     }
 }
 
@@ -123,7 +125,7 @@ impl VmFlags {
     /// The two kinds of locking.
     pub const LOCKS: Self = Self::LOCKED.with(Self::LOCK_ON_FAULT);
     /// Flags that two mappings need not share to become one.
-    pub const MERGE_IGNORES: Self = Self::SOFT_DIRTY;
+    pub const MERGE_IGNORES: Self = Self::SOFT_DIRTY.with(Self::MAYBE_GUARD);
 }
 
 /// Rights as `mmap` and `mprotect` take them.

@@ -11,7 +11,7 @@ use crate::mm::flags::{Bits, VmFlags};
 use crate::mm::map::{split_block, unmap_locked};
 use crate::mm::memory::{FrameId, Owner};
 use crate::mm::vma::{Descent, Vma};
-use crate::mm::{Machine, Pages, Pid};
+use crate::mm::{Machine, Pages, Pid, Table};
 
 /// `fork`: a child with the same memory, copied when either writes.
 ///
@@ -35,7 +35,9 @@ pub fn fork<A: Around>(around: &A, parent: Pid) -> Result<Pid, Errno> {
             continue;
         }
         let copied = around.with(|mm| mm.inherit(child, &vma));
-        if copied.anon.is_some() && copy_pages(around, parent, child, &vma).is_err() {
+        let wiped = vma.flags.has(VmFlags::WIPE_ON_FORK);
+        let needed = copied.anon.is_some() || vma.flags.has(VmFlags::MAYBE_GUARD);
+        if needed && !wiped && copy_pages(around, parent, child, &vma).is_err() {
             let whole = around.with(|mm| Pages::new(0, mm.shape.pages));
             unmap_locked(around, child, whole);
             return Err(Errno::NoMem);
@@ -48,6 +50,7 @@ pub fn fork<A: Around>(around: &A, parent: Pid) -> Result<Pid, Errno> {
 /// Copies the entries of a mapping with anonymous memory; the parent's lose the right to write.
 fn copy_pages<A: Around>(around: &A, parent: Pid, child: Pid, vma: &Vma) -> Result<(), NoFrame> {
     let open = around.open(parent, vma.pages, InvalidateReason::ProtectPage);
+    around.with(|mm| mm.copy_tables(parent, child, vma.pages));
     let mut result = Ok(());
     let mut at = vma.pages.start;
     while let Some(page) = around.with(|mm| mm.next_used(parent, at, vma.pages)) {
@@ -96,6 +99,16 @@ impl Machine {
         };
         self.process_mut(child).vmas.insert_apart(copy);
         copy
+    }
+
+    /// A child gets tables where its parent has them, also empty ones.
+    fn copy_tables(&mut self, parent: Pid, child: Pid, pages: Pages) {
+        let first = self.shape.block_around(pages.start).start;
+        for start in (first..pages.end).step_by(self.shape.block() as usize) {
+            if self.has_table(parent, start) {
+                self.set_table(child, start, Table::There);
+            }
+        }
     }
 
     fn pinned_block(&self, pid: Pid, page: u32) -> bool {

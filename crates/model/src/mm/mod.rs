@@ -28,8 +28,6 @@
 //!   `process_madvise` takes it once per span.
 //! * Only anonymous pages are reclaimed, one by one; pages of files stay. Merged pages neither migrate
 //!   nor leave.
-//! * A block counts as empty when no page below it has an entry: whether Linux would still have a table
-//!   there is not kept.
 //! * Reads of present pages by system calls have no events of their own; pins are for a device or a
 //!   call that stays.
 //! * Large folios are of the order of a block only; device pages are small, as before 6.19; large
@@ -48,6 +46,7 @@ pub mod errno;
 pub mod fault;
 pub mod file;
 pub mod fork;
+mod idle;
 pub mod ksm;
 pub mod map;
 pub mod memory;
@@ -240,6 +239,13 @@ impl Shape {
     }
 }
 
+/// Whether there is a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Table {
+    There,
+    Gone,
+}
+
 /// One process.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Process {
@@ -251,6 +257,8 @@ pub struct Process {
     pub(crate) detached: Pages,
     pub(crate) entries: Vec<Entry>,
     pub(crate) blocks: Vec<Block>,
+    /// Whether there is a table for small entries, by block. There may be an empty one.
+    pub(crate) tables: Vec<bool>,
 }
 
 /// A whole machine.
@@ -284,6 +292,7 @@ impl Machine {
             detached: Pages::new(0, 0),
             entries: vec![Entry::None; shape.pages as usize],
             blocks: vec![Block::Table; blocks as usize],
+            tables: vec![false; blocks as usize],
         };
         let mut processes = vec![process; usize::from(shape.processes)];
         if let Some(first) = processes.first_mut() {
@@ -370,7 +379,20 @@ impl Machine {
 
     pub(crate) fn set_block(&mut self, pid: Pid, page: u32, block: Block) {
         let at = (page >> self.shape.pmd_order) as usize;
-        self.process_mut(pid).blocks[at] = block;
+        let process = self.process_mut(pid);
+        process.blocks[at] = block;
+        process.tables[at] = false;
+    }
+
+    /// Whether there is a table for small entries above `page`.
+    #[must_use]
+    pub fn has_table(&self, pid: Pid, page: u32) -> bool {
+        self.process(pid).tables[(page >> self.shape.pmd_order) as usize]
+    }
+
+    pub(crate) fn set_table(&mut self, pid: Pid, page: u32, there: Table) {
+        let at = (page >> self.shape.pmd_order) as usize;
+        self.process_mut(pid).tables[at] = there == Table::There;
     }
 
     pub(crate) fn new_anon(&mut self) -> AnonId {

@@ -25,7 +25,9 @@ pub fn mprotect<A: Around>(
     if !at.is_aligned(PAGE) {
         return Err(Errno::Invalid);
     }
-    let pages = around.with(|mm| mm.argument(at, len)).map_err(|_end| Errno::NoMem)?;
+    let pages = around
+        .with(|mm| mm.argument(at, len))
+        .map_err(|_end| Errno::NoMem)?;
     if pages.is_empty() {
         return Ok(());
     }

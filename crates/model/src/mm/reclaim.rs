@@ -11,11 +11,11 @@ use crate::mm::cow::commit;
 use crate::mm::entry::{Entry, SlotId};
 use crate::mm::errno::Signal;
 use crate::mm::fault::{Faulted, Hit, fault};
+use crate::mm::file::FileId;
 use crate::mm::flags::{Bits, VmFlags};
-use crate::mm::map::{split_block, zap_pages};
+use crate::mm::map::split_block;
 use crate::mm::memory::{FolioFlags, FrameId, Owner};
 use crate::mm::rmap::{Level, Mapping};
-use crate::mm::table::Zap;
 use crate::mm::thp::Split;
 use crate::mm::{Machine, Pages, Pid};
 
@@ -26,24 +26,6 @@ enum Leaves {
     Slot(SlotId),
     /// Nothing: it was freed lazily.
     Nothing,
-}
-
-/// Swaps the anonymous pages of a span out, as far as they go (`MADV_PAGEOUT`). Pages that are
-/// mapped more than once are left alone. Those of files lose their entries and stay in memory.
-pub fn page_out<A: Around>(around: &A, pid: Pid, pages: Pages) {
-    for page in pages.iter() {
-        let Entry::Present(frame, _) = around.with(|mm| mm.entry(pid, page)) else {
-            continue;
-        };
-        if !around.with(|mm| mm.is_sole(frame)) {
-            continue;
-        }
-        if around.with(|mm| matches!(mm.memory.folio(frame).owner, Owner::File(..))) {
-            zap_pages(around, pid, Pages::one(page), Zap::KeepMarkers, InvalidateReason::Clear);
-        } else {
-            reclaim(around, frame);
-        }
-    }
 }
 
 /// Tries to free the page in `frame`, which no process may have mapped at all. Returns whether it
@@ -169,6 +151,16 @@ impl Machine {
         let counts =
             |mapping: &Mapping| self.entry(mapping.pid, mapping.page).mapped_frame() == Some(frame);
         self.rmaps.of(&self.memory, frame).find(counts)
+    }
+
+    /// Drops a page of a file that is as it was when it was read in, and that nobody uses.
+    pub(crate) fn drop_clean(&mut self, frame: FrameId) {
+        let folio = *self.memory.folio(frame);
+        if let (Owner::File(file, index), 1) = (folio.owner, folio.refs)
+            && !folio.flags.has(FolioFlags::DIRTY)
+        {
+            self.drop_cached(FileId(file), index);
+        }
     }
 
     fn begin_reclaim(&mut self, frame: FrameId) -> Option<Leaves> {

@@ -7,10 +7,10 @@ use crate::mm::around::{Around, MmapLock};
 use crate::mm::entry::{Block, Entry};
 use crate::mm::errno::Errno;
 use crate::mm::flags::{Bits, VmFlags};
-use crate::mm::map::{split_blocks, unmap_locked};
+use crate::mm::map::{What, split_blocks, unmap_locked};
 use crate::mm::protect::populate_locked;
 use crate::mm::vma::{Backing, Left, Vma};
-use crate::mm::{Machine, Pages, Pid};
+use crate::mm::{Machine, Pages, Pid, Table};
 
 /// What `mremap` may do to get room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +143,9 @@ fn move_mapping<A: Around>(around: &A, pid: Pid, plan: &Plan) -> Result<(Pages, 
     let mut old = plan.old;
     if let Some(target) = plan.fixed {
         unmap_locked(around, pid, target);
+        if around.with(|mm| mm.process(pid).vmas.at(old.start).is_none()) {
+            return Err(Errno::Fault);
+        }
         if plan.absurd {
             return Err(Errno::Invalid);
         }
@@ -152,10 +155,10 @@ fn move_mapping<A: Around>(around: &A, pid: Pid, plan: &Plan) -> Result<(Pages, 
             old = kept;
         }
     }
-    let gap = |mm: &mut Machine| mm.gap(pid, plan.new_len);
+    let room = |mm: &mut Machine| mm.room_for(pid, old.start, plan.new_len);
     let new = plan
         .fixed
-        .or_else(|| around.with(gap))
+        .or_else(|| around.with(room))
         .ok_or(Errno::NoMem)?;
     around.with(|mm| mm.copy_vma(pid, old, new))?;
     move_pages(around, pid, old, new.start);
@@ -172,6 +175,7 @@ fn move_pages<A: Around>(around: &A, pid: Pid, old: Pages, to: u32) {
     let aligned = around.with(|mm| old.start % mm.shape.block() == to % mm.shape.block());
     split_blocks(around, pid, old);
     let open = around.open(pid, old, InvalidateReason::Unmap);
+    around.with(|mm| mm.move_tables(pid, old, to));
     let mut at = old.start;
     while let Some(page) = around.with(|mm| mm.next_used(pid, at, old)) {
         around.step();
@@ -253,7 +257,10 @@ impl Machine {
             true => kept,
             false => plan.old.len(),
         };
-        if !vma.pages.covers(Pages::new(plan.old.start, plan.old.start + moved)) {
+        if !vma
+            .pages
+            .covers(Pages::new(plan.old.start, plan.old.start + moved))
+        {
             return Err(Errno::Fault);
         }
         let rigid = vma.flags.any(VmFlags::DONT_EXPAND.with(VmFlags::PFN_MAP));
@@ -261,6 +268,17 @@ impl Machine {
             return Err(Errno::Fault);
         }
         Ok(())
+    }
+
+    /// Where the mapping at `page` can move to.
+    fn room_for(&self, pid: Pid, page: u32, len: u32) -> Option<Pages> {
+        let vma = self.process(pid).vmas.at(page)?;
+        let what = if vma.is_anon() {
+            What::Private
+        } else {
+            What::Shared
+        };
+        self.near(pid, HostVa::new(0), len, what)
     }
 
     /// Extends a mapping in place, if `old` is its end and there is room. Returns whether it did.
@@ -300,6 +318,45 @@ impl Machine {
         };
         self.process_mut(pid).vmas.insert(copy);
         Ok(())
+    }
+
+    /// Tables move where the spans lie so that whole ones can; others are made anew. Entries move
+    /// afterwards.
+    fn move_tables(&mut self, pid: Pid, old: Pages, to: u32) {
+        let size = self.shape.block();
+        let back = self.realigned(pid, old, to);
+        let (mut from, mut to) = (old.start - back, to - back);
+        while from < old.end {
+            let room = (size - from % size).min(size - to % size);
+            let piece = room.min(old.end - from);
+            if self.has_table(pid, from) {
+                let moves = piece == size && !self.has_table(pid, to);
+                self.set_table(pid, to, Table::There);
+                if moves {
+                    self.set_table(pid, from, Table::Gone);
+                }
+            }
+            from += piece;
+            to += piece;
+        }
+    }
+
+    /// By how many pages a move may begin earlier, so that it begins at a block: both mappings begin
+    /// with the move, and nothing else is mapped in front of them there.
+    fn realigned(&self, pid: Pid, old: Pages, to: u32) -> u32 {
+        let size = self.shape.block();
+        let back = old.start % size;
+        let free = |start: u32| {
+            let begins = self.process(pid).vmas.at(start);
+            let begins = begins.is_some_and(|vma| vma.pages.start == start);
+            begins && !self.is_mapped(pid, Pages::new(start - back, start))
+        };
+        let worth = old.len() >= size - back && to % size == back;
+        if worth && free(old.start) && free(to) {
+            back
+        } else {
+            0
+        }
     }
 
     /// Moves an entry, or a whole block entry. Returns the first page behind what it moved.

@@ -52,6 +52,12 @@ impl Swap {
         Some(SlotId(index32(at)))
     }
 
+    /// Whether there is a slot that nobody uses.
+    pub(crate) fn has_room(&self) -> bool {
+        let free = |slot: &Slot| slot.count == 0 && slot.cache.is_none();
+        self.slots.iter().any(free)
+    }
+
     /// The content of a slot.
     #[must_use]
     pub fn content(&self, slot: SlotId) -> &[u64] {

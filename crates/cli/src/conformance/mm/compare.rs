@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use gpusvm_live::scratch::{Area, Seen, flag_names};
 
+use crate::conformance::mm::program::Size;
+
 /// What is compared of a page, as [`face`](gpusvm_live::scratch::face) has it: the pagemap bits 56,
 /// 57, 58, 61, 62 and 63, and the categories but for soft-dirty, which most kernels are built
 /// without.
@@ -32,19 +34,22 @@ pub(crate) enum What {
 }
 
 /// The first step at which the two differ.
-pub(crate) fn difference(kernel: &[Seen], model: &[Seen]) -> Option<Difference> {
+pub(crate) fn difference(size: Size, kernel: &[Seen], model: &[Seen]) -> Option<Difference> {
     let pairs = kernel.iter().zip(model).enumerate();
     pairs
         .filter_map(|(step, (kernel, model))| {
-            let (what, text) = step_difference(kernel, model)?;
+            let (what, text) = step_difference(size, kernel, model)?;
             Some(Difference { step, what, text })
         })
         .next()
 }
 
-fn step_difference(kernel: &Seen, model: &Seen) -> Option<(What, String)> {
+fn step_difference(size: Size, kernel: &Seen, model: &Seen) -> Option<(What, String)> {
     if kernel.answer != model.answer {
-        let text = format!("answer: kernel {:?}, model {:?}", kernel.answer, model.answer);
+        let text = format!(
+            "answer: kernel {:?}, model {:?}",
+            kernel.answer, model.answer
+        );
         return Some((What::Answer, text));
     }
     if kernel.areas != model.areas {
@@ -55,7 +60,7 @@ fn step_difference(kernel: &Seen, model: &Seen) -> Option<(What, String)> {
         );
         return Some((What::Areas, text));
     }
-    pages(&kernel.pages, &model.pages).map(|text| (What::Pages, text))
+    pages(size, &kernel.pages, &model.pages).map(|text| (What::Pages, text))
 }
 
 fn areas(all: &[Area]) -> String {
@@ -70,17 +75,19 @@ fn areas(all: &[Area]) -> String {
     all.iter().map(one).collect::<Vec<_>>().join(" ")
 }
 
-/// What is compared of a page. An empty page counts as written where Linux has a table for it, and
-/// as nothing where it has none yet or any more: the model does not keep that.
-const fn compared(face: u32) -> u32 {
+/// What is compared of a page. An empty page counts as written where Linux has a table for it. A
+/// window smaller than a table shares its own with what is mapped beside it, so it says nothing there.
+const fn compared(face: u32, size: Size) -> u32 {
     const WRITTEN: u32 = 1 << 17;
-    let all = face & COMPARED;
-    if all == WRITTEN { 0 } else { all }
+    match face & COMPARED {
+        WRITTEN if matches!(size, Size::Pages | Size::Roomy) => 0,
+        all => all,
+    }
 }
 
-fn pages(kernel: &[u32], model: &[u32]) -> Option<String> {
+fn pages(size: Size, kernel: &[u32], model: &[u32]) -> Option<String> {
     let differ = |(_, (kernel, model)): &(usize, (&u32, &u32))| {
-        compared(**kernel) != compared(**model)
+        compared(**kernel, size) != compared(**model, size)
     };
     let mut differing = kernel.iter().zip(model).enumerate().filter(differ);
     let (first, (kernel, model)) = differing.next()?;

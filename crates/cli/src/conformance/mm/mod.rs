@@ -11,12 +11,14 @@
 
 mod compare;
 mod model;
+mod notation;
 mod program;
 mod random;
 mod settings;
 mod shrink;
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use gpusvm::addr::HostVa;
@@ -53,6 +55,9 @@ pub struct MmArgs {
     /// Plant a difference in the model, to see it found.
     #[arg(long, value_name = "NAME")]
     pub plant: Option<String>,
+    /// Run the programs of a transcript instead, and print it with the answers that the host gives now.
+    #[arg(long, value_name = "FILE")]
+    pub retell: Option<PathBuf>,
     /// Failing programs to show before giving up.
     #[arg(long, default_value_t = 1)]
     pub failures: u64,
@@ -79,6 +84,9 @@ pub(super) fn run(args: &MmArgs, out: &mut dyn Write) -> Result<(), ConformanceE
         planted: args.plant.as_deref().map(planted).transpose()?,
     };
     let mut pair = Pair::open(facts)?;
+    if let Some(path) = &args.retell {
+        return retell(&mut pair, &settings, path, args.host, out);
+    }
     let mut failed = 0;
     let mut noise = 0;
     for seed in args.seed..args.seed.saturating_add(args.programs) {
@@ -92,19 +100,61 @@ pub(super) fn run(args: &MmArgs, out: &mut dyn Write) -> Result<(), ConformanceE
         }
         failed += 1;
         let short = pair.shorten(&program, found.what);
-        writeln!(out, "program {seed} differs; {} steps that matter:\n", short.steps.len())?;
+        writeln!(
+            out,
+            "program {seed} differs; {} steps that matter:\n",
+            short.steps.len()
+        )?;
         write!(out, "{}", short.script())?;
         if let Some(found) = pair.compare(&short)? {
             let all = short.with_last_look();
             let call = all.steps.get(found.step).map(|step| line(&step.call));
-            writeln!(out, "\nafter {}: {}\n", call.unwrap_or_default(), found.text)?;
+            writeln!(
+                out,
+                "\nafter {}: {}\n",
+                call.unwrap_or_default(),
+                found.text
+            )?;
         }
         if failed >= args.failures {
             break;
         }
     }
     writeln!(out, "{noise} did not repeat")?;
-    writeln!(out, "{} passed, {failed} failed, 0 skipped", args.programs - failed)?;
+    writeln!(
+        out,
+        "{} passed, {failed} failed, 0 skipped",
+        args.programs - failed
+    )?;
+    Ok(())
+}
+
+/// Runs the programs of a transcript again and prints them with the answers of now.
+fn retell(
+    pair: &mut Pair,
+    settings: &Settings,
+    path: &Path,
+    host: Host,
+    out: &mut dyn Write,
+) -> Result<(), ConformanceError> {
+    let wrong = |why: String| ConformanceError::Usage(format!("{}: {why}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|why| wrong(why.to_string()))?;
+    let release = settings.release.split('-').next().unwrap_or_default();
+    writeln!(out, "# Linux {release}")?;
+    for told in notation::parse(&text).map_err(wrong)? {
+        let (kernel, model) = pair.both(&told.program)?;
+        let different = difference(told.program.size, &kernel, &model);
+        let seen = if host == Host::Model { model } else { kernel };
+        write!(out, "{}", told.with_answers(&seen))?;
+        if let (Host::Both, Some(found)) = (host, different) {
+            writeln!(
+                out,
+                "# differs after call {}: {}",
+                found.step + 1,
+                found.text
+            )?;
+        }
+    }
     Ok(())
 }
 
@@ -112,13 +162,17 @@ fn planted(name: &str) -> Result<Mutant, ConformanceError> {
     let found = Mutant::ALL.iter().find(|mutant| mutant.name() == name);
     found.copied().ok_or_else(|| {
         let names: Vec<_> = Mutant::ALL.iter().map(|mutant| mutant.name()).collect();
-        ConformanceError::Usage(format!("there is nothing to plant called {name}; there are {}", names.join(", ")))
+        ConformanceError::Usage(format!(
+            "there is nothing to plant called {name}; there are {}",
+            names.join(", ")
+        ))
     })
 }
 
 /// The kernel's windows and the model.
 struct Pair {
     pages: Scratch,
+    roomy: Scratch,
     blocks: Scratch,
     facts: Facts,
 }
@@ -128,6 +182,7 @@ impl Pair {
         let open = |size: Size| Scratch::open(HostVa::new(BASE), size.pages().into());
         Ok(Self {
             pages: open(Size::Pages).map_err(broken)?,
+            roomy: open(Size::Roomy).map_err(broken)?,
             blocks: open(Size::Blocks).map_err(broken)?,
             facts,
         })
@@ -136,6 +191,7 @@ impl Pair {
     fn scratch(&mut self, size: Size) -> &mut Scratch {
         match size {
             Size::Pages => &mut self.pages,
+            Size::Roomy => &mut self.roomy,
             Size::Blocks => &mut self.blocks,
         }
     }
@@ -147,14 +203,19 @@ impl Pair {
         let model = model::run(program, facts);
         let kernel = scratch.finish().map_err(broken)?;
         let model = model.map_err(|bad| {
-            ConformanceError::Failed(format!("{} after step {} of\n{}", bad.rule, bad.step, program.script()))
+            ConformanceError::Failed(format!(
+                "{} after step {} of\n{}",
+                bad.rule,
+                bad.step,
+                program.script()
+            ))
         })?;
         Ok((kernel, model))
     }
 
     fn compare(&mut self, program: &Program) -> Result<Option<Difference>, ConformanceError> {
         let (kernel, model) = self.both(&program.with_last_look())?;
-        Ok(difference(&kernel, &model))
+        Ok(difference(program.size, &kernel, &model))
     }
 
     fn repeats(&mut self, program: &Program, found: &Difference) -> Result<bool, ConformanceError> {

@@ -18,6 +18,8 @@ const ABSURD: u64 = u64::MAX - (1 << 20);
 pub(crate) enum Size {
     /// Sixteen pages: no large page fits.
     Pages,
+    /// Sixteen pages and as many behind them, at which nobody looks, for calls that go too far.
+    Roomy,
     /// Three blocks.
     Blocks,
 }
@@ -27,6 +29,15 @@ impl Size {
     pub(crate) const fn pages(self) -> u16 {
         match self {
             Self::Pages => 16,
+            Self::Roomy => 32,
+            Self::Blocks => 1536,
+        }
+    }
+
+    /// Pages that transcripts show.
+    pub(crate) const fn shown(self) -> usize {
+        match self {
+            Self::Pages | Self::Roomy => 16,
             Self::Blocks => 1536,
         }
     }
@@ -155,7 +166,7 @@ fn spans(call: &Call) -> Vec<(u64, u64)> {
 /// The pages that are read at the end.
 fn probes(size: Size) -> Vec<u64> {
     match size {
-        Size::Pages => (0..16).collect(),
+        Size::Pages | Size::Roomy => (0..16).collect(),
         Size::Blocks => (0..3)
             .flat_map(|n| [0, 1, 255, 510, 511].map(|page| n * BLOCK + page))
             .collect(),
@@ -267,10 +278,20 @@ pub(crate) fn line(call: &Call) -> String {
                     place(to)
                 ),
             };
-            format!("mremap({}, {}, {}, {how})", place(at), bytes(old), bytes(new))
+            format!(
+                "mremap({}, {}, {}, {how})",
+                place(at),
+                bytes(old),
+                bytes(new)
+            )
         }
         Call::Advise { at, len, advice } => {
-            format!("madvise({}, {}, {})", place(at), bytes(len), advice_name(advice))
+            format!(
+                "madvise({}, {}, {})",
+                place(at),
+                bytes(len),
+                advice_name(advice)
+            )
         }
         Call::AdviseMany {
             spans,

@@ -119,7 +119,7 @@ impl Maker {
     fn page(&mut self) -> u64 {
         let pages = u64::from(self.size.pages());
         match self.size {
-            Size::Pages => self.random.below(16).into(),
+            Size::Pages | Size::Roomy => self.random.below(16).into(),
             Size::Blocks => {
                 let block = u64::from(self.random.below(3)) * BLOCK;
                 let near = self.pick(&[0, 0, 1, 255, 256, 510, 511]);
@@ -132,7 +132,7 @@ impl Maker {
 
     fn pages(&mut self) -> u64 {
         match self.size {
-            Size::Pages => u64::from(self.random.below(5)) + 1,
+            Size::Pages | Size::Roomy => u64::from(self.random.below(5)) + 1,
             Size::Blocks => {
                 let whole = u64::from(self.random.below(3)) * BLOCK;
                 let few = self.pick(&[0, 0, 0, 1, 2, 255, 256]);

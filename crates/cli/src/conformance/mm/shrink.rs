@@ -121,8 +121,18 @@ fn plainer_calls(call: &Call) -> Vec<Call> {
         Call::Remap { at, old, new, how } => {
             let hows = [How::InPlace, How::Anywhere];
             let mut all: Vec<_> = hows.map(|how| Call::Remap { at, old, new, how }).into();
-            all.extend(lengths(at, old, |at, old| Call::Remap { at, old, new, how }));
-            all.extend(lengths(at, new, |at, new| Call::Remap { at, old, new, how }));
+            all.extend(lengths(at, old, |at, old| Call::Remap {
+                at,
+                old,
+                new,
+                how,
+            }));
+            all.extend(lengths(at, new, |at, new| Call::Remap {
+                at,
+                old,
+                new,
+                how,
+            }));
             all
         }
         Call::Store { at, value } if value > 1 => vec![Call::Store { at, value: 1 }],

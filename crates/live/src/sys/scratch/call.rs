@@ -190,9 +190,9 @@ pub struct Area {
 }
 
 /// Flags of mappings by their names in smaps: a flag's bit is its place.
-const FLAGS: [&[u8; 2]; 19] = [
+const FLAGS: [&[u8; 2]; 20] = [
     b"rd", b"wr", b"ex", b"sh", b"mr", b"mw", b"me", b"lo", b"lf", b"dc", b"wf", b"hg", b"nh",
-    b"mg", b"de", b"dd", b"sr", b"rr", b"ac",
+    b"mg", b"de", b"dd", b"sr", b"rr", b"ac", b"gu",
 ];
 
 /// The bit of a flag that smaps calls `name`; 0 for one that is not told.
