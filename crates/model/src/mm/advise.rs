@@ -1,6 +1,7 @@
 //! `madvise` and `process_madvise`: one table says what an advice is, one function per kind does it.
 
 use gpusvm::addr::HostVa;
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::mm::{Access, InvalidateReason};
 
 use crate::mm::around::{Around, MmapLock};
@@ -86,7 +87,10 @@ pub fn madvise<A: Around>(
     len: u64,
     advice: i32,
 ) -> Result<(), Errno> {
-    let advice = classify(advice).ok_or(Errno::Invalid)?;
+    let advice = match classify(advice) {
+        None if around.with(|mm| mm.has(Mutant::AdviceUnchecked)) => Advice::Nothing,
+        known => known.ok_or(Errno::Invalid)?,
+    };
     let pages = around.with(|mm| mm.argument(at, len))?;
     if pages.is_empty() {
         return Ok(());
@@ -140,6 +144,7 @@ pub fn process_madvise<A: Around>(
         match madvise(around, pid, *at, *len, advice) {
             Ok(()) => done += len,
             Err(error) if done == 0 => return Err(error),
+            Err(_) if around.with(|mm| mm.has(Mutant::BatchOverrun)) => {}
             Err(_) => break,
         }
     }
@@ -177,13 +182,12 @@ fn visit<A: Around>(around: &A, pid: Pid, part: &Vma, advice: Advice) -> Result<
             if raw || (locked && even_locked == Locked::Refuse) {
                 return Err(Errno::Invalid);
             }
-            zap_pages(
-                around,
-                pid,
-                part.pages,
-                Zap::KeepMarkers,
-                InvalidateReason::Clear,
-            );
+            let what = if around.with(|mm| mm.has(Mutant::GuardsSwept)) {
+                Zap::All
+            } else {
+                Zap::KeepMarkers
+            };
+            zap_pages(around, pid, part.pages, what, InvalidateReason::Clear);
             around.with(|mm| mm.drop_empty_tables(pid, part.pages));
             Ok(())
         }
@@ -296,7 +300,9 @@ fn remove<A: Around>(around: &A, part: &Vma) -> Result<(), Errno> {
             );
         }
     }
-    around.with(|mm| holes.iter().for_each(|index| mm.drop_cached(file, index)));
+    if !around.with(|mm| mm.has(Mutant::HoleKeepsFile)) {
+        around.with(|mm| holes.iter().for_each(|index| mm.drop_cached(file, index)));
+    }
     Ok(())
 }
 

@@ -35,7 +35,7 @@ pub fn fork<A: Around>(around: &A, parent: Pid) -> Result<Pid, Errno> {
             continue;
         }
         let copied = around.with(|mm| mm.inherit(child, &vma));
-        let wiped = vma.flags.has(VmFlags::WIPE_ON_FORK);
+        let wiped = around.with(|mm| mm.wipes(&vma));
         let needed = copied.anon.is_some() || vma.flags.has(VmFlags::MAYBE_GUARD);
         if needed && !wiped && copy_pages(around, parent, child, &vma).is_err() {
             let whole = around.with(|mm| Pages::new(0, mm.shape.pages));
@@ -83,9 +83,14 @@ pub fn exit<A: Around>(around: &A, pid: Pid) {
 }
 
 impl Machine {
+    /// Whether a child finds a mapping empty.
+    fn wipes(&self, vma: &Vma) -> bool {
+        vma.flags.has(VmFlags::WIPE_ON_FORK) && !self.has(Mutant::WipeForgotten)
+    }
+
     /// Gives a child the mapping of its parent.
     fn inherit(&mut self, child: Pid, vma: &Vma) -> Vma {
-        let wiped = vma.flags.has(VmFlags::WIPE_ON_FORK);
+        let wiped = self.wipes(vma);
         let anon = vma.anon.filter(|_| !wiped).map(|_| self.new_anon());
         let copy = Vma {
             flags: vma.flags.without(VmFlags::LOCKS),
@@ -147,7 +152,9 @@ impl Machine {
             | Entry::DevicePrivate(frame, _)
             | Entry::DeviceExclusive(frame, _) => {
                 self.memory.frame_mut(frame).exclusive = false;
-                self.set_bits(parent, page, ours);
+                if !self.has(Mutant::ForkStaysWritable) {
+                    self.set_bits(parent, page, ours);
+                }
                 old.with_bits(ours)
             }
             Entry::Swap(..) | Entry::Migration(..) => {

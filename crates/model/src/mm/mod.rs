@@ -318,6 +318,11 @@ impl Machine {
         self.mutant = bug;
     }
 
+    /// Whether a known bug is there again.
+    pub(crate) fn has(&self, bug: Mutant) -> bool {
+        self.mutant == Some(bug)
+    }
+
     /// Its sizes.
     #[must_use]
     pub const fn shape(&self) -> &Shape {

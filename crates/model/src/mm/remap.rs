@@ -1,6 +1,7 @@
 //! `mremap`: shrink, grow, move; with a given target, or leaving the old mapping behind.
 
 use gpusvm::addr::{HostVa, PAGE};
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::mm::InvalidateReason;
 
 use crate::mm::around::{Around, MmapLock};
@@ -125,7 +126,7 @@ fn remap_locked<A: Around>(around: &A, pid: Pid, plan: &Plan) -> Result<(Pages, 
         if plan.absurd {
             return Err(Errno::Invalid);
         }
-        if plan.new_len < old.len() {
+        if plan.new_len < old.len() && !around.with(|mm| mm.has(Mutant::ShrinkKeepsTail)) {
             unmap_locked(around, pid, Pages::new(stays.end, old.end));
         }
         let grown = Pages::new(old.end, stays.end);
@@ -396,11 +397,16 @@ impl Machine {
     /// The mapping whose pages moved away stays, unlocked; if they were all of it, it forgets its
     /// anonymous memory.
     fn leave_behind(&mut self, pid: Pid, old: Pages) {
+        let locks = if self.has(Mutant::LockSurvivesMove) {
+            VmFlags::NONE
+        } else {
+            VmFlags::LOCKS
+        };
         let vmas = &mut self.process_mut(pid).vmas;
         let Some(vma) = vmas.get_mut(old.start) else {
             return;
         };
-        vma.flags = vma.flags.without(VmFlags::LOCKS);
+        vma.flags = vma.flags.without(locks);
         vma.left = Left::Untried;
         if vma.pages == old {
             vma.anon = None;

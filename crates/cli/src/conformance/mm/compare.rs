@@ -1,4 +1,16 @@
 //! Two answers to one program, and what may differ between them.
+//!
+//! What is left open, and why:
+//!
+//! * A difference has to come again each time. Pages wait in batches before they are on the lists that
+//!   `MADV_PAGEOUT`, `MADV_FREE` and `MADV_COLLAPSE` look at, khugepaged makes large pages when it likes, and
+//!   memory may be short: what comes once is counted apart.
+//! * An empty page counts as written for `PAGEMAP_SCAN` where there is a table for it. A window smaller
+//!   than a table shares it with its neighbours, so nothing can be said there.
+//! * Programs end for the comparison where `MADV_COLLAPSE` meets shared memory with room for large
+//!   pages, which the model does not have.
+//! * `MADV_HWPOISON` and `MADV_SOFT_OFFLINE` are not tried: where they work, the machine loses memory.
+//! * Where there is swap, `MADV_PAGEOUT` is not tried: when a page is written is the system's affair.
 
 use std::fmt::Write as _;
 
@@ -31,6 +43,8 @@ pub(crate) enum What {
     Areas,
     /// Pages.
     Pages,
+    /// A rule that the model keeps for itself.
+    Rule,
 }
 
 /// The first step at which the two differ.

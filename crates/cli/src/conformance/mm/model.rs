@@ -51,12 +51,15 @@ pub(crate) fn run(program: &Program, facts: Facts) -> Result<Vec<Seen>, Inconsis
             break;
         }
         let answer = make(&mut mm, step);
-        seen.push(match step.look {
-            Look::Yes => look(&mm, Pid(step.who), answer),
-            Look::No => Seen {
+        // Who has ended sees nothing.
+        let looks = step.look == Look::Yes && step.call != Call::Exit;
+        seen.push(if looks {
+            look(&mm, Pid(step.who), answer)
+        } else {
+            Seen {
                 answer: Some(answer),
                 ..Seen::default()
-            },
+            }
         });
         let small = program.size != Size::Blocks || n + 1 == program.steps.len();
         if small && let Err(broken) = check_quiet(&mm) {

@@ -28,6 +28,22 @@ pub(crate) struct Told {
 }
 
 impl Told {
+    /// The first answer that is not what stands there.
+    pub(crate) fn wrong(&self, seen: &[Seen]) -> Option<String> {
+        if seen.len() < self.answers.len() {
+            return Some("not all calls were made".into());
+        }
+        let steps = self.program.steps.iter().zip(seen);
+        for ((step, seen), (request, wanted)) in steps.zip(self.requests.iter().zip(&self.answers))
+        {
+            let found = answer(self.program.size, &step.call, seen);
+            if found != *wanted {
+                return Some(format!("{request} = {found}, and not {wanted}"));
+            }
+        }
+        None
+    }
+
     /// The program's lines, with what stands behind each request now.
     pub(crate) fn with_answers(&self, seen: &[Seen]) -> String {
         let mut text = String::new();
@@ -294,4 +310,39 @@ fn runs(pages: &[u32]) -> String {
         let _whole = write!(text, "{space}{}x{}", name(first), run.len());
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_pages_bytes_or_below_zero() {
+        assert_eq!(bytes("3"), Some(3 * PAGE));
+        assert_eq!(bytes("3+8"), Some(3 * PAGE + 8));
+        assert_eq!(bytes("-1"), Some(u64::MAX));
+        assert_eq!(bytes("x"), None);
+    }
+
+    #[test]
+    fn programs_are_read_with_their_answers() {
+        let all = parse("# two\nseq\nmap 0 2 3 0 = 0 | 0-2:rw-p | .\nseq blocks\n0: load 1\n");
+        let all = all.expect("two programs");
+        assert_eq!(all.len(), 2);
+        assert_eq!(
+            (all[0].title.as_str(), all[0].program.size),
+            ("two", Size::Roomy)
+        );
+        assert_eq!(all[0].answers, ["0 | 0-2:rw-p | ."]);
+        assert_eq!(all[1].program.size, Size::Blocks);
+        for wrong in ["load 0", "seq\nfly 1", "seq\nload 99", "seq\n1: load 0"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn equal_pages_are_counted() {
+        let huge = 1 << 22 | 1 << 8;
+        assert_eq!(runs(&[0, 0, huge, 1 << 3]), ".x2 h1x1 gx1");
+    }
 }

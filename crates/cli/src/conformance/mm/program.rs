@@ -242,75 +242,114 @@ pub(crate) fn advice_name(advice: i32) -> String {
 
 /// A call as C has it.
 pub(crate) fn line(call: &Call) -> String {
+    let span = |at, len| format!("{}, {}", place(at), bytes(len));
     match *call {
-        Call::Map {
-            at,
-            len,
-            prot,
-            kind,
-            place: how,
-        } => {
-            let kind = match kind {
-                Kind::Private => "MAP_PRIVATE",
-                Kind::Shared => "MAP_SHARED",
-            };
-            let (at, fixed) = match how {
-                Place::Hint => (place(at), ""),
-                Place::Fixed => (place(at), "|MAP_FIXED"),
-                Place::NoReplace => (place(at), "|MAP_FIXED_NOREPLACE"),
-                Place::Anywhere => ("0".to_owned(), ""),
-            };
-            let (len, prot) = (bytes(len), rights(prot));
-            format!("mmap({at}, {len}, {prot}, {kind}|MAP_ANONYMOUS{fixed}, -1, 0)")
-        }
-        Call::Unmap { at, len } => format!("munmap({}, {})", place(at), bytes(len)),
+        Call::Map { .. } => mmap_line(call),
+        Call::Unmap { at, len } => format!("munmap({})", span(at, len)),
         Call::Protect { at, len, prot } => {
-            format!("mprotect({}, {}, {})", place(at), bytes(len), rights(prot))
+            format!("mprotect({}, {})", span(at, len), rights(prot))
         }
         Call::Remap { at, old, new, how } => {
-            let how = match how {
-                How::InPlace => "0".to_owned(),
-                How::Anywhere => "MREMAP_MAYMOVE".to_owned(),
-                How::At(to) => format!("MREMAP_MAYMOVE|MREMAP_FIXED, {}", place(to)),
-                How::LeaveBehind => "MREMAP_MAYMOVE|MREMAP_DONTUNMAP".to_owned(),
-                How::LeaveBehindAt(to) => format!(
-                    "MREMAP_MAYMOVE|MREMAP_FIXED|MREMAP_DONTUNMAP, {}",
-                    place(to)
-                ),
-            };
-            format!(
-                "mremap({}, {}, {}, {how})",
-                place(at),
-                bytes(old),
-                bytes(new)
-            )
+            let (span, new, how) = (span(at, old), bytes(new), how_line(how));
+            format!("mremap({span}, {new}, {how})")
         }
         Call::Advise { at, len, advice } => {
-            format!(
-                "madvise({}, {}, {})",
-                place(at),
-                bytes(len),
-                advice_name(advice)
-            )
+            format!("madvise({}, {})", span(at, len), advice_name(advice))
         }
         Call::AdviseMany {
             spans,
             count,
             advice,
         } => {
+            let spans = spans.iter().take(count.into());
             let spans: Vec<_> = spans
-                .iter()
-                .take(count.into())
-                .map(|(at, len)| format!("{{{}, {}}}", place(*at), bytes(*len)))
+                .map(|(at, len)| format!("{{{}}}", span(*at, *len)))
                 .collect();
             let (spans, name) = (spans.join(", "), advice_name(advice));
             format!("process_madvise(self, {{{spans}}}, {count}, {name}, 0)")
         }
-        Call::Lock { at, len } => format!("mlock({}, {})", place(at), bytes(len)),
-        Call::Unlock { at, len } => format!("munlock({}, {})", place(at), bytes(len)),
+        Call::Lock { at, len } => format!("mlock({})", span(at, len)),
+        Call::Unlock { at, len } => format!("munlock({})", span(at, len)),
         Call::Load { at } => format!("load({})", place(at)),
         Call::Store { at, value } => format!("store({}, {value})", place(at)),
         Call::Fork { child } => format!("fork() /* p{child} */"),
         Call::Exit => "_exit(0)".to_owned(),
+    }
+}
+
+fn mmap_line(call: &Call) -> String {
+    let Call::Map {
+        at,
+        len,
+        prot,
+        kind,
+        place: how,
+    } = *call
+    else {
+        return String::new();
+    };
+    let kind = match kind {
+        Kind::Private => "MAP_PRIVATE",
+        Kind::Shared => "MAP_SHARED",
+    };
+    let (at, fixed) = match how {
+        Place::Hint => (place(at), ""),
+        Place::Fixed => (place(at), "|MAP_FIXED"),
+        Place::NoReplace => (place(at), "|MAP_FIXED_NOREPLACE"),
+        Place::Anywhere => ("0".to_owned(), ""),
+    };
+    let (len, prot) = (bytes(len), rights(prot));
+    format!("mmap({at}, {len}, {prot}, {kind}|MAP_ANONYMOUS{fixed}, -1, 0)")
+}
+
+fn how_line(how: How) -> String {
+    match how {
+        How::InPlace => "0".to_owned(),
+        How::Anywhere => "MREMAP_MAYMOVE".to_owned(),
+        How::At(to) => format!("MREMAP_MAYMOVE|MREMAP_FIXED, {}", place(to)),
+        How::LeaveBehind => "MREMAP_MAYMOVE|MREMAP_DONTUNMAP".to_owned(),
+        How::LeaveBehindAt(to) => format!(
+            "MREMAP_MAYMOVE|MREMAP_FIXED|MREMAP_DONTUNMAP, {}",
+            place(to)
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(who: u8, call: Call) -> Step {
+        Step {
+            who,
+            call,
+            look: Look::Yes,
+        }
+    }
+
+    #[test]
+    fn steps_that_cannot_be_go() {
+        let fork = Call::Fork { child: 9 };
+        let load = |page: u64| Call::Load { at: page * PAGE };
+        let program = Program {
+            size: Size::Pages,
+            steps: vec![
+                step(1, load(0)),
+                step(0, Call::Exit),
+                step(0, load(16)),
+                step(0, fork),
+                step(1, load(15)),
+                step(1, fork),
+                step(0, fork),
+                step(1, Call::Exit),
+                step(1, load(0)),
+            ],
+        };
+        let left = program.sensible();
+        assert_eq!(
+            left.script(),
+            "p0: fork() /* p1 */;\np1: load(w + 15*P);\np1: fork() /* p2 */;\np1: _exit(0);\n"
+        );
+        assert_eq!(left.sensible(), left);
     }
 }

@@ -5,6 +5,7 @@ use gpusvm_live::scratch::{BATCH, Call, How, Kind, Look, PROCESSES, Place, Step}
 use gpusvm_model::sched::Stream;
 
 use crate::conformance::mm::program::{BLOCK, Program, Size};
+use crate::conformance::mm::settings::Settings;
 
 /// One program in this many has room for large pages.
 const BLOCKS_ONE_IN: u32 = 8;
@@ -18,12 +19,17 @@ const ADVICES: [i32; 28] = [
 /// Advices that do not exist.
 const UNKNOWN: [i32; 9] = [-1, 5, 6, 7, 26, 99, 104, 255, i32::MAX];
 
-/// The program with number `seed`.
-pub(crate) fn program(seed: u64, steps: usize) -> Program {
+const COLD: i32 = 20;
+const PAGEOUT: i32 = 21;
+
+/// The program with number `seed`. Where there is swap, nothing is paged out: when a page is written
+/// is the system's affair.
+pub(crate) fn program(seed: u64, steps: usize, settings: &Settings) -> Program {
     let mut maker = Maker {
         random: Stream::named(seed, "conformance mm"),
         size: Size::Pages,
         alive: [true, false, false],
+        page_out: if settings.swap { COLD } else { PAGEOUT },
     };
     if maker.one_in(BLOCKS_ONE_IN) {
         maker.size = Size::Blocks;
@@ -40,6 +46,7 @@ struct Maker {
     random: Stream,
     size: Size,
     alive: [bool; PROCESSES],
+    page_out: i32,
 }
 
 impl Maker {
@@ -202,9 +209,11 @@ impl Maker {
 
     fn advice(&mut self) -> i32 {
         if self.one_in(20) {
-            self.pick(&UNKNOWN)
-        } else {
-            self.pick(&ADVICES)
+            return self.pick(&UNKNOWN);
+        }
+        match self.pick(&ADVICES) {
+            PAGEOUT => self.page_out,
+            advice => advice,
         }
     }
 

@@ -17,6 +17,8 @@ pub(crate) struct Settings {
     pub(crate) swap: bool,
 }
 
+/// The kernel that the model is.
+const MODELLED: (u32, u32) = (6, 18);
 const THP: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
 impl Settings {
@@ -36,6 +38,16 @@ impl Settings {
             thp,
             swap,
         })
+    }
+
+    /// What is to be said of differences that may come from the kernel's version alone.
+    pub(crate) fn foreign(&self) -> String {
+        if self.version == MODELLED {
+            return String::new();
+        }
+        let (major, minor) = MODELLED;
+        let release = &self.release;
+        format!("; this kernel is {release}, the model is {major}.{minor}: they may differ by that")
     }
 }
 

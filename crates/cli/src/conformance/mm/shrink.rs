@@ -171,3 +171,30 @@ fn lengths(at: u64, len: u64, call: impl Fn(u64, u64) -> Call) -> Vec<Call> {
     }
     all
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conformance::mm::program::Size;
+    use crate::conformance::mm::random;
+    use crate::conformance::mm::settings::Settings;
+
+    #[test]
+    fn what_does_not_matter_goes() {
+        let settings = Settings::read().expect("a kernel");
+        let has = |program: &Program, advice: i32| {
+            let mut calls = program.steps.iter().map(|step| step.call);
+            calls.any(|call| matches!(call, Call::Advise { advice: found, .. } if found == advice))
+        };
+        let both = |program: &Program| has(program, 4) && has(program, 8);
+        let long = (0..).map(|seed| random::program(seed, 30, &settings));
+        let long = long.into_iter().find(|program| both(program));
+        let long = long.expect("some program has both");
+        let short = shrink(&long, 2000, &mut |program| both(program));
+        assert_eq!(short.steps.len(), 2);
+        assert!(short.steps.iter().all(|step| step.who == 0));
+        let page = |call: Call| matches!(call, Call::Advise { len: PAGE, .. });
+        assert!(short.steps.iter().all(|step| page(step.call)));
+        assert!(matches!(short.size, Size::Pages | Size::Blocks));
+    }
+}

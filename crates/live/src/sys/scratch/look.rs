@@ -3,7 +3,6 @@
 //! The window is the lowest mapping but one, so that its mappings come early in smaps.
 
 use core::ffi::c_int;
-use core::ptr;
 
 use crate::sys::scratch::call::{Area, flag};
 use crate::sys::scratch::child::{Window, errno};
@@ -100,8 +99,13 @@ impl Eyes {
     /// expected.
     pub(super) fn areas(self, window: Window, areas: &mut [Area]) -> Option<usize> {
         let mut text = [0_u8; CHUNK + LINE];
-        let (mut kept, mut at, mut count) = (0, 0_i64, 0);
-        let mut area = None;
+        let (mut kept, mut at) = (0, 0_i64);
+        let mut list = List {
+            window,
+            areas,
+            count: 0,
+            head: None,
+        };
         loop {
             let room = text.get_mut(kept..kept + CHUNK)?;
             // SAFETY: writes at most as many bytes as `room` has.
@@ -109,34 +113,60 @@ impl Eyes {
             let read = usize::try_from(read).ok().filter(|read| *read > 0)?;
             at += i64::try_from(read).ok()?;
             let all = text.get(..kept + read)?;
-            let end = all
-                .iter()
-                .rposition(|byte| *byte == b'\n')
-                .map_or(0, |n| n + 1);
+            let last = all.iter().rposition(|byte| *byte == b'\n');
+            let end = last.map_or(0, |newline| newline + 1);
             for line in all[..end].split(|byte| *byte == b'\n') {
-                if let Some(head) = header(line) {
-                    if head.start >= window.base + window.bytes {
-                        return Some(count);
-                    }
-                    area = (head.start >= window.base).then_some(head);
-                } else if let (Some(names), Some(found)) = (line.strip_prefix(b"VmFlags:"), area) {
-                    let flags = names.split(|byte| *byte == b' ').map(flag).sum();
-                    *areas.get_mut(count)? = Area {
-                        start: found.start - window.base,
-                        end: found.end - window.base,
-                        flags,
-                        ..found
-                    };
-                    count += 1;
+                if list.take(line)? == Taken::End {
+                    return Some(list.count);
                 }
             }
             let length = all.len();
             text.copy_within(end..length, 0);
+            // The beginning of a line, of which the rest comes next.
             kept = length - end;
             if kept > LINE {
                 return None;
             }
         }
+    }
+}
+
+/// Whether lines of smaps behind one may matter.
+#[derive(PartialEq, Eq)]
+enum Taken {
+    More,
+    End,
+}
+
+/// The mappings of the window, as far as lines of smaps told of them.
+struct List<'a> {
+    window: Window,
+    areas: &'a mut [Area],
+    count: usize,
+    /// The mapping that the lines are about, if it is in the window.
+    head: Option<Area>,
+}
+
+impl List<'_> {
+    /// Takes the next line in. `None` where there are too many mappings.
+    fn take(&mut self, line: &[u8]) -> Option<Taken> {
+        let Window { base, bytes } = self.window;
+        if let Some(head) = header(line) {
+            if head.start >= base + bytes {
+                return Some(Taken::End);
+            }
+            self.head = (head.start >= base).then_some(head);
+        } else if let (Some(names), Some(head)) = (line.strip_prefix(b"VmFlags:"), self.head) {
+            let flags = names.split(|byte| *byte == b' ').map(flag).sum();
+            *self.areas.get_mut(self.count)? = Area {
+                start: head.start - base,
+                end: head.end - base,
+                flags,
+                ..head
+            };
+            self.count += 1;
+        }
+        Some(Taken::More)
     }
 }
 
@@ -169,9 +199,4 @@ pub(super) const fn no_regions<const N: usize>() -> [Region; N] {
         end: 0,
         categories: 0,
     }; N]
-}
-
-/// Where nothing is.
-pub(super) const fn nowhere() -> *mut core::ffi::c_void {
-    ptr::null_mut()
 }

@@ -210,7 +210,16 @@ fn new_board() -> io::Result<NonNull<Board>> {
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
     let rights = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a fresh mapping, which overlaps nothing.
-    let board = unsafe { libc::mmap(look::nowhere(), size_of::<Board>(), rights, flags, -1, 0) };
+    let board = unsafe {
+        libc::mmap(
+            core::ptr::null_mut(),
+            size_of::<Board>(),
+            rights,
+            flags,
+            -1,
+            0,
+        )
+    };
     if board == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
