@@ -23,15 +23,15 @@
 //!
 //! * Huge page files (`MAP_HUGETLB` answers `EOPNOTSUPP`), mappings that grow down, userfaultfd
 //!   registrations (only the entry kinds exist), limits on counts and sizes, NUMA.
-//! * `mremap` with an old length of zero answers `EOPNOTSUPP` for shared memory.
 //! * Faults take the mmap lock, never a lock of one mapping; `munmap` keeps it for writing to the end;
 //!   `process_madvise` takes it once per span.
-//! * Only anonymous pages are reclaimed, one by one; pages of files stay. Merged pages neither migrate
-//!   nor leave.
+//! * Only anonymous pages are reclaimed, one by one; pages of files stay but for `MADV_PAGEOUT`. Merged
+//!   pages neither migrate nor leave.
 //! * Reads of present pages by system calls have no events of their own; pins are for a device or a
 //!   call that stays.
-//! * Large folios are of the order of a block only; device pages are small, as before 6.19; large
-//!   folios are split before they are swapped out.
+//! * Large folios are anonymous and of the order of a block only; device pages are small, as before 6.19;
+//!   large folios are split before they are swapped out. Their pages of zeros become the page of zeros
+//!   where an advice splits them, not where a migration does.
 //! * `MADV_HWPOISON` and `MADV_SOFT_OFFLINE` answer `EPERM`, as for a process without privileges;
 //!   [`poison`](reclaim::poison) is the memory error itself.
 
