@@ -5,17 +5,17 @@
 //! published; for a unit looks at what was published each time it enters an access.
 //!
 //! ```text
-//!   publisher:  write slot n ─ published = n ─ (barrier) ─ inside? seen < n? wait : done
-//!   unit:       inside = yes ─ (barrier) ─ published > seen? apply : ─ access ─ inside = no
+//!   publisher:  write slot n ─ published = n ─ inside? seen < n? wait : done
+//!   unit:       inside = yes ─ published > seen? apply : ─ access ─ inside = no
 //! ```
 //!
-//! Both sides write before they read, with a full barrier between, so one of them sees the other.
+//! Both sides write before they read. All four are sequentially consistent, so that one side sees the
+//! other without a fence of its own.
 //! The last [`SLOTS`] invalidations are kept; a unit that is further behind drops everything.
 
-use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-
+use crate::sync::{AtomicBool, AtomicU64, Ordering, fence};
 use crate::tlb::Tlb;
+use alloc::vec::Vec;
 
 /// Invalidations that are kept for units that are behind.
 const SLOTS: u64 = 64;
@@ -63,7 +63,6 @@ impl Shootdown {
         slot.start.store(start, Ordering::Relaxed);
         slot.end.store(end, Ordering::Relaxed);
         self.published.store(n, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
         n
     }
 
@@ -108,7 +107,6 @@ impl Gate {
     /// Begins an access: from here to [`leave`](Self::leave) the unit may use translations.
     pub(crate) fn enter(&self, shootdown: &Shootdown, tlb: &mut Tlb) {
         self.inside.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
         let latest = shootdown.latest();
         if latest != self.seen.load(Ordering::Relaxed) {
             shootdown.apply(self, tlb, latest);
@@ -123,7 +121,6 @@ impl Gate {
     /// As [`enter`](Self::enter), acknowledging without applying: the planted fault.
     pub(crate) fn enter_ignoring(&self, shootdown: &Shootdown) {
         self.inside.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
         self.seen.store(shootdown.latest(), Ordering::SeqCst);
     }
 
@@ -150,51 +147,4 @@ pub(crate) fn number_of(seqno: u32, latest: u64) -> u64 {
     }
     let back = (u64::from(seqno_of(latest)) + SEQNO_MAX - u64::from(seqno)) % SEQNO_MAX;
     latest.saturating_sub(back)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sequence_numbers_wrap_past_zero_and_lead_back() {
-        for n in [
-            1,
-            2,
-            SEQNO_MAX - 1,
-            SEQNO_MAX,
-            SEQNO_MAX + 1,
-            5 * SEQNO_MAX + 7,
-        ] {
-            let seqno = seqno_of(n);
-            assert!(seqno >= 1 && u64::from(seqno) <= SEQNO_MAX);
-            for latest in [n, n + 1, n + 1000] {
-                assert_eq!(number_of(seqno, latest), n);
-            }
-        }
-    }
-
-    #[test]
-    fn unit_that_is_far_behind_drops_everything() {
-        use crate::mmu::{Leaf, Permit, Target};
-        let shootdown = Shootdown::new();
-        let (gate, mut tlb) = (Gate::default(), Tlb::new(4));
-        let leaf = Leaf {
-            va: 0,
-            shift: 12,
-            target: Target::Null,
-            write: Permit::No,
-            atomic: Permit::No,
-        };
-        tlb.insert(1, leaf);
-        for n in 1..=200 {
-            shootdown.publish(2, n << 12, (n + 1) << 12);
-        }
-        gate.enter(&shootdown, &mut tlb);
-        assert!(tlb.look_up(1, 0).is_none());
-        assert!(gate.has_acknowledged(200));
-        assert!(!gate.has_acknowledged(201), "inside, and not seen");
-        gate.leave();
-        assert!(gate.has_acknowledged(201), "quiescent");
-    }
 }

@@ -26,8 +26,16 @@ enum Home {
     Own(u64),
     /// Here, or gone (`MADV_FREE`).
     Free(u64),
-    /// In this page of a shared mapping.
+    /// In this page of a shared object.
     Shared(u32, u32),
+    /// Nowhere: past the end of a shared object.
+    Past,
+}
+
+impl Home {
+    fn is_shared(self) -> bool {
+        matches!(self, Self::Shared(..) | Self::Past)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +53,8 @@ struct Slow {
     tables: [BTreeMap<u32, Page>; 3],
     alive: [bool; 3],
     shared: BTreeMap<(u32, u32), u64>,
+    /// Pages of each shared object.
+    sizes: BTreeMap<u32, u32>,
     next: u32,
 }
 
@@ -210,6 +220,7 @@ impl Pair {
         }
         assert_eq!(got, Ok(self.at(at)));
         self.slow.next += 1;
+        self.slow.sizes.insert(self.slow.next, len);
         for page in at..at + len {
             let home = if what == What::Shared {
                 Home::Shared(self.slow.next, page - at)
@@ -287,7 +298,7 @@ impl Pair {
                 table.remove(&page);
             } else if let Some(left) = left {
                 left.guard = false;
-                if !matches!(left.home, Home::Shared(..)) {
+                if !left.home.is_shared() {
                     left.home = Home::Own(0);
                 }
             }
@@ -310,7 +321,10 @@ impl Pair {
                 .flatten()
                 .expect("only mapped pages grow");
             let home = match last.home {
-                Home::Shared(id, index) => Home::Shared(id, index + 1 + n - kept),
+                Home::Shared(id, index) if index + 1 + n - kept < self.slow.sizes[&id] => {
+                    Home::Shared(id, index + 1 + n - kept)
+                }
+                Home::Shared(..) | Home::Past => Home::Past,
                 Home::Own(_) | Home::Free(_) => Home::Own(0),
             };
             table.insert(
@@ -425,10 +439,9 @@ impl Pair {
                 Home::Own(value) => assert_eq!(got, Ok(value), "page {at}"),
                 Home::Shared(id, index) => {
                     let value = shared.get(&(id, index)).copied().unwrap_or(0);
-                    if got != Err(Signal::Bus) {
-                        assert_eq!(got, Ok(value), "page {at}");
-                    }
+                    assert_eq!(got, Ok(value), "page {at}");
                 }
+                Home::Past => assert_eq!(got, Err(Signal::Bus), "page {at}"),
                 Home::Free(value) => {
                     assert!(got == Ok(value) || got == Ok(0), "page {at}: {got:?}");
                     if got == Ok(0) {
@@ -444,8 +457,8 @@ impl Pair {
         let got = self.touch(pid, at, Access::Write);
         match self.slow.tables[usize::from(pid)].get_mut(&at) {
             Some(page) if page.allows(VmFlags::WRITE) => {
-                if let (Home::Shared(..), Err(Signal::Bus)) = (page.home, got) {
-                    return;
+                if page.home == Home::Past {
+                    return assert_eq!(got, Err(Signal::Bus), "page {at}");
                 }
                 let Ok(Hit::Frame(frame)) = got else {
                     panic!("page {at}: {got:?}");
@@ -456,6 +469,7 @@ impl Pair {
                     Home::Shared(id, index) => {
                         self.slow.shared.insert((id, index), value);
                     }
+                    Home::Past => unreachable!("there is nothing to store to"),
                 }
             }
             Some(_) | None => assert_eq!(got, Err(Signal::Segv), "page {at}"),
@@ -491,7 +505,7 @@ impl Page {
     }
 
     fn advise(&mut self, advice: i32) -> Result<(), Errno> {
-        let shared = matches!(self.home, Home::Shared(..));
+        let shared = self.home.is_shared();
         let refused = match advice {
             4 | 20 | 21 | 102 => self.locked,
             8 => self.locked || shared,
@@ -504,10 +518,10 @@ impl Page {
             return Err(Errno::Invalid);
         }
         match (advice, self.home) {
-            (22 | 23, _) if self.guard => return Err(Errno::Fault),
+            (22 | 23, home) if self.guard || home == Home::Past => return Err(Errno::Fault),
             (102, home) => {
                 self.guard = true;
-                if !matches!(home, Home::Shared(..)) {
+                if !home.is_shared() {
                     self.home = Home::Own(0);
                 }
             }
