@@ -7,7 +7,7 @@ use std::io::Write;
 
 use clap::Subcommand;
 
-pub use mm::MmArgs;
+pub use mm::{Host, MmArgs};
 
 /// What is compared with Linux.
 #[derive(Clone, Debug, Subcommand)]

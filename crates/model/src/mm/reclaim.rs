@@ -1,8 +1,8 @@
 //! Reclaim, swap, memory errors and page pins.
 //!
-//! Only anonymous pages are reclaimed; those of files stay. A page leaves in steps: it is locked
-//! and gets a slot, its mappings go one by one, each in a bracket of its own, and it is free when
-//! nobody else had a reference. Otherwise it stays in the swap cache.
+//! Only anonymous pages are reclaimed; those of files stay, unless an advice (`idle`) names them. A
+//! page leaves in steps: it is locked and gets a slot, its mappings go one by one, each in a bracket
+//! of its own, and it is free when nobody else had a reference. Otherwise it stays in the swap cache.
 
 use gpusvm::seam::mm::{Access, InvalidateReason};
 

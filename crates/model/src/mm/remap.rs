@@ -253,10 +253,10 @@ impl Machine {
         // What shrinks or stays as it is may span several mappings, but not what moves.
         let stays = plan.fixed.is_none() && !plan.target.leaves();
         let kept = plan.new_len.min(plan.old.len());
-        let moved = match plan.new_len <= plan.old.len() {
-            true if stays => 0,
-            true => kept,
-            false => plan.old.len(),
+        let moved = if stays && plan.new_len <= plan.old.len() {
+            0
+        } else {
+            kept
         };
         if !vma
             .pages
