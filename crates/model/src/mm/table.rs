@@ -215,8 +215,11 @@ impl Machine {
             && !pages.covers(self.shape.block_around(page))
     }
 
+    /// A page of a file was written through an entry that goes. Of anonymous pages nobody keeps that:
+    /// what `MADV_FREE` gave away is lost with the other entries clean.
     fn note_dirty(&mut self, frame: FrameId, bits: Bits) {
-        if bits.has(Bits::DIRTY) {
+        let file = matches!(self.memory.folio(frame).owner, Owner::File(..));
+        if file && bits.has(Bits::DIRTY) {
             let folio = self.memory.folio_mut(frame);
             folio.flags = folio.flags.with(FolioFlags::DIRTY);
         }
