@@ -68,6 +68,7 @@ rows! {
     large_pages_have_owners = "M36",
     large_pages_are_split = "M41",
     advices_are_checked = "M45",
+    what_the_model_once_did_otherwise = "found",
 }
 
 #[test]

@@ -233,11 +233,9 @@ pub(crate) fn answer(size: Size, call: &Call, seen: &Seen) -> String {
         Size::Blocks => runs(&seen.pages),
     };
     let areas: Vec<_> = seen.areas.iter().map(area).collect();
-    format!(
-        "{} | {} | {pages}",
-        short(call, seen.answer),
-        areas.join(" ")
-    )
+    let (done, areas) = (short(call, seen.answer), areas.join(" "));
+    let text = format!("{done} | {areas} | {pages}");
+    text.trim_end().to_owned()
 }
 
 fn short(call: &Call, answer: Option<Answer>) -> String {

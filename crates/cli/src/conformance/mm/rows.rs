@@ -1,6 +1,7 @@
 //! Programs that have names: each shows one behaviour of Linux, with the answers it must give.
 //!
-//! They stand in `rows.txt` as a transcript, recorded on Linux 6.18.44 with `--retell`. The advices of
+//! They stand in `rows.txt` as a transcript, recorded on Linux 6.18.44 with `--retell`. Those called
+//! `found` are what is left of random programs that once differed. The advices of
 //! M45 are too many to be written down: what does not exist must be refused everywhere, and the two
 //! hosts must agree on the rest.
 
