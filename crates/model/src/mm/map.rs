@@ -248,7 +248,7 @@ impl Machine {
     }
 
     /// The highest free run of `len` pages.
-    fn gap(&self, pid: Pid, len: u32) -> Option<Pages> {
+    pub(crate) fn gap(&self, pid: Pid, len: u32) -> Option<Pages> {
         let mut end = self.shape.pages;
         for vma in self.process(pid).vmas.all().iter().rev() {
             if end - vma.pages.end >= len {
