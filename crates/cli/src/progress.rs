@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Is told how far the work is.
 pub trait Progress: Sync {
@@ -68,6 +68,52 @@ impl Progress for Bar {
             bar.set_length(u64::from(all));
             bar.set_position(u64::from(done));
             bar.set_message(step.to_owned());
+        }
+    }
+}
+
+/// How many worlds have run, on standard error, once a second, if that is a terminal.
+#[derive(Debug)]
+pub struct Worlds(Option<ProgressBar>);
+
+impl Worlds {
+    /// Of `all` worlds called `name`, none has run.
+    #[must_use]
+    pub fn new(name: &str, all: u64) -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Self(None);
+        }
+        let template = "{prefix:>10} {bar:30} {pos} of {len} worlds, {per_sec}, {msg}, {elapsed}";
+        let style = ProgressStyle::with_template(template)
+            .unwrap_or_else(|_malformed| ProgressStyle::default_bar());
+        let target = ProgressDrawTarget::stderr_with_hz(1);
+        let bar = ProgressBar::with_draw_target(Some(all), target);
+        Self(Some(
+            bar.with_style(style)
+                .with_prefix(name.to_owned())
+                .with_message("none failed"),
+        ))
+    }
+
+    /// `more` worlds have run; none of them failed, or the last one did, and there will be no others.
+    pub fn ran(&self, more: u64) {
+        if let Some(bar) = &self.0 {
+            bar.inc(more);
+        }
+    }
+
+    /// Says what the search is for.
+    pub fn say(&self, what: &str) {
+        if let Some(bar) = &self.0 {
+            bar.set_message(what.to_owned());
+        }
+    }
+}
+
+impl Drop for Worlds {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
         }
     }
 }

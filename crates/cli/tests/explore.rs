@@ -26,13 +26,16 @@ fn file(name: &str) -> PathBuf {
 
 #[test]
 fn worlds_of_every_kind_keep_the_rules_and_are_the_same_again() {
-    let once = || {
-        let output = explore(&["--scenario", "all", "--seeds", "64", "--json"]);
+    let once = |threads: &str| {
+        let args = ["--scenario", "all", "--seeds", "64", "--json"];
+        let output = explore(&[&args[..], &["--threads", threads]].concat());
         assert!(output.status.success(), "{}", text(&output.stderr));
         json(&output)
     };
-    let (first, second) = (once(), once());
+    let (first, second) = (once("1"), once("3"));
     assert_eq!(first["verified"], true);
+    let speed = first["scenarios"][0]["worlds_per_s_and_core"].as_f64();
+    assert!(speed > Some(1.0), "{speed:?}");
     let hashes = |all: &Value| -> Vec<Value> {
         let all = all["scenarios"].as_array().expect("a list");
         all.iter().map(|one| one["hash"].clone()).collect()

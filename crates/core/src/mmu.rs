@@ -152,25 +152,40 @@ impl<E: Environment> IntervalNotifiers<E> {
     /// Opens an invalidation of `span`: on return no subscriber uses the span. Does not allocate.
     /// Must be called without the notifier lock of any subscriber.
     pub fn start(&self, span: HostSpan, reason: InvalidateReason) -> Invalidation {
-        let seq = {
-            let mut state = self.state.lock();
-            state.active += 1;
-            if state.next_overlap(span, None).is_some() {
-                state.seq |= 1;
-            }
-            Seq(state.seq)
-        };
-        self.for_each_overlap(span, |interval| {
+        let mut state = self.state.lock();
+        state.active += 1;
+        let mut next = state.next_overlap(span, None);
+        if next.is_some() {
+            state.seq |= 1;
+        }
+        let seq = Seq(state.seq);
+        drop(state);
+        while let Some(found) = next {
+            let interval = &found.interval;
             interval.sink.start(interval, span, reason, seq);
-        });
+            // Nothing comes or goes while an invalidation runs: what was the last one still is.
+            next = match found.place {
+                Place::Last => None,
+                Place::Before(more) => self.state.lock().next_overlap(span, Some(more)),
+            };
+        }
         Invalidation { span, reason }
     }
 
     /// Closes an invalidation; readers go on when the last one has ended.
     pub fn end(&self, env: &E, invalidation: Invalidation) {
         let span = invalidation.span;
-        self.for_each_overlap(span, |interval| interval.sink.end(interval, span));
         let mut state = self.state.lock();
+        let mut next = state.next_overlap(span, None);
+        while let Some(found) = next {
+            drop(state);
+            found.interval.sink.end(&found.interval, span);
+            state = self.state.lock();
+            next = match found.place {
+                Place::Last => None,
+                Place::Before(more) => state.next_overlap(span, Some(more)),
+            };
+        }
         state.active -= 1;
         if state.active == 0 && state.seq & 1 == 1 {
             state.seq += 1;
@@ -241,32 +256,37 @@ impl<E: Environment> IntervalNotifiers<E> {
             env.wait(&self.ended, seen);
         }
     }
+}
 
-    /// Calls `visit` for every overlapping interval, without the lock held.
-    fn for_each_overlap(&self, span: HostSpan, mut visit: impl FnMut(&Interval)) {
-        let mut after = None;
-        loop {
-            let next = self.state.lock().next_overlap(span, after);
-            let Some((key, interval)) = next else { return };
-            visit(&interval);
-            after = Some(key);
-        }
-    }
+/// An interval that a span overlaps.
+struct Overlap {
+    interval: Arc<Interval>,
+    place: Place,
+}
+
+/// Where it stands among those.
+enum Place {
+    /// The one with this key comes next.
+    Before((HostVa, u64)),
+    Last,
 }
 
 impl State {
-    /// First interval that overlaps `span`, behind the key `after`.
-    fn next_overlap(
-        &self,
-        span: HostSpan,
-        after: Option<(HostVa, u64)>,
-    ) -> Option<((HostVa, u64), Arc<Interval>)> {
+    /// First interval that overlaps `span`, from the key `from` on.
+    fn next_overlap(&self, span: HostSpan, from: Option<(HostVa, u64)>) -> Option<Overlap> {
         let first = HostVa::new(span.start().get().saturating_sub(self.widest));
-        let from = after.map_or((first, 0), |(at, serial)| (at, serial + 1));
-        self.tree
-            .range(from..(span.end(), 0))
-            .find(|(_, interval)| interval.window.overlaps(span))
-            .map(|(key, interval)| (*key, Arc::clone(interval)))
+        let mut all = self
+            .tree
+            .range(from.unwrap_or((first, 0))..(span.end(), 0))
+            .filter(|(_, interval)| interval.window.overlaps(span));
+        let (_, interval) = all.next()?;
+        let place = all
+            .next()
+            .map_or(Place::Last, |(key, _)| Place::Before(*key));
+        Some(Overlap {
+            interval: Arc::clone(interval),
+            place,
+        })
     }
 
     fn insert(&mut self, interval: Arc<Interval>) {

@@ -31,9 +31,11 @@
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
 use gpusvm::seam::env::Mutex;
+use gpusvm_abi::bus::SystemBus;
 
 use crate::env::LiveEnv;
 use crate::sys::advise;
+use crate::sys::fault_copy::LiveBus;
 use crate::sys::futex::Changes;
 use crate::sys::last_wish;
 use crate::sys::mapping::RuntimeMapping;
@@ -195,7 +197,9 @@ impl Staging {
         let Some(at) = self.shelf(Kind::Huge).lock().next_to_refresh() else {
             return false;
         };
-        let populated = advise::populate_write(HostSpan::at(at, PAGE_2M));
+        // A touch, not `MADV_POPULATE_WRITE`: that holds the lock of the address space while the page is
+        // cleared, and whoever registers memory would wait for it.
+        let populated = LiveBus.write(at.get(), &[0]);
         if populated.is_err() {
             drop_all(at);
         }

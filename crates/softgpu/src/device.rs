@@ -126,6 +126,34 @@ pub enum Translation {
     },
 }
 
+/// What a walk comes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Walked {
+    /// A page table, by its offset in device memory.
+    Table(u64),
+    /// A page, by its virtual address, and where it leads.
+    Page(u64, Option<Translation>),
+}
+
+impl Translation {
+    /// Where a leaf leads at `va`.
+    fn of(leaf: &mmu::Leaf, va: u64) -> Option<Self> {
+        let inside = (va - leaf.va) & !0xFFF;
+        let write = leaf.write == Permit::Yes;
+        match leaf.target {
+            Target::Vram(at) => Some(Self::Vram {
+                offset: at + inside,
+                write,
+            }),
+            Target::Bus(at) => Some(Self::Bus {
+                address: at + inside,
+                write,
+            }),
+            Target::Null => None,
+        }
+    }
+}
+
 struct Unit<R> {
     gate: Gate,
     /// Address of the fault being served, 0 for none.
@@ -285,26 +313,21 @@ impl<R: RawMutex> SoftGpu<R> {
         &self.config
     }
 
-    /// Where the page tables lead at `va`, for whoever checks them. No unit is asked, and no TLB.
-    #[must_use]
-    pub fn translation(&self, asid: u32, va: u64) -> Option<Translation> {
-        let leaf = mmu::walk(&*self.vram, self.root(asid)?, va).ok()?;
-        let inside = (va - leaf.va) & !0xFFF;
-        let write = leaf.write == Permit::Yes;
-        match leaf.target {
-            Target::Vram(at) => Some(Translation::Vram {
-                offset: at + inside,
-                write,
-            }),
-            Target::Bus(at) => Some(Translation::Bus {
-                address: at + inside,
-                write,
-            }),
-            Target::Null => None,
-        }
+    /// What a walk over every page of `[start, end)`, which is page aligned, comes by, in order. No
+    /// unit is asked, and no TLB.
+    pub fn walk(&self, asid: u32, span: (u64, u64), mut tell: impl FnMut(Walked)) {
+        let Some(root) = self.root(asid) else { return };
+        mmu::walk_span(&*self.vram, root, span, &mut |found| match found {
+            mmu::Found::Table(table) => tell(Walked::Table(table)),
+            mmu::Found::Page(va, leaf) => {
+                let leads = leaf.and_then(|leaf| Translation::of(&leaf, va));
+                tell(Walked::Page(va, leads));
+            }
+        });
     }
 
-    pub(crate) fn root(&self, asid: u32) -> Option<u64> {
+    /// Offset of the root table of an address space.
+    pub fn root(&self, asid: u32) -> Option<u64> {
         let root = self
             .roots
             .get(usize::try_from(asid).ok()?)?

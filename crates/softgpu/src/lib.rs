@@ -49,5 +49,7 @@ mod unit;
 pub mod work;
 
 pub use copy::COPY_JOB_BYTES;
-pub use device::{ConfigError, FaultService, GpuConfig, Planted, SoftGpu, Translation, UnitState};
+pub use device::{
+    ConfigError, FaultService, GpuConfig, Planted, SoftGpu, Translation, UnitState, Walked,
+};
 pub use work::{DeviceFault, Dispatch, Kernel, Stop, Tile};

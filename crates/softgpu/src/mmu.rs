@@ -76,27 +76,91 @@ impl Leaf {
 /// Walks from the root table at `root` to the leaf for `va`. A table that lies outside of device
 /// memory counts as not present: a device never reads where it has no memory.
 pub(crate) fn walk(vram: &dyn VramStore, root: u64, va: u64) -> Result<Leaf, NoWay> {
-    let absent = |level| NoWay {
-        kind: FaultKind::NotPresent,
-        level,
-    };
-    let mut table = root;
-    let mut level = pte::ROOT_LEVEL;
     if va >> pte::VA_BITS != 0 {
+        return Err(absent(pte::ROOT_LEVEL));
+    }
+    let mut at = (root, pte::ROOT_LEVEL);
+    loop {
+        match step(vram, at, va)? {
+            Step::Leaf(leaf) => return Ok(leaf),
+            Step::Down(table) => at = (table, at.1 - 1),
+        }
+    }
+}
+
+/// What a walk over a span comes by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Found {
+    /// A table at this offset.
+    Table(u64),
+    /// A page, and the leaf above it, if there is one.
+    Page(u64, Option<Leaf>),
+}
+
+/// Walks from the root table at `root` to every page of `[start, end)`, which is page aligned, and
+/// tells what it comes by. Each table is found once.
+pub(crate) fn walk_span(
+    vram: &dyn VramStore,
+    root: u64,
+    (start, end): (u64, u64),
+    tell: &mut dyn FnMut(Found),
+) {
+    let end_of_space = 1 << pte::VA_BITS;
+    let inside = (start, end.min(end_of_space));
+    walk_table(vram, (root, pte::ROOT_LEVEL), inside, tell);
+    tell_pages((start.max(end_of_space), end), None, tell);
+}
+
+fn tell_pages((start, end): (u64, u64), leaf: Option<Leaf>, tell: &mut dyn FnMut(Found)) {
+    let pages = (start..end).step_by(4096);
+    pages.for_each(|va| tell(Found::Page(va, leaf)));
+}
+
+fn walk_table(
+    vram: &dyn VramStore,
+    (table, level): (u64, u8),
+    (start, end): (u64, u64),
+    tell: &mut dyn FnMut(Found),
+) {
+    tell(Found::Table(table));
+    let bytes = 1 << pte::level_shift(level);
+    let mut va = start;
+    while va < end {
+        let behind = ((va & !(bytes - 1)) + bytes).min(end);
+        match step(vram, (table, level), va) {
+            Ok(Step::Down(table)) => walk_table(vram, (table, level - 1), (va, behind), tell),
+            Ok(Step::Leaf(leaf)) => tell_pages((va, behind), Some(leaf), tell),
+            Err(_no_way) => tell_pages((va, behind), None, tell),
+        }
+        va = behind;
+    }
+}
+
+/// One step of a walk.
+enum Step {
+    Leaf(Leaf),
+    /// To the table at this offset.
+    Down(u64),
+}
+
+/// Reads the entry for `va` in the table at an offset, of a level.
+fn step(vram: &dyn VramStore, (table, level): (u64, u8), va: u64) -> Result<Step, NoWay> {
+    let index = va >> pte::level_shift(level) & (pte::ENTRIES_PER_TABLE - 1);
+    let entry = read_entry(vram, table + index * 8).ok_or(absent(level))?;
+    if entry & pte::PRESENT == 0 {
         return Err(absent(level));
     }
-    loop {
-        let index = va >> pte::level_shift(level) & (pte::ENTRIES_PER_TABLE - 1);
-        let entry = read_entry(vram, table + index * 8).ok_or(absent(level))?;
-        if entry & pte::PRESENT == 0 {
-            return Err(absent(level));
-        }
-        let is_leaf = level == 0 || entry & pte::PAGE_SIZE != 0;
-        if is_leaf {
-            return leaf(vram, va, level, entry).ok_or(absent(level));
-        }
-        table = entry & pte::ADDRESS_MASK;
-        level -= 1;
+    if level == 0 || entry & pte::PAGE_SIZE != 0 {
+        let leaf = leaf(vram, va, level, entry);
+        return leaf.map(Step::Leaf).ok_or(absent(level));
+    }
+    Ok(Step::Down(entry & pte::ADDRESS_MASK))
+}
+
+const fn absent(level: u8) -> NoWay {
+    NoWay {
+        kind: FaultKind::NotPresent,
+        level,
     }
 }
 

@@ -14,7 +14,7 @@ use gpusvm_model::sched::{Kind, ModelEnv};
 
 use crate::explore::ledger::{Effect, Ended};
 use crate::explore::op::Op;
-use crate::explore::plan::{PAGES, WORDS, address};
+use crate::explore::plan::{WORDS, address};
 use crate::explore::world::{World, map};
 
 const DONTNEED: i32 = 4;
@@ -34,7 +34,7 @@ pub(super) fn run(world: &World, n: usize) {
     for _ in 0..world.plan.ops {
         let which = ModelEnv.choose(u32::try_from(world.plan.does.len()).unwrap_or(1));
         let op = world.plan.does[which as usize];
-        let page = ModelEnv.choose(PAGES);
+        let page = ModelEnv.choose(world.plan.pages);
         ModelEnv.emit(op.name(), [page.into(), 0]);
         operate(world, n, op, page);
         ModelEnv.point(Kind::Other);
@@ -58,13 +58,13 @@ fn operate(world: &World, n: usize, op: Op, page: u32) {
         Op::SwapOut => {
             let _out = world.space.reclaim(address(page, 0));
         }
-        Op::Discard => change(world, &some(page), Effect::Destroys, |at, len| {
+        Op::Discard => change(world, &some(world, page), Effect::Destroys, |at, len| {
             world.space.madvise(at, len, DONTNEED)
         }),
-        Op::Unmap => unmap(world, &some(page)),
-        Op::Move => relocate(world, &some(page)),
-        Op::ProtectRead => protect_read(world, &some(page)),
-        Op::Guard => change(world, &some(page), Effect::Destroys, |at, len| {
+        Op::Unmap => unmap(world, &some(world, page)),
+        Op::Move => relocate(world, &some(world, page)),
+        Op::ProtectRead => protect_read(world, &some(world, page)),
+        Op::Guard => change(world, &some(world, page), Effect::Destroys, |at, len| {
             world.space.madvise(at, len, GUARD_INSTALL)?;
             ModelEnv.point(Kind::Other);
             if world.space.load(at).is_ok() {
@@ -83,9 +83,9 @@ fn operate(world: &World, n: usize, op: Op, page: u32) {
 }
 
 /// Pages around one: a few.
-fn some(page: u32) -> Range<u32> {
+fn some(world: &World, page: u32) -> Range<u32> {
     let end = page + 1 + ModelEnv.choose(4);
-    page..end.min(PAGES)
+    page..end.min(world.plan.pages)
 }
 
 fn load(world: &World, page: u32, slot: usize) {
@@ -135,7 +135,7 @@ fn unmap(world: &World, pages: &Range<u32>) {
 
 fn relocate(world: &World, pages: &Range<u32>) {
     change(world, pages, Effect::Keeps, |at, len| {
-        let there = address(pages.start + PAGES, 0);
+        let there = address(pages.start + world.plan.pages, 0);
         let remap = |from, to| {
             world.space.mremap(&Remap {
                 at: from,
@@ -168,8 +168,8 @@ fn send(world: &World, page: u32) {
     let devices = u32::try_from(world.nodes.len()).unwrap_or(1);
     let node = &world.nodes[ModelEnv.choose(devices) as usize];
     let pages = match ModelEnv.choose(3) {
-        0 => 0..PAGES,
-        _ => some(page),
+        0 => 0..world.plan.pages,
+        _ => some(world, page),
     };
     let wish = ToDevice {
         span: HostSpan::new(address(pages.start, 0), address(pages.end, 0)),
@@ -187,7 +187,7 @@ fn evict(world: &World) {
 
 /// A child sees what its parent had, and nobody sees what it writes.
 fn fork(world: &World, page: u32) {
-    let pages = some(page);
+    let pages = some(world, page);
     let looks: Vec<_> = pages
         .flat_map(|page| (0..WORDS).map(move |slot| (page, slot)))
         .map(|(page, slot)| world.ledger(|ledger| ledger.begin(page, slot)))

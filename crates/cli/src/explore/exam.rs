@@ -8,8 +8,10 @@ use gpusvm_model::sched::Trouble;
 use serde_json::json;
 
 use crate::args::ExploreArgs;
+use crate::cpu_time;
 use crate::explore::plan::{PLANS, Plan};
 use crate::explore::{ExploreError, explain, explorer};
+use crate::progress::Worlds;
 use crate::table::Table;
 
 /// Worlds of one plan that run before the next plan has its turn.
@@ -72,6 +74,8 @@ pub(super) fn run(
 
 /// Runs worlds of all plans in turn, on one thread, until one fails.
 fn look_for(mutant: Mutant, first: u64) -> Answer {
+    let bar = Worlds::new(mutant.name(), 0);
+    bar.say("not found yet");
     let mut took = Duration::ZERO;
     let mut worlds = 0;
     let mut seed = first;
@@ -79,9 +83,10 @@ fn look_for(mutant: Mutant, first: u64) -> Answer {
     while found.is_none() && took < BUDGET {
         for plan in PLANS {
             let explorer = explorer(plan, Some(mutant), 1);
-            let summary = explorer.run_seeds(seed..seed + ROUND, &|_worlds| {});
+            let run = || explorer.run_seeds(seed..seed + ROUND, &|worlds| bar.ran(worlds));
+            let (summary, cpu) = cpu_time::taken(run);
             worlds += summary.worlds;
-            took += summary.elapsed;
+            took += cpu;
             if let Some((seed, trouble)) = summary.failure {
                 found = Some((plan, seed, trouble));
                 break;

@@ -6,12 +6,12 @@ use gpusvm_abi::bus::{AtomicOp, DevicePort, FaultHandler};
 use gpusvm_model::sched::{Kind, ModelEnv};
 use gpusvm_softgpu::{Dispatch, Tile};
 
-use crate::explore::plan::{Closes, PAGES, WORDS, address};
+use crate::explore::plan::{Closes, PAGES_MAX, WORDS, address};
 use crate::explore::world::World;
 use crate::on_tile::OnTile;
 
 /// A page behind the process's window.
-const NOWHERE: u32 = 4 * PAGES;
+const NOWHERE: u32 = 4 * PAGES_MAX;
 
 /// The unit of device `n` does its operations.
 pub(super) fn run(world: &World, n: usize) {
@@ -45,7 +45,7 @@ fn launch(world: &World, n: usize, act: impl Fn(&mut Tile<'_>) + Sync) {
 }
 
 fn operate(world: &World, n: usize, tile: &mut Tile<'_>) {
-    let page = ModelEnv.choose(PAGES);
+    let page = ModelEnv.choose(world.plan.pages);
     match ModelEnv.choose(8) {
         7 => load_nothing(tile),
         0 | 1 => load(world, tile, page, ModelEnv.choose(4) as usize % WORDS),
@@ -100,6 +100,7 @@ fn exchange(world: &World, n: usize, tile: &mut Tile<'_>, page: u32) {
     world.must(world.ledger(|ledger| ledger.loaded(&look, expected)));
     let new = world.ledger(|ledger| ledger.announce(&look));
     ModelEnv.emit("gpu exchange", [page.into(), new]);
+    ModelEnv.point(Kind::Access);
     match tile.atomic(at, AtomicOp::CompareExchange { expected, new }) {
         Ok(found) if found == expected => world.ledger(|ledger| ledger.stored(&look)),
         // Destroyed in between.

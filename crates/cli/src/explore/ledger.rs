@@ -13,7 +13,7 @@
 
 use core::ops::Range;
 
-use crate::explore::plan::{PAGES, WORDS};
+use crate::explore::plan::{PAGES_MAX, WORDS};
 
 /// What is happening to a page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,7 +42,7 @@ struct PageState {
 /// All words.
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
-    pages: [PageState; PAGES as usize],
+    pages: [PageState; PAGES_MAX as usize],
 }
 
 /// An access that has begun.
@@ -108,37 +108,36 @@ impl Ledger {
     pub(super) fn loaded(&self, look: &Look, value: u64) -> Result<(), String> {
         let word = self.page(look.page).words[look.slot];
         let strict = self.is_strict(look);
-        let at = format!("page {} word {}", look.page, look.slot);
+        let wrong = |what: &str, why: String| {
+            Err(format!(
+                "{what}: page {} word {} {why}",
+                look.page, look.slot
+            ))
+        };
+        let floor = look.floor;
         if value == 0 {
-            return if strict && look.floor > 0 {
-                Err(format!(
-                    "lost write: {at} is empty, version {} was stored",
-                    look.floor
-                ))
+            return if strict && floor > 0 {
+                wrong(
+                    "lost write",
+                    format!("is empty, version {floor} was stored"),
+                )
             } else {
                 Ok(())
             };
         }
         let Some(version) = version(look.page, look.slot, value) else {
-            return Err(format!(
-                "wrong bytes: {at} holds {value:#x}, which belongs elsewhere"
-            ));
+            let why = format!("holds {value:#x}, which belongs elsewhere");
+            return wrong("wrong bytes", why);
         };
+        let holds = |why: &str| format!("holds version {version}, {why}");
         if version > word.ceiling {
-            return Err(format!(
-                "wrong bytes: {at} holds version {version}, which nobody stored"
-            ));
+            return wrong("wrong bytes", holds("which nobody stored"));
         }
-        if strict && version < look.floor {
-            let floor = look.floor;
-            return Err(format!(
-                "lost write: {at} holds version {version}, {floor} was stored"
-            ));
+        if strict && version < floor {
+            return wrong("lost write", holds(&format!("{floor} was stored")));
         }
         if strict && version <= word.burnt {
-            return Err(format!(
-                "stale: {at} holds version {version}, which was destroyed"
-            ));
+            return wrong("stale", holds("which was destroyed"));
         }
         Ok(())
     }

@@ -11,7 +11,7 @@
 //! | `cpu`, `gpu`, `op` | what the actors do |
 //! | `ledger` | which values may be read |
 //! | `oracle` | the rules that hold between any two steps |
-//! | `vram`, `sink` | device memory; what the framework tells |
+//! | `vram`, `port`, `sink` | device memory; the driver's way to its device; what the framework tells |
 //! | `exam` | known bugs, each of which must be found |
 
 mod cpu;
@@ -21,6 +21,7 @@ mod ledger;
 mod op;
 mod oracle;
 mod plan;
+mod port;
 mod sink;
 mod vram;
 mod world;
@@ -29,20 +30,31 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::Ns;
 use gpusvm_model::sched::{
-    Explorer, Options, Outcome, Picker, Sim, Summary, Tape, Texts, Trouble, replay,
+    Explorer, Kind, Options, Outcome, Picker, Points, Sim, Summary, Tape, Texts, Trouble, replay,
 };
 use serde_json::{Value, json};
 
 use crate::args::ExploreArgs;
+use crate::cpu_time;
 use crate::explore::plan::{PLANS, Plan};
+use crate::progress::Worlds;
 use crate::table::Table;
 
 /// Runs of a world that shortening a tape may take.
 const SHRINK_RUNS: u32 = 3000;
+/// Where another actor may go on: wherever something is about to happen that another one can see. What
+/// follows a release is local, or has a point of its own: a lock is about to be taken, a word to be
+/// waited for, an entry to be written, a unit to try again. The same orders are possible as with more
+/// points, but not with the same chances: what needs a long rest at a place that is one point is rare.
+/// So some worlds have all points. (The model's own steps end at a point and begin at another one, so
+/// that one of the two is enough.)
+const POINTS: Points = Points::ALL.without(&[Kind::Unlock, Kind::Pte]);
+const ALL_POINTS_ONE_IN: u32 = 4;
 /// Events that are shown of a failure.
 const EVENTS: usize = 90;
 
@@ -155,6 +167,8 @@ fn options(plan: &'static Plan, mutant: Option<Mutant>) -> Options {
         calm_steps: 40_000,
         tick: Ns(1),
         jump_one_in: 40,
+        points: POINTS,
+        all_points_one_in: ALL_POINTS_ONE_IN,
         events: EVENTS,
         ..Options::default()
     }
@@ -184,15 +198,20 @@ fn swarm(
     plans: &[&'static Plan],
     out: &mut dyn Write,
 ) -> Result<(), ExploreError> {
-    let mut table = Table::new(&["scenario", "worlds", "steps", "worlds/s", "hash", "result"]);
+    let mut table = Table::new(&[
+        "scenario", "worlds", "steps", "worlds/s", "per core", "hash", "result",
+    ]);
     let mut all = Vec::new();
     let mut failure = None;
     for plan in plans {
         let explorer = explorer(plan, None, threads(args));
         let seeds = args.seed..args.seed.saturating_add(args.seeds);
-        let summary = explorer.run_seeds(seeds, &|_worlds| {});
-        table.row(row(plan, &summary));
-        all.push(summary_json(plan, &summary));
+        let bar = Worlds::new(plan.name, args.seeds);
+        let run = || explorer.run_seeds(seeds, &|worlds| bar.ran(worlds));
+        let (summary, cpu) = cpu_time::taken(run);
+        drop(bar);
+        table.row(row(plan, &summary, cpu));
+        all.push(summary_json(plan, &summary, cpu));
         if let Some((seed, trouble)) = summary.failure {
             failure = Some((*plan, seed, trouble));
             break;
@@ -213,12 +232,20 @@ fn swarm(
     }
 }
 
-fn row(plan: &Plan, summary: &Summary) -> Vec<String> {
+/// Worlds in a second of processor time: what one core does that has nothing else to do.
+fn per_core(summary: &Summary, cpu: Duration) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "shown to people")]
+    let worlds = summary.worlds as f64;
+    worlds / cpu.as_secs_f64().max(1e-9)
+}
+
+fn row(plan: &Plan, summary: &Summary, cpu: Duration) -> Vec<String> {
     vec![
         plan.name.to_owned(),
         summary.worlds.to_string(),
         summary.steps.to_string(),
         format!("{:.0}", summary.rate()),
+        format!("{:.0}", per_core(summary, cpu)),
         format!("{:#018x}", summary.hash),
         if summary.failure.is_some() {
             "FAILED"
@@ -229,13 +256,14 @@ fn row(plan: &Plan, summary: &Summary) -> Vec<String> {
     ]
 }
 
-fn summary_json(plan: &Plan, summary: &Summary) -> Value {
+fn summary_json(plan: &Plan, summary: &Summary, cpu: Duration) -> Value {
     json!({
         "scenario": plan.name,
         "what": plan.what,
         "worlds": summary.worlds,
         "steps": summary.steps,
         "worlds_per_s": summary.rate(),
+        "worlds_per_s_and_core": per_core(summary, cpu),
         "hash": format!("{:#018x}", summary.hash),
         "failed_seed": summary.failure.as_ref().map(|(seed, _)| *seed),
     })

@@ -7,10 +7,8 @@ use crate::explore::op::Op;
 
 /// Words of a page that have content: one for each writer.
 pub(super) const WORDS: usize = 4;
-/// Pages that everybody uses: one chunk that a fault moves.
-pub(super) const PAGES: u32 = 16;
-/// Pages behind them, for what moves away and back.
-const AWAY: u32 = 16;
+/// Most pages that a world has: one chunk that a fault moves.
+pub(super) const PAGES_MAX: u32 = 16;
 /// First address: aligned as the largest chunk is.
 const BASE: HostVa = HostVa::new(1 << 40);
 
@@ -27,6 +25,8 @@ pub(crate) struct Plan {
     pub(super) cpus: u16,
     /// Operations of each actor.
     pub(super) ops: u32,
+    /// Pages that everybody uses. Behind them are as many, for what moves away and back.
+    pub(super) pages: u32,
     /// Pages of device memory of each device.
     pub(super) vram: usize,
     /// What CPU actors do.
@@ -71,6 +71,7 @@ const SWARM: Plan = Plan {
     gpus: 2,
     cpus: 2,
     ops: 5,
+    pages: PAGES_MAX,
     vram: 48,
     does: EVERYTHING,
     service: Service::Inline,
@@ -80,6 +81,13 @@ const SWARM: Plan = Plan {
 /// All that have names.
 pub(crate) const PLANS: &[Plan] = &[
     SWARM,
+    Plan {
+        name: "full",
+        what: "two CPUs, two devices, eight pages, twenty operations: the yardstick of speed",
+        pages: 8,
+        vram: 24,
+        ..SWARM
+    },
     Plan {
         name: "queue",
         what: "as swarm, with faults served through the fault ring",
@@ -142,13 +150,13 @@ impl Plan {
         PLANS.iter().find(|plan| plan.name == name)
     }
 
-    /// Sizes of its process.
-    pub(super) fn shape() -> Shape {
+    /// Sizes of its process: room for copies of all pages, and some more.
+    pub(super) fn shape(&self) -> Shape {
         Shape {
             base: BASE,
-            pages: PAGES + AWAY,
-            frames: 96,
-            slots: 48,
+            pages: 2 * self.pages,
+            frames: 6 * self.pages,
+            slots: 3 * self.pages,
             processes: 2,
             pmd_order: 2,
             words: u32::try_from(WORDS).unwrap_or(1),

@@ -43,26 +43,60 @@ impl Page {
     }
 }
 
+/// What has been written to a device's memory: one bit for each page, modulo 64.
+#[derive(Debug, Default)]
+pub(super) struct Written(AtomicU64);
+
+impl Written {
+    /// The bit of the page at an offset.
+    pub(super) const fn bit(offset: u64) -> u64 {
+        1 << (offset / PAGE % 64)
+    }
+
+    /// Pages that were written since the last call.
+    pub(super) fn take(&self) -> u64 {
+        self.0.swap(0, Ordering::Relaxed)
+    }
+}
+
 /// Device memory. Its accesses are whole words; each copied page is a switch point.
 pub(super) struct ModelVram {
     pages: Mutex<Vec<Page>>,
+    size: u64,
     bus: Arc<dyn SystemBus>,
-    /// Grows with every write by the driver, over all devices of the world.
-    writes: Arc<AtomicU64>,
+    written: Arc<Written>,
+    /// Grows with everything that changes, in the whole world.
+    changes: Arc<AtomicU64>,
 }
 
 impl ModelVram {
-    pub(super) fn new(pages: usize, bus: Arc<dyn SystemBus>, writes: Arc<AtomicU64>) -> Self {
+    pub(super) fn new(
+        pages: usize,
+        bus: Arc<dyn SystemBus>,
+        written: Arc<Written>,
+        changes: Arc<AtomicU64>,
+    ) -> Self {
         Self {
             pages: Mutex::new(vec![Page::EMPTY; pages]),
+            size: u64::try_from(pages).unwrap_or(0) * PAGE,
             bus,
-            writes,
+            written,
+            changes,
         }
     }
 
     /// Never contended: no actor gives way inside.
     fn with<R>(&self, act: impl FnOnce(&mut Vec<Page>) -> R) -> R {
         act(&mut self.pages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Changes the page at an offset.
+    fn change<R>(&self, offset: u64, act: impl FnOnce(&mut Page) -> R) -> R {
+        self.written
+            .0
+            .fetch_or(Written::bit(offset), Ordering::Relaxed);
+        self.changes.fetch_add(1, Ordering::Relaxed);
+        self.with(|pages| act(&mut pages[place(offset).0]))
     }
 }
 
@@ -79,7 +113,7 @@ fn pages(offset: u64, len: u64) -> impl Iterator<Item = u64> {
 
 impl VramStore for ModelVram {
     fn size(&self) -> u64 {
-        self.with(|pages| u64::try_from(pages.len()).unwrap_or(0)) * PAGE
+        self.size
     }
 
     fn read(&self, offset: u64, dst: &mut [u8]) {
@@ -93,21 +127,19 @@ impl VramStore for ModelVram {
     }
 
     fn write(&self, offset: u64, src: &[u8]) {
-        self.with(|pages| {
-            for (at, bytes) in (offset..).step_by(8).zip(src.chunks(8)) {
-                let (page, word) = place(at);
-                let mut whole = pages[page].word(word).to_ne_bytes();
+        for (at, bytes) in (offset..).step_by(8).zip(src.chunks(8)) {
+            self.change(at, |page| {
+                let word = page.word_mut(place(at).1);
+                let mut whole = word.to_ne_bytes();
                 whole[..bytes.len()].copy_from_slice(bytes);
-                *pages[page].word_mut(word) = u64::from_ne_bytes(whole);
-            }
-        });
-        self.writes.fetch_add(1, Ordering::Relaxed);
+                *word = u64::from_ne_bytes(whole);
+            });
+        }
     }
 
     fn atomic(&self, offset: u64, op: AtomicOp) -> u64 {
-        self.with(|pages| {
-            let (page, word) = place(offset);
-            let word = pages[page].word_mut(word);
+        self.change(offset, |page| {
+            let word = page.word_mut(place(offset).1);
             let old = *word;
             *word = op.apply(old);
             old
@@ -116,7 +148,7 @@ impl VramStore for ModelVram {
 
     fn zero(&self, offset: u64, len: u64) {
         for at in pages(offset, len) {
-            self.with(|pages| pages[place(at).0] = Page::EMPTY);
+            self.change(at, |page| *page = Page::EMPTY);
             ModelEnv.point(Kind::Access);
         }
     }
@@ -129,7 +161,7 @@ impl VramStore for ModelVram {
                 self.bus.read(address, &mut bytes)?;
                 *word = u64::from_ne_bytes(bytes);
             }
-            self.with(|pages| pages[place(at).0] = Page::Data(words));
+            self.change(at, |page| *page = Page::Data(words));
             ModelEnv.point(Kind::Access);
         }
         Ok(())

@@ -14,21 +14,23 @@ use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::PagemapId;
 use gpusvm::seam::{Platform, Seams};
-use gpusvm_abi::bus::{DevicePort, FaultHandler, Park, SystemBus, VramStore};
+use gpusvm_abi::bus::{DevicePort, Park, SystemBus, VramStore};
 use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{Map, Place, What};
-use gpusvm_model::sched::{ModelEnv, ModelMutex, Sim, When};
+use gpusvm_model::sched::{ModelEnv, ModelMutex, Sim};
 use gpusvm_softgpu::{FaultService, GpuConfig, Planted, SoftGpu};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
 
 use crate::explore::ledger::Ledger;
-use crate::explore::oracle;
-use crate::explore::plan::{Closes, PAGES, Plan, Service, WORDS, address};
+use crate::explore::oracle::{Oracle, nothing_is_left};
+use crate::explore::plan::{Closes, Plan, Service, WORDS, address};
+use crate::explore::port::{Inline, Port};
 use crate::explore::sink::Told;
+use crate::explore::vram::{ModelVram, Written};
 use crate::explore::{cpu, gpu};
 
 /// The model host, the Xe driver and its copy engine, as one platform.
@@ -47,6 +49,8 @@ pub(super) struct Node {
     pub(super) gpu: Arc<SoftGpu<ModelMutex>>,
     pub(super) device: Arc<Device<ModelPlatform>>,
     pub(super) vm: Arc<Vm<ModelPlatform>>,
+    /// What has been written to the device's memory.
+    pub(super) written: Arc<Written>,
 }
 
 /// What all actors share.
@@ -57,8 +61,6 @@ pub(super) struct World {
     pub(super) nodes: Vec<Node>,
     pub(super) told: Arc<Told>,
     ledger: Mutex<Ledger>,
-    /// Writes to device memory so far.
-    pub(super) writes: Arc<AtomicU64>,
     /// Actors that are not done.
     pub(super) busy: AtomicU32,
     /// No fault will come any more.
@@ -76,7 +78,7 @@ impl fmt::Debug for World {
 /// Makes the world of a plan.
 pub(super) fn build(plan: &'static Plan, sim: &Sim) {
     let world = Arc::new(World::new(plan));
-    map(&world.space, 0..PAGES);
+    map(&world.space, 0..plan.pages);
     for n in 0..usize::from(plan.cpus) {
         let world = Arc::clone(&world);
         sim.spawn(CPUS[n % CPUS.len()], move || cpu::run(&world, n));
@@ -92,8 +94,10 @@ pub(super) fn build(plan: &'static Plan, sim: &Sim) {
         }
     }
     collect_garbage(sim, &world);
-    let (of_oracle, mut seen) = (Arc::clone(&world), None);
-    sim.oracle(When::EveryStep, move || oracle::look(&of_oracle, &mut seen));
+    let (of_oracle, mut oracle) = (Arc::clone(&world), Oracle::new(&world));
+    // Whatever changes memory of the host or of a device counts in it.
+    let changes = Arc::clone(world.kernel.generation());
+    sim.oracle_counting(changes, move || oracle.look(&of_oracle));
     sim.spawn("conductor", move || conduct(&world));
 }
 
@@ -128,7 +132,7 @@ pub(super) fn map(space: &ModelSpace<ModelEnv>, pages: core::ops::Range<u32>) {
 
 impl World {
     fn new(plan: &'static Plan) -> Self {
-        let kernel = Kernel::new(Arc::new(ModelEnv), Plan::shape());
+        let kernel = Kernel::new(Arc::new(ModelEnv), plan.shape());
         let space = ModelSpace::first(&kernel);
         let told = Arc::new(Told::default());
         let seams = Seams {
@@ -136,9 +140,9 @@ impl World {
             space: Arc::clone(&space),
             sink: Arc::clone(&told),
         };
-        let writes = Arc::new(AtomicU64::new(0));
         let bus: Arc<dyn SystemBus> = Arc::new(Bus::new(Arc::clone(&kernel)));
-        let node = |n: u16| Node::new(plan, n, &seams, (&bus, &writes));
+        let changes = kernel.generation();
+        let node = |n: u16| Node::new(plan, n, &seams, (&bus, changes));
         Self {
             plan,
             nodes: (0..plan.gpus).map(node).collect(),
@@ -146,7 +150,6 @@ impl World {
             space,
             told,
             ledger: Mutex::default(),
-            writes,
             busy: AtomicU32::new(u32::from(plan.cpus + plan.gpus)),
             closed: AtomicBool::new(false),
         }
@@ -159,7 +162,7 @@ impl World {
 
     /// Words that were stored to.
     pub(super) fn used(&self) -> Vec<(u32, usize)> {
-        let all = (0..PAGES).flat_map(|page| (0..WORDS).map(move |slot| (page, slot)));
+        let all = (0..self.plan.pages).flat_map(|page| (0..WORDS).map(move |slot| (page, slot)));
         self.ledger(|ledger| {
             all.filter(|(page, slot)| ledger.is_used(*page, *slot))
                 .collect()
@@ -185,10 +188,15 @@ impl Node {
         plan: &Plan,
         n: u16,
         seams: &Seams<ModelPlatform>,
-        (bus, writes): (&Arc<dyn SystemBus>, &Arc<AtomicU64>),
+        (bus, changes): (&Arc<dyn SystemBus>, &Arc<AtomicU64>),
     ) -> Self {
-        let vram =
-            crate::explore::vram::ModelVram::new(plan.vram, Arc::clone(bus), Arc::clone(writes));
+        let written = Arc::<Written>::default();
+        let vram = ModelVram::new(
+            plan.vram,
+            Arc::clone(bus),
+            Arc::clone(&written),
+            Arc::clone(changes),
+        );
         let gpu = SoftGpu::new(
             config(plan),
             Arc::new(vram) as Arc<dyn VramStore>,
@@ -196,7 +204,7 @@ impl Node {
             Arc::new(ModelEnv) as Arc<dyn Park>,
         );
         let gpu = gpu.expect("a plan's device has units, a ring and address spaces");
-        let port = Arc::clone(&gpu) as Arc<dyn DevicePort>;
+        let port = Arc::new(Port(Arc::<SoftGpu<ModelMutex>>::clone(&gpu))) as Arc<dyn DevicePort>;
         let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
         let id = PagemapId(u32::from(n) + 1);
         let device = Device::new(seams.clone(), id, port, copy);
@@ -206,12 +214,17 @@ impl Node {
             rights: Rights::ReadWrite,
         };
         vm.mirror(area).expect("a fresh VM has no ranges");
-        let inline = Arc::clone(&device) as Arc<dyn FaultHandler>;
+        let inline = Arc::new(Inline(Arc::<Device<ModelPlatform>>::clone(&device)));
         gpu.set_fault_service(match plan.service {
             Service::Inline => FaultService::Inline(inline),
             Service::Queue => FaultService::Queue,
         });
-        Self { gpu, device, vm }
+        Self {
+            gpu,
+            device,
+            vm,
+            written,
+        }
     }
 
     /// Parts device and driver, which refer to each other.
@@ -260,6 +273,6 @@ fn conduct(world: &Arc<World>) {
         let _evicted = node.device.pagemap().vram().evict_all();
         node.gpu.kick_service();
     }
-    world.must(oracle::nothing_is_left(world));
+    world.must(nothing_is_left(world));
     world.nodes.iter().for_each(Node::part);
 }

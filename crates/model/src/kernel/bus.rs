@@ -2,6 +2,7 @@
 //! that nobody has is refused and noted, as by an IOMMU that traps use after unmap.
 
 use core::fmt;
+use core::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use gpusvm::addr::{BusAddr, PAGE};
@@ -95,6 +96,8 @@ impl<E: Environment> Bus<E> {
         });
         done.map_err(|violation| {
             self.0.violations.lock().push(violation);
+            self.0.violated.store(true, Ordering::Relaxed);
+            self.0.generation.fetch_add(1, Ordering::Relaxed);
             BusError { address }
         })
     }

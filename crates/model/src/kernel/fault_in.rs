@@ -10,7 +10,7 @@ use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{Access, AllocationId, FaultIn, Location, PageRun, PagemapId};
 
 use crate::kernel::bus::{ZERO_PAGE, address_of};
-use crate::kernel::space::ModelSpace;
+use crate::kernel::space::{ModelSpace, alive};
 use crate::mm::around::{Around, MmapLock};
 use crate::mm::entry::Entry;
 use crate::mm::errno::Signal;
@@ -42,7 +42,7 @@ impl<E: Environment> ModelSpace<E> {
         runs: &mut Vec<PageRun>,
     ) -> Result<(), Interrupted> {
         runs.clear();
-        let pages = self.kernel.look(|mm| mm.shape().pages_in(request.span));
+        let pages = self.kernel.shape().pages_in(request.span);
         if u64::from(pages.len()) != request.span.pages().get() {
             return Err(Failed::BadPage(request.span.start()).into());
         }
@@ -67,7 +67,7 @@ impl<E: Environment> ModelSpace<E> {
     }
 
     fn fault_page(&self, page: u32, access: Access) -> Result<(), Failed> {
-        let at = self.kernel.look(|mm| mm.shape().address(page));
+        let at = self.kernel.shape().address(page);
         fault(&*self.kernel, self.pid, page, access).map_err(|signal| match signal {
             Signal::OutOfMemory => Failed::OutOfMemory,
             Signal::Segv | Signal::Bus => Failed::BadPage(at),
@@ -85,6 +85,9 @@ fn walk_until(
     at: &mut u32,
     runs: &mut Vec<PageRun>,
 ) -> Option<Found> {
+    if let Err(gone) = alive(mm, pid) {
+        return Some(Found::Failed(gone));
+    }
     while *at < pages.end {
         match find(mm, pid, *at, request) {
             Found::At(location) => push(runs, location),

@@ -15,7 +15,7 @@ use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrationSet};
 
 use crate::kernel::Kernel;
 use crate::kernel::bus::address_of;
-use crate::kernel::space::ModelSpace;
+use crate::kernel::space::{ModelSpace, alive};
 use crate::mm::around::{Around, MmapLock};
 use crate::mm::map::split_blocks;
 use crate::mm::memory::FrameId;
@@ -72,7 +72,6 @@ impl<E: Environment> ModelSpace<E> {
         span: HostSpan,
         allocation: &AllocationRef,
     ) -> Result<ModelMigration<'_, E>, Interrupted> {
-        self.alive()?;
         let kernel = &*self.kernel;
         let mmap = MmapLock::read(kernel, self.pid);
         let pages = kernel.look(|mm| check_out(mm, self.pid, span))?;
@@ -99,6 +98,7 @@ impl<E: Environment> ModelSpace<E> {
 
 /// The pages of a span that may move.
 fn check_out(mm: &Machine, pid: Pid, span: HostSpan) -> Result<Pages, Failed> {
+    alive(mm, pid)?;
     let pages = mm.shape().pages_in(span);
     if mm.process(pid).vmas.at(pages.start).is_none() || pages.is_empty() {
         return Err(Failed::NoVma(span.start()));

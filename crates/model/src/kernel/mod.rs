@@ -27,7 +27,7 @@ mod space;
 mod tests;
 
 use core::fmt;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
 use gpusvm::mmu::{IntervalNotifiers, Invalidation};
@@ -38,6 +38,7 @@ use gpusvm::seam::mm::{AllocationRef, CpuFaultOutcome, InvalidateReason};
 use crate::kernel::bus::Violation;
 use crate::kernel::lock::MmapWord;
 use crate::mm::around::{Around, Hold, Waited};
+use crate::mm::changes::Changes;
 use crate::mm::check::{Broken, check, check_quiet};
 use crate::mm::errno::Signal;
 use crate::mm::{Machine, Pages, Pid, Shape};
@@ -54,14 +55,17 @@ struct Sync<E: Environment> {
 /// A machine at work.
 pub struct Kernel<E: Environment> {
     env: Arc<E>,
+    shape: Shape,
     state: Mutex<E, Machine>,
     processes: Vec<Sync<E>>,
     /// Device allocations, in the places by which the state knows them.
     allocations: Mutex<E, Vec<Option<AllocationRef>>>,
     /// What waits for pages sleeps on this.
     changed: AtomicU32,
-    generation: AtomicU64,
+    /// Grows with every step that may change what somebody checks.
+    generation: Arc<AtomicU64>,
     violations: Mutex<E, Vec<Violation>>,
+    violated: AtomicBool,
 }
 
 impl<E: Environment> fmt::Debug for Kernel<E> {
@@ -89,12 +93,14 @@ impl<E: Environment> Kernel<E> {
         machine.mutant = all.find(|mutant| env.mutant(*mutant));
         Arc::new(Self {
             env,
+            shape: machine.shape().clone(),
             processes: machine.pids().map(process).collect(),
             state: Mutex::<E, _>::new(machine),
             allocations: Mutex::<E, _>::new(Vec::new()),
             changed: AtomicU32::new(0),
-            generation: AtomicU64::new(0),
+            generation: Arc::new(AtomicU64::new(0)),
             violations: Mutex::<E, _>::new(Vec::new()),
+            violated: AtomicBool::new(false),
         })
     }
 
@@ -103,9 +109,25 @@ impl<E: Environment> Kernel<E> {
         &self.env
     }
 
+    /// Sizes of the machine, which never change.
+    pub const fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
     /// Looks at the state.
     pub fn look<R>(&self, at: impl FnOnce(&Machine) -> R) -> R {
         at(&self.state.lock())
+    }
+
+    /// Looks at the state, and moves what has changed since the last such look into `changes`.
+    pub fn look_at_changes<R>(
+        &self,
+        changes: &mut Changes,
+        at: impl FnOnce(&Machine, &mut Changes) -> R,
+    ) -> R {
+        let mut state = self.state.lock();
+        state.take_changes(changes);
+        at(&state, changes)
     }
 
     /// A copy of the state.
@@ -121,10 +143,11 @@ impl<E: Environment> Kernel<E> {
         self.look(check)
     }
 
-    /// A number that grows with everything that may have changed the state.
+    /// A number that grows with everything that [`look_at_changes`](Self::look_at_changes) may find,
+    /// and with every violation.
     #[must_use]
-    pub fn generation(&self) -> u64 {
-        self.generation.load(Ordering::Relaxed)
+    pub const fn generation(&self) -> &Arc<AtomicU64> {
+        &self.generation
     }
 
     /// Whether some process changes its mappings: they may be in the middle of it, and
@@ -140,6 +163,12 @@ impl<E: Environment> Kernel<E> {
     /// The rule that is broken.
     pub fn check_quiet(&self) -> Result<(), Broken> {
         self.look(check_quiet)
+    }
+
+    /// Whether a device has used memory that is not its own.
+    #[must_use]
+    pub fn is_violated(&self) -> bool {
+        self.violated.load(Ordering::Relaxed)
     }
 
     /// Accesses by devices to memory that is not theirs, so far.
@@ -181,8 +210,10 @@ impl<E: Environment> Around for Kernel<E> {
 
     fn with<R>(&self, act: impl FnOnce(&mut Machine) -> R) -> R {
         let mut state = self.state.lock();
-        self.generation.fetch_add(1, Ordering::Relaxed);
         let result = act(&mut state);
+        if state.has_changes() {
+            self.generation.fetch_add(1, Ordering::Relaxed);
+        }
         let released = core::mem::take(&mut state.released);
         drop(state);
         self.release(released);
@@ -208,7 +239,7 @@ impl<E: Environment> Around for Kernel<E> {
             | InvalidateReason::Migrate => false,
         };
         let told = if forgotten { Pages::new(0, 0) } else { pages };
-        let span = self.look(|mm| mm.shape().span(told));
+        let span = self.shape.span(told);
         self.sync(pid).notifiers.start(span, reason)
     }
 
@@ -238,7 +269,7 @@ impl<E: Environment> Around for Kernel<E> {
         let Some(allocation) = self.allocation(place) else {
             return Ok(());
         };
-        let at = self.look(|mm| mm.shape().address(page));
+        let at = self.shape.address(page);
         match allocation.migrate_to_ram(at) {
             CpuFaultOutcome::Retry => self.env.yield_point(Point::Retry),
             CpuFaultOutcome::RetryAt(time) => self.env.sleep_until(time),

@@ -145,10 +145,7 @@ impl<E: Environment> ModelSpace<E> {
         act: impl FnOnce(&mut u64) -> R,
     ) -> Result<R, Signal> {
         let word = usize::try_from(at.get() % PAGE / 8).unwrap_or(0);
-        let page = self
-            .kernel
-            .look(|mm| mm.shape().page(at))
-            .ok_or(Signal::Segv)?;
+        let page = self.kernel.shape().page(at).ok_or(Signal::Segv)?;
         let mut act = Some(act);
         loop {
             let done = self.kernel.with(|mm| {
@@ -184,7 +181,7 @@ impl<E: Environment> ModelSpace<E> {
     /// Merges the page at `first` with the one at `second` of another process or this one.
     #[must_use]
     pub fn merge(&self, first: HostVa, other: &Self, second: HostVa) -> bool {
-        let page = |at| self.kernel.look(|mm| mm.shape().page(at));
+        let page = |at| self.kernel.shape().page(at);
         match (page(first), page(second)) {
             (Some(a), Some(b)) => ksm::merge(&*self.kernel, (self.pid, a), (other.pid, b)),
             (Some(_) | None, _) => false,
@@ -196,10 +193,7 @@ impl<E: Environment> ModelSpace<E> {
     /// # Errors
     /// The signal that the access would raise.
     pub fn pin(&self, at: HostVa, access: Access) -> Result<FrameId, Signal> {
-        let page = self
-            .kernel
-            .look(|mm| mm.shape().page(at))
-            .ok_or(Signal::Segv)?;
+        let page = self.kernel.shape().page(at).ok_or(Signal::Segv)?;
         reclaim::pin(&*self.kernel, self.pid, page, access)
     }
 
@@ -225,10 +219,7 @@ impl<E: Environment> ModelSpace<E> {
     /// # Errors
     /// The page cannot be written.
     pub fn make_device_exclusive(&self, at: HostVa) -> Result<bool, Failed> {
-        let page = self
-            .kernel
-            .look(|mm| mm.shape().page(at))
-            .ok_or(Failed::NoVma(at))?;
+        let page = self.kernel.shape().page(at).ok_or(Failed::NoVma(at))?;
         let kernel = &*self.kernel;
         fault(kernel, self.pid, page, Access::Write).map_err(|_signal| Failed::BadPage(at))?;
         let _lock = MmapLock::read(kernel, self.pid);

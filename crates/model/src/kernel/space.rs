@@ -59,13 +59,17 @@ impl<E: Environment> ModelSpace<E> {
     }
 
     /// The process is alive.
-    pub(super) fn alive(&self) -> Result<(), Failed> {
-        let alive = self.kernel.look(|mm| mm.process(self.pid).alive);
-        if alive {
-            Ok(())
-        } else {
-            Err(Failed::AddressSpaceGone)
-        }
+    fn alive(&self) -> Result<(), Failed> {
+        self.kernel.look(|mm| alive(mm, self.pid))
+    }
+}
+
+/// A process is alive.
+pub(super) fn alive(mm: &Machine, pid: Pid) -> Result<(), Failed> {
+    if mm.process(pid).alive {
+        Ok(())
+    } else {
+        Err(Failed::AddressSpaceGone)
     }
 }
 
@@ -158,7 +162,6 @@ impl<E: Environment> AddressSpace for ModelSpace<E> {
     }
 
     fn fault_in(&self, request: &FaultIn, runs: &mut Vec<PageRun>) -> Result<(), Interrupted> {
-        self.alive()?;
         self.walk(request, runs)
     }
 

@@ -63,6 +63,7 @@ macro_rules! rule {
         }
     };
 }
+pub(super) use rule;
 
 /// Checks the whole state. True after every step of every operation.
 ///
@@ -118,7 +119,7 @@ pub fn check_quiet(mm: &Machine) -> Result<(), Broken> {
     Ok(())
 }
 
-fn check_vmas(mm: &Machine, pid: Pid) -> Result<(), Broken> {
+pub(super) fn check_vmas(mm: &Machine, pid: Pid) -> Result<(), Broken> {
     let list = mm.process(pid).vmas.all();
     for vma in list {
         let at = At::Page(pid, vma.pages.start);
@@ -140,22 +141,24 @@ fn check_vmas(mm: &Machine, pid: Pid) -> Result<(), Broken> {
 }
 
 fn check_tables(mm: &Machine, pid: Pid) -> Result<(), Broken> {
-    for page in 0..mm.shape.pages {
-        check_block(mm, pid, page)?;
-        let small = mm.process(pid).entries[page as usize];
-        let entry = mm.entry(pid, page);
-        let at = At::Page(pid, page);
-        if entry == Entry::None {
-            continue;
-        }
-        let mapped = mm.process(pid).vmas.at(page).is_some();
-        let dying = mm.process(pid).detached.contains(page);
-        rule!(mapped || dying, "an entry lies in a mapping", at)?;
-        if let Some(frame) = small.named_frame() {
-            check_named(mm, pid, page, small, frame)?;
-        }
+    (0..mm.shape.pages).try_for_each(|page| check_entry(mm, pid, page))
+}
+
+/// Checks what stands at one page.
+pub(super) fn check_entry(mm: &Machine, pid: Pid, page: u32) -> Result<(), Broken> {
+    check_block(mm, pid, page)?;
+    let small = mm.process(pid).entries[page as usize];
+    if mm.entry(pid, page) == Entry::None {
+        return Ok(());
     }
-    Ok(())
+    let mapped = mm.process(pid).vmas.at(page).is_some();
+    let dying = mm.process(pid).detached.contains(page);
+    let at = At::Page(pid, page);
+    rule!(mapped || dying, "an entry lies in a mapping", at)?;
+    match small.named_frame() {
+        Some(frame) => check_named(mm, pid, page, small, frame),
+        None => Ok(()),
+    }
 }
 
 fn check_block(mm: &Machine, pid: Pid, page: u32) -> Result<(), Broken> {
@@ -217,7 +220,8 @@ fn check_named(
     rule!(sole, "what may be written belongs to one process alone", at)
 }
 
-fn check_folio(mm: &Machine, head: FrameId) -> Result<(), Broken> {
+/// Checks the folio at `head`, and the chains of its pages.
+pub(super) fn check_folio(mm: &Machine, head: FrameId) -> Result<(), Broken> {
     let folio = *mm.memory.frame(head);
     rule!(
         folio.head == head.0,
@@ -300,26 +304,30 @@ fn check_page(mm: &Machine, head: FrameId, page: FrameId) -> Result<u32, Broken>
 }
 
 fn check_slots(mm: &Machine) -> Result<(), Broken> {
-    let mut counts = vec![0; mm.swap.slots.len()];
-    for pid in mm.pids() {
-        for entry in &mm.process(pid).entries {
-            if let Entry::Swap(slot, _) = entry {
-                counts[slot.0 as usize] += 1;
-            }
-        }
-    }
-    for ((n, slot), count) in (0..).zip(&mm.swap.slots).zip(counts) {
-        rule!(
-            slot.count == count,
-            "a slot counts the entries that name it",
-            At::Slot(n),
-        )?;
-        if let Some(frame) = slot.cache {
-            let mutual = mm.memory.frame(frame).swap.is_some_and(|slot| slot.0 == n);
-            rule!(mutual, "slot and cached page name each other", At::Slot(n))?;
-        }
-    }
-    Ok(())
+    (0..mm.shape.slots).try_for_each(|slot| check_slot(mm, slot))
+}
+
+/// Checks one slot.
+pub(super) fn check_slot(mm: &Machine, n: u32) -> Result<(), Broken> {
+    let slot = mm.swap.slots[n as usize];
+    let names = |entry: &&Entry| entry.slot().is_some_and(|slot| slot.0 == n);
+    let entries = mm.processes.iter().flat_map(|process| &process.entries);
+    let counted = usize::try_from(slot.count) == Ok(entries.filter(names).count());
+    rule!(
+        counted,
+        "a slot counts the entries that name it",
+        At::Slot(n),
+    )?;
+    check_cached(mm, n)
+}
+
+/// Checks that a slot and the page in its cache name each other.
+pub(super) fn check_cached(mm: &Machine, n: u32) -> Result<(), Broken> {
+    let Some(frame) = mm.swap.slots[n as usize].cache else {
+        return Ok(());
+    };
+    let mutual = mm.memory.frame(frame).swap.is_some_and(|slot| slot.0 == n);
+    rule!(mutual, "slot and cached page name each other", At::Slot(n))
 }
 
 /// Every page of a device allocation has one frame at most, and the allocation counts them.

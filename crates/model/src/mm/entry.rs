@@ -67,6 +67,23 @@ impl Entry {
         }
     }
 
+    /// The swap slot that the entry names.
+    #[must_use]
+    pub const fn slot(self) -> Option<SlotId> {
+        match self {
+            Self::Swap(slot, _) => Some(slot),
+            Self::None
+            | Self::Present(..)
+            | Self::Zero(_)
+            | Self::Migration(..)
+            | Self::DevicePrivate(..)
+            | Self::DeviceExclusive(..)
+            | Self::HwPoison(_)
+            | Self::Guard
+            | Self::UffdWp => None,
+        }
+    }
+
     /// State bits; none where the kind has none.
     #[must_use]
     pub const fn bits(self) -> Bits {

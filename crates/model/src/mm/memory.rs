@@ -4,6 +4,7 @@
 //! the *head*. A frame with reference count zero is free. Host frames are handed out in turn, so
 //! that a freed one stays free for long: who still uses it is found out.
 
+use crate::mm::changes::Marks;
 use crate::mm::entry::SlotId;
 use crate::mm::rmap::RmapId;
 
@@ -100,6 +101,8 @@ pub struct Memory {
     next: u32,
     free: u32,
     device_free: Vec<u32>,
+    /// Frames that may have changed.
+    pub(crate) changed: Marks,
 }
 
 impl Memory {
@@ -116,6 +119,7 @@ impl Memory {
             next: 0,
             free: host,
             device_free: Vec::new(),
+            changed: Marks::default(),
         }
     }
 
@@ -144,6 +148,7 @@ impl Memory {
     }
 
     pub(crate) fn frame_mut(&mut self, frame: FrameId) -> &mut Frame {
+        self.changed.add(frame.0);
         &mut self.frames[frame.index()]
     }
 

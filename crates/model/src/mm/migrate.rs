@@ -277,6 +277,7 @@ impl Machine {
             self.name_place(place, Device::default());
         }
         self.device_pages[place as usize] += 1;
+        self.changes.places.add(place);
         self.memory.allocate_device(Owner::Device(place, page))
     }
 

@@ -39,7 +39,9 @@
 pub mod flags;
 pub mod advise;
 pub mod around;
+pub mod changes;
 pub mod check;
+pub mod checker;
 pub mod cow;
 pub mod entry;
 pub mod errno;
@@ -67,6 +69,7 @@ mod tests;
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::mutant::Mutant;
 
+use crate::mm::changes::Changes;
 use crate::mm::entry::{Block, Entry};
 use crate::mm::errno::Errno;
 use crate::mm::file::File;
@@ -276,6 +279,8 @@ pub struct Machine {
     pub(crate) devices: Vec<Device>,
     /// Device allocations that have lost their last page and whose owner is not told yet.
     pub(crate) released: Vec<u32>,
+    /// Pages, mappings and places that have changed; frames and slots know themselves.
+    pub(crate) changes: Changes,
     /// A known bug that is re-introduced.
     pub(crate) mutant: Option<Mutant>,
     next_anon: u32,
@@ -307,6 +312,7 @@ impl Machine {
             device_pages: Vec::new(),
             devices: Vec::new(),
             released: Vec::new(),
+            changes: Changes::new(shape.processes),
             mutant: None,
             next_anon: 0,
             shape,
@@ -335,7 +341,9 @@ impl Machine {
         &self.processes[usize::from(pid.0)]
     }
 
+    /// A process, to change its mappings. Its entries are changed by steps of `table`.
     pub(crate) fn process_mut(&mut self, pid: Pid) -> &mut Process {
+        self.changes.mappings.add(u32::from(pid.0));
         &mut self.processes[usize::from(pid.0)]
     }
 
@@ -383,10 +391,18 @@ impl Machine {
     }
 
     pub(crate) fn set_block(&mut self, pid: Pid, page: u32, block: Block) {
+        for page in self.shape.block_around(page).iter() {
+            self.changes.page(pid, page);
+        }
         let at = (page >> self.shape.pmd_order) as usize;
-        let process = self.process_mut(pid);
-        process.blocks[at] = block;
+        let process = &mut self.processes[usize::from(pid.0)];
         process.tables[at] = false;
+        let former = &mut process.blocks[at];
+        for block in [core::mem::replace(former, block), block] {
+            if let Block::Huge(head, _) = block {
+                self.memory.changed.add(head.0);
+            }
+        }
     }
 
     /// Whether there is a table for small entries above `page`.
@@ -397,7 +413,14 @@ impl Machine {
 
     pub(crate) fn set_table(&mut self, pid: Pid, page: u32, there: Table) {
         let at = (page >> self.shape.pmd_order) as usize;
-        self.process_mut(pid).tables[at] = there == Table::There;
+        let now = there == Table::There;
+        let former = &mut self.processes[usize::from(pid.0)].tables[at];
+        // Whoever checks looks whether nothing is left in a table that goes.
+        if core::mem::replace(former, now) && !now {
+            for page in self.shape.block_around(page).iter() {
+                self.changes.page(pid, page);
+            }
+        }
     }
 
     pub(crate) fn new_anon(&mut self) -> AnonId {

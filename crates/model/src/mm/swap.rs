@@ -1,5 +1,6 @@
 //! Swap: slots with a use count and content, and the swap cache.
 
+use crate::mm::changes::Marks;
 use crate::mm::entry::SlotId;
 use crate::mm::memory::{FrameId, index32};
 
@@ -20,6 +21,8 @@ pub struct Swap {
     pub(crate) slots: Vec<Slot>,
     words: Vec<u64>,
     per_page: u32,
+    /// Slots that may have changed.
+    pub(crate) changed: Marks,
 }
 
 impl Swap {
@@ -28,6 +31,7 @@ impl Swap {
             slots: vec![Slot::default(); slots as usize],
             words: vec![0; (slots * per_page) as usize],
             per_page,
+            changed: Marks::default(),
         }
     }
 
@@ -38,6 +42,7 @@ impl Swap {
     }
 
     pub(crate) fn slot_mut(&mut self, slot: SlotId) -> &mut Slot {
+        self.changed.add(slot.0);
         &mut self.slots[slot.0 as usize]
     }
 
@@ -45,11 +50,12 @@ impl Swap {
     pub(crate) fn allocate(&mut self, cache: FrameId) -> Option<SlotId> {
         let free = |slot: &Slot| slot.count == 0 && slot.cache.is_none();
         let at = self.slots.iter().position(free)?;
-        self.slots[at] = Slot {
+        let slot = SlotId(index32(at));
+        *self.slot_mut(slot) = Slot {
             cache: Some(cache),
             ..Slot::default()
         };
-        Some(SlotId(index32(at)))
+        Some(slot)
     }
 
     /// Whether there is a slot that nobody uses.

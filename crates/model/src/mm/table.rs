@@ -46,10 +46,17 @@ impl Machine {
 
     pub(crate) fn free_folio(&mut self, head: FrameId) {
         if let Owner::Device(place, _) = self.memory.frame(head).owner {
+            self.changes.places.add(place);
             let pages = &mut self.device_pages[place as usize];
             *pages -= 1;
             if *pages == 0 {
                 self.released.push(place);
+            }
+        }
+        // Entries that still lead there are looked at: the chains go.
+        for frame in self.memory.pages_of(head) {
+            for mapping in self.rmaps.of(&self.memory, frame) {
+                self.changes.page(mapping.pid, mapping.page);
             }
         }
         self.memory.release(head);
@@ -77,9 +84,28 @@ impl Machine {
             self.set_table(pid, page, Table::There);
         }
         self.account_in(pid, page, new);
-        self.process_mut(pid).entries[page as usize] = new;
+        self.set_entry(pid, page, new);
         self.account_out(pid, page, old);
         old
+    }
+
+    /// Puts `new` into the place of an entry, without accounting. What the two name is marked:
+    /// whoever checks looks at its accounting, whether or not that was changed.
+    pub(super) fn set_entry(&mut self, pid: Pid, page: u32, new: Entry) {
+        self.changes.page(pid, page);
+        let entry = &mut self.processes[usize::from(pid.0)].entries[page as usize];
+        let old = core::mem::replace(entry, new);
+        self.mark_named(old);
+        self.mark_named(new);
+    }
+
+    fn mark_named(&mut self, entry: Entry) {
+        if let Some(frame) = entry.named_frame() {
+            self.memory.changed.add(frame.0);
+        }
+        if let Some(slot) = entry.slot() {
+            self.swap.changed.add(slot.0);
+        }
     }
 
     fn account_in(&mut self, pid: Pid, page: u32, entry: Entry) {
@@ -119,6 +145,8 @@ impl Machine {
 
     fn unlink(&mut self, frame: FrameId, pid: Pid, page: u32, level: Level) {
         let mapping = Mapping { pid, page, level };
+        self.changes.page(pid, page);
+        self.memory.changed.add(frame.0);
         self.rmaps.remove(&mut self.memory, frame, mapping);
     }
 
@@ -153,8 +181,8 @@ impl Machine {
     pub(crate) fn set_bits(&mut self, pid: Pid, page: u32, bits: Bits) {
         match self.block(pid, page) {
             Block::Table => {
-                let entry = &mut self.process_mut(pid).entries[page as usize];
-                *entry = entry.with_bits(bits);
+                let entry = self.process(pid).entries[page as usize];
+                self.set_entry(pid, page, entry.with_bits(bits));
             }
             Block::Huge(head, _) => self.set_block(pid, page, Block::Huge(head, bits)),
             Block::Zero(_) => self.set_block(pid, page, Block::Zero(bits)),

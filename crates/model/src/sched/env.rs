@@ -152,9 +152,12 @@ fn wait(word: &AtomicU32, seen: u32, deadline: u64, site: Site) {
     stage::wait_or_die(Block::Word(address(word), site), deadline, still);
 }
 
+/// A point only where somebody was woken: else nothing has happened that another actor could see,
+/// and what comes next has a point of its own.
 fn wake(word: &AtomicU32) {
-    with(|world| world.wake_word(address(word)));
-    stage::point(Kind::Wake);
+    if with(|world| world.wake_word(address(word))) {
+        stage::point(Kind::Wake);
+    }
 }
 
 impl Environment for ModelEnv {
@@ -189,8 +192,9 @@ impl Environment for ModelEnv {
         stage::point(Kind::Defer);
     }
 
+    /// In a world that has failed there are no bugs: its actors end, and must not fail once more.
     fn mutant(&self, which: Mutant) -> bool {
-        with(|world| world.options.mutant.as_deref() == Some(which.name()))
+        with(|world| world.mutant == Some(which) && world.state != State::Dying)
     }
 
     fn yield_point(&self, at: Point) {

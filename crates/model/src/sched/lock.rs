@@ -134,6 +134,8 @@ struct Class {
     inner: u64,
     /// The same, in any world since the scenario changed.
     inner_ever: u64,
+    /// Classes under which this one was taken in this world, and may be.
+    outer: u64,
 }
 
 /// Classes whose order is watched: one bit each.
@@ -158,6 +160,8 @@ struct Named {
 #[derive(Clone, Copy, Debug)]
 struct Held {
     node: u32,
+    /// Bit of its class; none where its order is not watched.
+    bit: u64,
     site: Site,
 }
 
@@ -187,7 +191,7 @@ pub(super) struct LockTable {
 pub(super) type Broken = String;
 
 impl LockTable {
-    pub(super) fn new() -> Self {
+    pub(super) const fn new() -> Self {
         Self {
             classes: Vec::new(),
             nodes: Vec::new(),
@@ -206,7 +210,7 @@ impl LockTable {
         self.edges.clear();
         self.held.iter_mut().for_each(Vec::clear);
         for class in &mut self.classes {
-            class.inner = 0;
+            (class.inner, class.outer) = (0, 0);
         }
         self.seed = seed;
     }
@@ -225,6 +229,7 @@ impl LockTable {
             None => self.new_class(Label::Named(name)),
         };
         self.classes[class].rank = Some(rank);
+        self.classes.iter_mut().for_each(|class| class.outer = 0);
         self.named.push(Named { start, end, class });
         let inside = |node: &&mut Node| (start..end).contains(&node.address);
         for node in self.nodes.iter_mut().filter(inside) {
@@ -238,6 +243,7 @@ impl LockTable {
             rank: None,
             inner: 0,
             inner_ever: 0,
+            outer: 0,
         });
         self.classes.len() - 1
     }
@@ -287,20 +293,24 @@ impl LockTable {
         word: &LockWord,
         site: Site,
     ) -> Result<(), Broken> {
-        let node = self.node(word, site);
         if self.held[actor].is_empty() {
+            return Ok(());
+        }
+        let node = self.node(word, site);
+        let known = self.classes[self.nodes[node as usize].class].outer;
+        if self.held[actor].iter().all(|held| held.bit & known != 0) {
             return Ok(());
         }
         self.check_order(actor, node, site)
     }
 
+    #[cold]
     fn check_order(&mut self, actor: usize, node: u32, site: Site) -> Result<(), Broken> {
         let inner = self.nodes[node as usize].class;
         for at in 0..self.held[actor].len() {
             let held = self.held[actor][at];
-            let outer = self.nodes[held.node as usize].class;
             let edge = Edge {
-                outer,
+                outer: self.nodes[held.node as usize].class,
                 outer_site: held.site,
                 inner,
                 inner_site: site,
@@ -309,6 +319,7 @@ impl LockTable {
             // Both, so that the order is known also where the rank is wrong.
             let (rank, order) = (self.check_rank(&edge), self.check_edge(&edge));
             rank.and(order)?;
+            self.classes[inner].outer |= held.bit;
         }
         Ok(())
     }
@@ -346,12 +357,25 @@ impl LockTable {
             self.classes[outer].inner_ever |= bit;
             self.edges_ever.push(*edge);
         }
-        if let Some(path) = self.path(inner, outer) {
+        if self.leads(inner, outer)
+            && let Some(path) = self.path(inner, outer)
+        {
             return Err(self.describe_cycle(edge, &path));
         }
         self.classes[outer].inner |= bit;
         self.edges.push(*edge);
         Ok(())
+    }
+
+    /// Whether orders of this world lead from one class to another.
+    fn leads(&self, from: usize, to: usize) -> bool {
+        let (mut reached, mut new) = (0_u64, 1_u64 << from);
+        while new != 0 {
+            let class = new.trailing_zeros() as usize;
+            reached |= 1 << class;
+            new = (new | self.classes[class].inner) & !reached;
+        }
+        reached >> to & 1 == 1
     }
 
     /// Orders of this world that lead from one class to another, if there are any.
@@ -398,7 +422,9 @@ impl LockTable {
     #[inline]
     pub(super) fn took(&mut self, actor: usize, word: &LockWord, site: Site) {
         let node = self.node(word, site);
-        self.held[actor].push(Held { node, site });
+        let class = self.nodes[node as usize].class;
+        let bit = if class < CLASSES_MAX { 1 << class } else { 0 };
+        self.held[actor].push(Held { node, bit, site });
     }
 
     /// Takes note that a lock is about to be free.
@@ -409,8 +435,11 @@ impl LockTable {
         };
         let node = word.node.load(Ordering::Relaxed);
         let held = &mut self.held[holder];
-        if let Some(at) = held.iter().rposition(|held| held.node == node) {
-            held.remove(at);
+        match held.last() {
+            Some(last) if last.node == node => {
+                held.pop();
+            }
+            Some(_) | None => held.retain(|held| held.node != node),
         }
     }
 

@@ -43,13 +43,18 @@ impl Points {
 
     /// These kinds alone.
     #[must_use]
-    pub fn only(kinds: &[Kind]) -> Self {
-        Self(kinds.iter().fold(0, |set, kind| set | Self::bit(*kind)))
+    pub const fn only(kinds: &[Kind]) -> Self {
+        let (mut set, mut at) = (0, 0);
+        while at < kinds.len() {
+            set |= Self::bit(kinds[at]);
+            at += 1;
+        }
+        Self(set)
     }
 
     /// All but these.
     #[must_use]
-    pub fn without(self, kinds: &[Kind]) -> Self {
+    pub const fn without(self, kinds: &[Kind]) -> Self {
         Self(self.0 & !Self::only(kinds).0)
     }
 
@@ -140,6 +145,8 @@ pub struct Options {
     pub chaos: Chaos,
     /// Which points are switch points.
     pub points: Points,
+    /// In one of so many worlds, by their seeds, every kind is. 0: in none.
+    pub all_points_one_in: u32,
     /// Steps after which the liveness phase begins.
     pub safety_steps: u64,
     /// Steps within which all actors must then be done.
@@ -162,8 +169,9 @@ pub struct Options {
     pub stack_bytes: usize,
 }
 
-impl Default for Options {
-    fn default() -> Self {
+impl Options {
+    /// The usual ones.
+    pub(super) const USUAL: Self = {
         Self {
             scenario: Cow::Borrowed("unnamed"),
             mutant: None,
@@ -171,6 +179,7 @@ impl Default for Options {
             seed: 0,
             chaos: Chaos::Off,
             points: Points::ALL,
+            all_points_one_in: 0,
             safety_steps: 50_000,
             calm_steps: 50_000,
             tick: Ns(1),
@@ -181,6 +190,12 @@ impl Default for Options {
             lock_rules: LockRules::Forbid,
             stack_bytes: 256 << 10,
         }
+    };
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self::USUAL
     }
 }
 

@@ -51,6 +51,16 @@ impl Candidates {
         }
         ((rest.trailing_zeros() + self.first) % 64) as usize
     }
+
+    /// All of them, in the order of answers.
+    fn actors(self) -> impl Iterator<Item = usize> {
+        let mut rest = self.ready.rotate_right(self.first);
+        core::iter::from_fn(move || {
+            let bit = (rest != 0).then(|| rest.trailing_zeros())?;
+            rest &= rest - 1;
+            Some(((bit + self.first) % 64) as usize)
+        })
+    }
 }
 
 /// How the choices of a world are made.
@@ -67,6 +77,12 @@ pub enum Picker {
 }
 
 impl Picker {
+    /// For where nothing is asked: always 0.
+    pub(super) const NONE: Self = Self::Tape(Playback {
+        choices: Vec::new(),
+        at: 0,
+    });
+
     /// Every answer equally likely.
     #[must_use]
     pub fn uniform(seed: u64) -> Self {
@@ -207,8 +223,9 @@ impl Pct {
             self.lower(running, what);
         }
         self.count += 1;
-        let highest = |index: &u32| self.priorities[among.actor(*index)];
-        (0..n).max_by_key(highest).unwrap_or(0)
+        let highest = |(_, actor): &(u32, usize)| self.priorities[*actor];
+        let best = (0..n).zip(among.actors()).max_by_key(highest);
+        best.map_or(0, |(index, _)| index)
     }
 
     /// Applies the change points that are due, and puts who gives way behind all others.

@@ -59,14 +59,20 @@ impl World {
         self.lock_waiters &= !(1 << actor);
     }
 
-    fn unblock_all(&mut self, wakes: impl Fn(&Actor) -> bool) {
+    /// Whether there were any.
+    fn unblock_all(&mut self, wakes: impl Fn(&Actor) -> bool) -> bool {
+        let mut any = false;
         for actor in 0..self.actors.len() {
             if self.actors[actor].block.is_some() && wakes(&self.actors[actor]) {
                 self.unblock(actor);
+                any = true;
             }
         }
-        let deadlines = self.actors.iter().map(|actor| actor.deadline);
-        self.earliest = deadlines.min().unwrap_or(NEVER);
+        if any {
+            let deadlines = self.actors.iter().map(|actor| actor.deadline);
+            self.earliest = deadlines.min().unwrap_or(NEVER);
+        }
+        any
     }
 
     pub(super) fn wake_sleepers(&mut self) {
@@ -74,9 +80,9 @@ impl World {
         self.unblock_all(|actor| actor.deadline <= now);
     }
 
-    /// Wakes whoever waits for the word at `address`.
-    pub(super) fn wake_word(&mut self, address: usize) {
-        self.unblock_all(|actor| matches!(actor.block, Some(Block::Word(at, _)) if at == address));
+    /// Wakes whoever waits for the word at `address`; whether anybody did.
+    pub(super) fn wake_word(&mut self, address: usize) -> bool {
+        self.unblock_all(|actor| matches!(actor.block, Some(Block::Word(at, _)) if at == address))
     }
 
     pub(super) fn wake_lock(&mut self, address: usize) {

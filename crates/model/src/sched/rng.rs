@@ -35,6 +35,9 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// A stream for where none is asked.
+    pub(super) const ZERO: Self = Self { state: 0 };
+
     /// The stream called `name` of a seed. Draws from one stream do not shift another.
     #[must_use]
     pub fn named(seed: u64, name: &str) -> Self {

@@ -3,9 +3,10 @@
 use core::fmt;
 use core::marker::PhantomData;
 use core::panic::AssertUnwindSafe;
+use core::sync::atomic::AtomicU64;
 use std::borrow::Cow;
 use std::panic::catch_unwind;
-use std::sync::Once;
+use std::sync::{Arc, Once};
 
 use corosensei::stack::DefaultStack;
 use gpusvm::seam::env::{Ns, Work};
@@ -80,6 +81,16 @@ impl Sim {
         with(|world| world.watch(Oracle { when, look }));
     }
 
+    /// Adds an oracle that looks after each step that has moved `counter`.
+    pub fn oracle_counting(
+        &self,
+        counter: Arc<AtomicU64>,
+        look: impl FnMut() -> Result<(), String> + 'static,
+    ) {
+        with(|world| world.count(counter));
+        self.oracle(When::Counted, look);
+    }
+
     /// Names all locks and words that lie in `owner`, and gives the locks a rank. Where owners
     /// lie in one another, the innermost name holds. What `owner` points to does not belong to it.
     pub fn name_locks<T: ?Sized>(&self, owner: &T, name: impl Into<Cow<'static, str>>, rank: Rank) {
@@ -149,7 +160,7 @@ impl fmt::Display for Trouble {
 /// # Panics
 /// When this thread runs a world already, and when `build` panics.
 pub fn run(options: &Options, picker: &mut Picker, build: impl FnOnce(&Sim)) -> Outcome {
-    let taken = std::mem::replace(picker, Picker::playback(&[]));
+    let taken = std::mem::replace(picker, Picker::NONE);
     with(|world| {
         assert_eq!(world.state, State::Idle, "a thread has one world at a time");
         world.start(options, taken);

@@ -40,6 +40,7 @@ pub(super) fn point(kind: Kind) {
     }
 }
 
+#[cold]
 fn act(due: Due, kind: Kind) {
     match due {
         Due::Nothing => {}
@@ -151,14 +152,32 @@ enum Taking {
 /// Takes a lock, waiting for it if need be.
 #[inline]
 pub(super) fn take_lock(word: &LockWord, site: Site) {
-    point(Kind::Lock);
-    while !attempt(word, site) {}
+    let found = with(|world| match world.arrive(Kind::Lock) {
+        Due::Nothing => Ok(world.take(word, site)),
+        due => Err(due),
+    });
+    match found {
+        Ok(Taking::Taken) => {}
+        Ok(taking) => wait_for(taking, word, site),
+        Err(due) => {
+            act(due, Kind::Lock);
+            attempt(word, site);
+        }
+    }
 }
 
-#[inline]
-fn attempt(word: &LockWord, site: Site) -> bool {
+fn attempt(word: &LockWord, site: Site) {
     match with(|world| world.take(word, site)) {
-        Taking::Taken => return true,
+        Taking::Taken => {}
+        taking => wait_for(taking, word, site),
+    }
+}
+
+/// The lock is not free: waits, and tries again.
+#[cold]
+fn wait_for(taking: Taking, word: &LockWord, site: Site) {
+    match taking {
+        Taking::Taken => return,
         Taking::Wait => {
             if suspend() != State::Running {
                 die();
@@ -170,7 +189,7 @@ fn attempt(word: &LockWord, site: Site) -> bool {
         Taking::Death => die(),
         Taking::Refused => refuse(word, site),
     }
-    false
+    attempt(word, site);
 }
 
 #[cold]
@@ -263,8 +282,13 @@ pub(super) fn try_lock(word: &LockWord, site: Site) -> bool {
 /// Frees a lock.
 #[inline]
 pub(super) fn release_lock(word: &LockWord) {
-    with(|world| world.release(word));
-    point(Kind::Unlock);
+    let due = with(|world| {
+        world.release(word);
+        world.arrive(Kind::Unlock)
+    });
+    if due != Due::Nothing {
+        act(due, Kind::Unlock);
+    }
 }
 
 /// Whether a wait was for the last time.

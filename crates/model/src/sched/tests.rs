@@ -1,7 +1,7 @@
 //! Worlds that show what the scheduler promises.
 
 use core::cell::{Cell, RefCell};
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -374,6 +374,46 @@ fn oracles_of_changes_look_once_per_change() {
     assert!(outcome.trouble.is_none());
     // The first look is at the beginning.
     assert_eq!(seen.get(), 1 + 3);
+}
+
+#[test]
+fn oracles_that_count_look_when_their_number_moves() {
+    let looks = Rc::new(Cell::new(0));
+    let seen = Rc::clone(&looks);
+    let outcome = go(&mut Picker::uniform(1), |sim| {
+        let number = Arc::new(AtomicU64::new(0));
+        sim.oracle_counting(Arc::clone(&number), move || {
+            looks.set(looks.get() + 1);
+            Ok(())
+        });
+        sim.spawn("writer", move || {
+            for step in 0..30 {
+                number.fetch_add(u64::from(step % 10 == 5), Ordering::Relaxed);
+                ModelEnv.point(Kind::Other);
+            }
+        });
+    });
+    assert!(outcome.trouble.is_none());
+    // The first look is at the beginning.
+    assert_eq!(seen.get(), 1 + 3);
+}
+
+#[test]
+fn some_worlds_have_all_points_by_their_seeds() {
+    let steps = |seed| {
+        let options = Options {
+            seed,
+            points: Points::only(&[]),
+            all_points_one_in: 4,
+            ..Options::default()
+        };
+        let build = |sim: &Sim| sim.spawn("a", || ModelEnv.point(Kind::Other));
+        run(&options, &mut Picker::uniform(seed), build).steps
+    };
+    let all: Vec<u64> = (0..400).map(steps).collect();
+    let fewest = all.iter().min().copied().unwrap_or(0);
+    let full = all.iter().filter(|steps| **steps > fewest).count();
+    assert!((60..140).contains(&full), "{full} of 400");
 }
 
 #[test]

@@ -40,6 +40,14 @@ pub(super) struct Ring {
 }
 
 impl Ring {
+    pub(super) const fn new() -> Self {
+        Self {
+            entries: Vec::new(),
+            room: 0,
+            oldest: 0,
+        }
+    }
+
     pub(super) fn start(&mut self, room: usize) {
         self.entries.clear();
         self.room = room;

@@ -13,16 +13,20 @@
 //!
 //! Borrows of the world are short and never last while foreign code runs.
 
+use core::mem::ManuallyDrop;
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::sync::Arc;
 
 use corosensei::stack::DefaultStack;
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::{Ns, Work};
 
 use crate::sched::fail::{Failure, FailureKind};
 use crate::sched::fiber::Fiber;
 use crate::sched::lock::{HOST, LockTable, Site};
-use crate::sched::options::{Kind, Options, Texts};
+use crate::sched::options::{Kind, Options, Points, Texts};
 use crate::sched::pick::{ACTORS_MAX, Candidates, Picker, What};
 use crate::sched::rng::{Stream, hash_text, mix};
 use crate::sched::trace::{Entry, Ring};
@@ -97,6 +101,9 @@ pub enum When {
     Changed,
     /// After every step.
     EveryStep,
+    /// After every step, if a counter has moved since it last looked: see
+    /// [`oracle_counting`](crate::sched::Sim::oracle_counting).
+    Counted,
     /// When all actors are done.
     AtEnd,
 }
@@ -115,6 +122,7 @@ impl Moments {
             When::Changed => 2,
             When::EveryStep => 4,
             When::AtEnd => 8,
+            When::Counted => 16,
         })
     }
 
@@ -135,6 +143,8 @@ pub(super) const NEVER: u64 = u64::MAX;
 pub(super) struct World {
     pub(super) state: State,
     pub(super) options: Options,
+    /// The bug that its name means, if it is one that the framework knows.
+    pub(super) mutant: Option<Mutant>,
     pub(super) actors: Vec<Actor>,
     pub(super) newborn: Vec<Fiber>,
     pub(super) stacks: Vec<DefaultStack>,
@@ -163,6 +173,8 @@ pub(super) struct World {
     pub(super) oracles: Vec<Oracle>,
     /// When some oracle looks.
     watched: Moments,
+    /// What oracles count, and what it was when they last looked.
+    counters: Vec<(Arc<AtomicU64>, u64)>,
     /// Something has changed since oracles looked at changes.
     touched: bool,
     pub(super) looking: bool,
@@ -176,27 +188,39 @@ pub(super) struct World {
 }
 
 thread_local! {
-    static STAGE: RefCell<World> = RefCell::new(World::new());
+    /// Without a destructor: then it takes no more than an address to reach it. [`Leaving`] empties it.
+    static STAGE: ManuallyDrop<RefCell<World>> =
+        const { ManuallyDrop::new(RefCell::new(World::new())) };
+    static LEAVING: Leaving = const { Leaving };
+}
+
+/// Gives the memory of a thread's world back when the thread ends.
+struct Leaving;
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        let last = try_with(|world| std::mem::replace(world, World::new()));
+        drop(last);
+    }
 }
 
 /// Runs `act` on the world of this thread. It must not call foreign code.
 #[inline]
 pub(super) fn with<R>(act: impl FnOnce(&mut World) -> R) -> R {
-    STAGE.with_borrow_mut(act)
+    STAGE.with(|stage| act(&mut stage.borrow_mut()))
 }
 
-/// As [`with`], where the world may be in use or gone: in a panic hook.
+/// As [`with`], where the world may be in use: in a panic hook.
 pub(super) fn try_with<R>(act: impl FnOnce(&mut World) -> R) -> Option<R> {
-    STAGE
-        .try_with(|stage| stage.try_borrow_mut().ok().map(|mut world| act(&mut world)))
-        .ok()?
+    STAGE.with(|stage| stage.try_borrow_mut().ok().map(|mut world| act(&mut world)))
 }
 
 impl World {
-    fn new() -> Self {
+    const fn new() -> Self {
         Self {
             state: State::Idle,
-            options: Options::default(),
+            options: Options::USUAL,
+            mutant: None,
             actors: Vec::new(),
             newborn: Vec::new(),
             stacks: Vec::new(),
@@ -212,18 +236,19 @@ impl World {
             streak: 0,
             phase: Phase::Safety,
             calm_since: 0,
-            picker: Picker::uniform(0),
+            picker: Picker::NONE,
             tape: Vec::new(),
             hash: 0,
             locks: LockTable::new(),
-            ring: Ring::default(),
+            ring: Ring::new(),
             oracles: Vec::new(),
             watched: Moments::NONE,
+            counters: Vec::new(),
             touched: false,
             looking: false,
             busy: 0,
             deferred: Vec::new(),
-            random: Stream::named(0, ""),
+            random: Stream::ZERO,
             chaos_sites: Vec::new(),
             failure: None,
             dying_waits: 0,
@@ -233,15 +258,25 @@ impl World {
 
     /// Makes the thread's world a new one.
     pub(super) fn start(&mut self, options: &Options, picker: Picker) {
+        LEAVING.with(|_ends_with_the_thread| ());
         if self.options.scenario != options.scenario {
             self.locks.forget();
         }
         self.options.clone_from(options);
+        if Stream::named(options.seed, "points").one_in(options.all_points_one_in) {
+            self.options.points = Points::ALL;
+        }
+        let name = options.mutant.as_deref();
+        self.mutant = name.and_then(|name| {
+            let mut all = Mutant::ALL.iter().copied();
+            all.find(|mutant| mutant.name() == name)
+        });
         self.locks.start(options.seed);
         self.ring.start(options.events);
         self.actors.clear();
         self.tape.clear();
         self.deferred.clear();
+        self.counters.clear();
         self.chaos_sites.clear();
         (self.ready, self.unfinished, self.steps, self.switches) = (0, 0, 0, 0);
         (self.now, self.earliest, self.streak, self.dying_waits) = (0, NEVER, 0, 0);
@@ -261,7 +296,7 @@ impl World {
     pub(super) fn stop(&mut self) -> Picker {
         self.state = State::Idle;
         self.current = HOST;
-        std::mem::replace(&mut self.picker, Picker::uniform(0))
+        std::mem::replace(&mut self.picker, Picker::NONE)
     }
 
     /// Enters a new actor, which can run at once.
@@ -288,6 +323,11 @@ impl World {
         self.oracles.push(oracle);
     }
 
+    /// Oracles that look at what is counted look when this number moves.
+    pub(super) fn count(&mut self, counter: Arc<AtomicU64>) {
+        self.counters.push((counter, u64::MAX));
+    }
+
     pub(super) const fn now(&self) -> Ns {
         Ns(self.now)
     }
@@ -308,7 +348,7 @@ impl World {
     /// An actor arrives at a point.
     #[inline]
     pub(super) fn arrive(&mut self, kind: Kind) -> Due {
-        if !self.is_live() || !self.options.points.has(kind) {
+        if !self.options.points.has(kind) || !self.is_live() {
             return Due::Nothing;
         }
         self.step();
@@ -332,7 +372,20 @@ impl World {
                 self.touched = false;
             }
         }
+        if self.have_counters_moved() {
+            now |= Moments::of(When::Counted).0;
+        }
         Moments(now & self.watched.0)
+    }
+
+    #[inline]
+    fn have_counters_moved(&mut self) -> bool {
+        self.counters
+            .iter_mut()
+            .fold(false, |any, (counter, seen)| {
+                let now = counter.load(Ordering::Relaxed);
+                core::mem::replace(seen, now) != now || any
+            })
     }
 
     pub(super) const fn touch(&mut self) {

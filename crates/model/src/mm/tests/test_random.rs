@@ -7,12 +7,15 @@ use gpusvm::seam::mm::Access;
 use proptest::prelude::*;
 
 use crate::mm::around::Solo;
+use crate::mm::changes::Changes;
 use crate::mm::check::{check, check_quiet};
+use crate::mm::checker::Checker;
 use crate::mm::entry::Entry;
 use crate::mm::errno::{Errno, Signal};
 use crate::mm::fault::{Hit, fault};
-use crate::mm::flags::VmFlags;
+use crate::mm::flags::{Bits, VmFlags};
 use crate::mm::map::{Map, Place, What, mmap, munmap};
+use crate::mm::memory::Owner;
 use crate::mm::remap::{Remap, Target, mremap};
 use crate::mm::{Machine, Pages, Pid, Shape, Thp, advise, fork, ksm, protect, reclaim};
 
@@ -125,6 +128,7 @@ fn machine(thp: Thp) -> Machine {
 
 struct Pair {
     mm: Machine,
+    checker: Checker,
     slow: Slow,
 }
 
@@ -132,8 +136,10 @@ impl Pair {
     fn new(thp: Thp) -> Self {
         let mut slow = Slow::default();
         slow.alive[0] = true;
+        let mm = machine(thp);
         Self {
-            mm: machine(thp),
+            checker: Checker::new(&mm),
+            mm,
             slow,
         }
     }
@@ -479,6 +485,9 @@ impl Pair {
     fn compare(&mut self) {
         check(&self.mm).expect("the state makes sense");
         check_quiet(&self.mm).expect("nothing is under way");
+        note(&mut self.mm, &mut self.checker);
+        let changed = self.checker.check(&self.mm);
+        changed.expect("what has changed makes sense");
         for pid in 0..3u8 {
             let process = self.mm.process(Pid(pid));
             let table = &self.slow.tables[usize::from(pid)];
@@ -566,6 +575,58 @@ fn run(thp: Thp, ops: &[(u8, Op)]) {
     assert!(pair.mm.next_used(Pid(0), 0, whole).is_none());
 }
 
+fn note(mm: &mut Machine, checker: &mut Checker) {
+    let mut changes = Changes::default();
+    mm.take_changes(&mut changes);
+    checker.note(&mut changes);
+}
+
+/// Breaks something about the page at `at`, its frame or its slot, as a bug in a step would.
+fn damage(mm: &mut Machine, pid: Pid, at: u32, how: u8) {
+    let entry = mm.entry(pid, at);
+    if let Entry::Swap(slot, _) = entry {
+        match how % 3 {
+            0 => mm.swap.slot_mut(slot).count += 1,
+            1 => mm.swap.slot_mut(slot).cache = None,
+            _ => mm.set_entry(pid, at, Entry::None),
+        }
+    }
+    let Some(frame) = entry.named_frame() else {
+        return;
+    };
+    let head = mm.memory.head(frame);
+    match how {
+        0 => mm.memory.frame_mut(head).refs += 1,
+        1 => mm.memory.frame_mut(frame).mapcount ^= 1,
+        2 => mm.memory.frame_mut(frame).exclusive ^= true,
+        3 => mm.memory.frame_mut(head).owner = Owner::Free,
+        4 => mm.memory.frame_mut(head).swap = None,
+        5 => mm.memory.frame_mut(head).pins += 1,
+        6 => mm.set_entry(pid, at, Entry::None),
+        7 => mm.set_entry(pid, (at + 1) % PAGES, entry),
+        8 => mm.set_entry(pid, at, Entry::Migration(frame, entry.bits())),
+        9 => mm.free_folio(head),
+        10 => {
+            mm.process_mut(pid).vmas.remove(Pages::one(at));
+        }
+        _ => mm.set_bits(pid, at, entry.bits().with(Bits::WRITE)),
+    }
+}
+
+/// Breaks something after some operations; the check of what has changed finds it where that of
+/// everything does.
+fn run_and_damage(ops: &[(u8, Op)], (pid, at, how): (u8, u32, u8)) {
+    let mut pair = Pair::new(Thp::Always);
+    for (pid, op) in ops {
+        pair.run(*pid, op);
+    }
+    pair.compare();
+    damage(&mut pair.mm, Pid(pid), at, how);
+    note(&mut pair.mm, &mut pair.checker);
+    let (whole, changed) = (check(&pair.mm), pair.checker.check(&pair.mm));
+    assert_eq!(changed.is_err(), whole.is_err(), "{changed:?}, {whole:?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -577,5 +638,13 @@ proptest! {
     #[test]
     fn large_pages_change_nothing_that_a_program_sees(ops in prop::collection::vec(op(), 1..60)) {
         run(Thp::Always, &ops);
+    }
+
+    #[test]
+    fn what_has_changed_is_all_that_must_be_looked_at(
+        ops in prop::collection::vec(op(), 1..40),
+        damage in (0..3u8, 0..PAGES, 0..12u8),
+    ) {
+        run_and_damage(&ops, damage);
     }
 }
