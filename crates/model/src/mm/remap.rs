@@ -176,7 +176,7 @@ fn move_pages<A: Around>(around: &A, pid: Pid, old: Pages, to: u32) {
     let aligned = around.with(|mm| old.start % mm.shape.block() == to % mm.shape.block());
     split_blocks(around, pid, old);
     let open = around.open(pid, old, InvalidateReason::Unmap);
-    around.with(|mm| mm.move_tables(pid, old, to));
+    let left = around.with(|mm| mm.move_tables(pid, old, to));
     let mut at = old.start;
     while let Some(page) = around.with(|mm| mm.next_used(pid, at, old)) {
         around.step();
@@ -188,6 +188,11 @@ fn move_pages<A: Around>(around: &A, pid: Pid, old: Pages, to: u32) {
             mm.move_entry(pid, page, target)
         });
     }
+    around.with(|mm| {
+        for block in left {
+            mm.drop_empty_tables(pid, block);
+        }
+    });
     around.close(pid, open);
     around.announce();
 }
@@ -321,9 +326,10 @@ impl Machine {
         Ok(())
     }
 
-    /// Tables move where the spans lie so that whole ones can; others are made anew. Entries move
-    /// afterwards.
-    fn move_tables(&mut self, pid: Pid, old: Pages, to: u32) {
+    /// Tables move where the spans lie so that whole ones can; others are made anew. Returns the blocks
+    /// that will have none when the entries have moved, too.
+    fn move_tables(&mut self, pid: Pid, old: Pages, to: u32) -> Vec<Pages> {
+        let mut left = Vec::new();
         let size = self.shape.block();
         let back = self.realigned(pid, old, to);
         let (mut from, mut to) = (old.start - back, to - back);
@@ -334,12 +340,13 @@ impl Machine {
                 let moves = piece == size && !self.has_table(pid, to);
                 self.set_table(pid, to, Table::There);
                 if moves {
-                    self.set_table(pid, from, Table::Gone);
+                    left.push(self.shape.block_around(from));
                 }
             }
             from += piece;
             to += piece;
         }
+        left
     }
 
     /// By how many pages a move may begin earlier, so that it begins at a block: both mappings begin
