@@ -53,6 +53,8 @@ pub fn mprotect<A: Around>(
             change_flags(around, pid, part.pages, flags);
             protect_pages(around, pid, part.pages, flags);
             if becomes_writable(part.flags, flags) {
+                // Its pages come when the lock is gone, but what it merges with is decided now.
+                around.with(|mm| mm.prepare_anon(pid, part.pages.start));
                 locked.push(part.pages);
             }
         }
