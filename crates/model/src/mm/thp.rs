@@ -32,7 +32,8 @@ pub(crate) fn collapse_pages<A: Around>(around: &A, pid: Pid, part: &Vma) -> Res
     let mut result = Ok(());
     while start + block <= part.pages.end {
         // Where there is not even a table, the rest is not looked at.
-        if !around.with(|mm| mm.is_huge(pid, start) || mm.has_table(pid, start)) {
+        let whole = |mm: &mut Machine| mm.block(pid, start) != Block::Table;
+        if !around.with(|mm| whole(mm) || mm.has_table(pid, start)) {
             return Err(Errno::Invalid);
         }
         if let Err(error) = collapse(around, pid, Pages::new(start, start + block)) {
@@ -44,7 +45,7 @@ pub(crate) fn collapse_pages<A: Around>(around: &A, pid: Pid, part: &Vma) -> Res
 }
 
 fn collapse<A: Around>(around: &A, pid: Pid, block: Pages) -> Result<(), Errno> {
-    if around.with(|mm| mm.is_huge(pid, block.start)) {
+    if around.with(|mm| mm.block(pid, block.start) != Block::Table) {
         return Ok(());
     }
     let open = around.open(pid, block, InvalidateReason::Clear);
