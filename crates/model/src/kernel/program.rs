@@ -78,7 +78,11 @@ impl<E: Environment> ModelSpace<E> {
     /// # Errors
     /// As the system call.
     pub fn process_madvise(&self, spans: &[HostSpan], advice: i32) -> Result<u64, Errno> {
-        advise::process_madvise(&*self.kernel, self.pid, spans, advice)
+        let spans: Vec<_> = spans
+            .iter()
+            .map(|span| (span.start(), span.bytes()))
+            .collect();
+        advise::process_madvise(&*self.kernel, self.pid, &spans, advice)
     }
 
     /// `mlock`.
