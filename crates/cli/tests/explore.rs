@@ -57,21 +57,6 @@ fn known_bug_is_found_and_its_short_tape_fails_again() {
 }
 
 #[test]
-fn tapes_of_bugs_that_are_gone_pass() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tapes");
-    let tapes = std::fs::read_dir(folder).expect("there are tapes");
-    for tape in tapes {
-        let path = tape.expect("a file").path();
-        let output = explore(&["--tape", path.to_str().expect("text")]);
-        assert!(
-            output.status.success(),
-            "{path:?}: {}",
-            text(&output.stdout)
-        );
-    }
-}
-
-#[test]
 fn bad_input_gets_a_clear_error() {
     let damaged = file("damaged.tape");
     std::fs::write(&damaged, "gpusvm tape 1\nscenario: swarm\nchoices: x\n").expect("written");
