@@ -152,6 +152,9 @@ pub struct ExploreArgs {
     /// Re-introduce a known bug, or all of them one after the other: each must be found.
     #[arg(long, value_name = "NAME|all")]
     pub mutant: Option<String>,
+    /// Watch all worlds, not one in sixteen, and show which operations met which entries.
+    #[arg(long)]
+    pub coverage: bool,
     /// Threads that run worlds; one for each processor, if nothing is said.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,

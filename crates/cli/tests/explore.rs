@@ -57,6 +57,28 @@ fn known_bug_is_found_and_its_short_tape_fails_again() {
 }
 
 #[test]
+fn coverage_is_the_same_on_any_number_of_threads() {
+    let args = ["--scenario", "swarm", "--seeds", "128", "--coverage"];
+    let with = |more: &[&str]| {
+        let output = explore(&[&args[..], more].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        output
+    };
+    let coverage = |threads| json(&with(&["--json", "--threads", threads]))["coverage"].clone();
+    let alone = coverage("1");
+    assert_eq!(alone, coverage("3"));
+    let number = |name: &str| alone[name].as_u64().expect("a number");
+    assert!(number("reached") > 200 && number("reached") < number("possible"));
+    let missing = alone["never"].as_array().expect("a list").len() as u64;
+    assert_eq!(number("possible") - number("reached"), missing);
+    let output = with(&[]);
+    let shown = text(&output.stdout);
+    assert!(shown.contains("\nserve_fault "), "{shown}");
+    assert!(shown.contains("\ncoverage: "), "{shown}");
+    assert!(!shown.contains("this cannot be"), "{shown}");
+}
+
+#[test]
 fn bad_input_gets_a_clear_error() {
     let damaged = file("damaged.tape");
     std::fs::write(&damaged, "gpusvm tape 1\nscenario: swarm\nchoices: x\n").expect("written");

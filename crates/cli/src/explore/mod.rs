@@ -11,10 +11,13 @@
 //! | `cpu`, `gpu`, `op` | what the actors do |
 //! | `ledger` | which values may be read |
 //! | `oracle` | the rules that hold between any two steps |
-//! | `vram`, `sink` | device memory; what the framework tells |
+//! | `vram`, `sink`, `space` | device memory; what the framework tells; what stands before the host |
+//! | `doing`, `coverage` | what every actor is doing; which operations have met which entries |
 //! | `exam` | known bugs, each of which must be found |
 
+mod coverage;
 mod cpu;
+mod doing;
 mod exam;
 mod gpu;
 mod ledger;
@@ -22,6 +25,7 @@ mod op;
 mod oracle;
 mod plan;
 mod sink;
+mod space;
 mod vram;
 mod world;
 
@@ -38,11 +42,15 @@ use gpusvm_model::sched::{
 use serde_json::{Value, json};
 
 use crate::args::ExploreArgs;
+use crate::explore::coverage::{Coverage, Details};
+use crate::explore::doing::Watch;
 use crate::explore::plan::{PLANS, Plan};
 use crate::table::Table;
 
 /// Runs of a world that shortening a tape may take.
 const SHRINK_RUNS: u32 = 3000;
+/// One world in so many is watched for coverage, where nobody asks for more.
+const WATCHED_ONE_IN: u64 = 16;
 /// Events that are shown of a failure.
 const EVENTS: usize = 90;
 
@@ -165,11 +173,26 @@ fn explorer(
     mutant: Option<Mutant>,
     threads: usize,
 ) -> Explorer<impl Fn(&Sim) + Sync> {
+    watching(plan, mutant, threads, 0)
+}
+
+/// As [`explorer`], with one in so many worlds watched; 0 for none.
+fn watching(
+    plan: &'static Plan,
+    mutant: Option<Mutant>,
+    threads: usize,
+    one_in: u64,
+) -> Explorer<impl Fn(&Sim) + Sync> {
+    let watch = move |seed: u64| match one_in {
+        0 => Watch::default(),
+        n if seed.is_multiple_of(n) => Watch::on(),
+        _ => Watch::default(),
+    };
     Explorer {
         options: options(plan, mutant),
         picker: Picker::swarm,
         threads,
-        build: move |sim: &Sim| world::build(plan, sim),
+        build: move |sim: &Sim| world::build(plan, watch(sim.seed()), sim),
     }
 }
 
@@ -187,10 +210,13 @@ fn swarm(
     let mut table = Table::new(&["scenario", "worlds", "steps", "worlds/s", "hash", "result"]);
     let mut all = Vec::new();
     let mut failure = None;
+    let mut coverage = Coverage::default();
     for plan in plans {
-        let explorer = explorer(plan, None, threads(args));
+        let one_in = if args.coverage { 1 } else { WATCHED_ONE_IN };
+        let explorer = watching(plan, None, threads(args), one_in);
         let seeds = args.seed..args.seed.saturating_add(args.seeds);
         let summary = explorer.run_seeds(seeds, &|_worlds| {});
+        coverage.add(plan, &summary.reached);
         table.row(row(plan, &summary));
         all.push(summary_json(plan, &summary));
         if let Some((seed, trouble)) = summary.failure {
@@ -199,10 +225,24 @@ fn swarm(
         }
     }
     if args.output.json {
-        let object = json!({ "schema": 1, "verified": failure.is_none(), "scenarios": all });
+        let details = if args.coverage {
+            Details::All
+        } else {
+            Details::Summary
+        };
+        let object = json!({
+            "schema": 1,
+            "verified": failure.is_none(),
+            "scenarios": all,
+            "coverage": coverage.json(details),
+        });
         writeln!(out, "{object:#}")?;
     } else {
         write!(out, "{table}")?;
+        if args.coverage {
+            write!(out, "\n{}", coverage.table())?;
+        }
+        writeln!(out, "{}", coverage.line())?;
     }
     match failure {
         Some((plan, seed, trouble)) => {
@@ -275,7 +315,9 @@ fn play(plan: &'static Plan, tape: &Tape) -> Outcome {
         texts: Texts::Kept,
         ..options(plan, mutant)
     };
-    replay(&options, tape, |sim| world::build(plan, sim))
+    replay(&options, tape, |sim| {
+        world::build(plan, Watch::default(), sim);
+    })
 }
 
 /// The world of a tape, again.

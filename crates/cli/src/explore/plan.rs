@@ -1,6 +1,8 @@
 //! What a world is made of, and the worlds that have names.
 
-use gpusvm::addr::{HostVa, PAGE};
+use core::ops::Range;
+
+use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm_model::mm::{Shape, Thp};
 
 use crate::explore::op::Op;
@@ -142,6 +144,11 @@ impl Plan {
         PLANS.iter().find(|plan| plan.name == name)
     }
 
+    /// What its CPU actors do.
+    pub(super) fn does(&self) -> impl Iterator<Item = Op> {
+        self.does.iter().copied()
+    }
+
     /// Sizes of its process.
     pub(super) fn shape() -> Shape {
         Shape {
@@ -155,6 +162,12 @@ impl Plan {
             thp: Thp::Madvise,
         }
     }
+}
+
+/// The pages of a span, as far as they have numbers.
+pub(super) fn pages_of(span: HostSpan) -> Range<u32> {
+    let pages = Plan::shape().pages_in(span);
+    pages.start..pages.end
 }
 
 /// Address of a word.

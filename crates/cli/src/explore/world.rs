@@ -9,12 +9,13 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use gpusvm::addr::PAGE;
+use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::PagemapId;
 use gpusvm::seam::{Platform, Seams};
 use gpusvm_abi::bus::{DevicePort, FaultHandler, Park, SystemBus, VramStore};
+use gpusvm_abi::fault::{FaultRecord, FaultResponse};
 use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
@@ -25,10 +26,12 @@ use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
 
+use crate::explore::doing::{Doing, Watch};
 use crate::explore::ledger::Ledger;
-use crate::explore::oracle;
 use crate::explore::plan::{Closes, PAGES, Plan, Service, WORDS, address};
 use crate::explore::sink::Told;
+use crate::explore::space::Space;
+use crate::explore::{coverage, oracle};
 use crate::explore::{cpu, gpu};
 
 /// The model host, the Xe driver and its copy engine, as one platform.
@@ -37,7 +40,7 @@ pub(super) struct ModelPlatform;
 
 impl Platform for ModelPlatform {
     type Env = ModelEnv;
-    type Space = ModelSpace<ModelEnv>;
+    type Space = Space;
     type Copy = XeCopy;
     type Sink = Told;
 }
@@ -47,6 +50,21 @@ pub(super) struct Node {
     pub(super) gpu: Arc<SoftGpu<ModelMutex>>,
     pub(super) device: Arc<Device<ModelPlatform>>,
     pub(super) vm: Arc<Vm<ModelPlatform>>,
+    pub(super) handler: Arc<Handler>,
+}
+
+/// Who serves the faults of a device.
+pub(super) struct Handler {
+    device: Arc<Device<ModelPlatform>>,
+    watch: Arc<Watch>,
+}
+
+impl FaultHandler for Handler {
+    fn handle(&self, record: &FaultRecord) -> FaultResponse {
+        let page = HostSpan::at(HostVa::new(record.address), 1);
+        let _ends = self.watch.begin_span(Doing::Serve, page);
+        self.device.handle(record)
+    }
 }
 
 /// What all actors share.
@@ -56,6 +74,8 @@ pub(super) struct World {
     pub(super) space: Arc<ModelSpace<ModelEnv>>,
     pub(super) nodes: Vec<Node>,
     pub(super) told: Arc<Told>,
+    /// What actors are doing, where the world is watched.
+    pub(super) watch: Arc<Watch>,
     ledger: Mutex<Ledger>,
     /// Writes to device memory so far.
     pub(super) writes: Arc<AtomicU64>,
@@ -74,8 +94,8 @@ impl fmt::Debug for World {
 }
 
 /// Makes the world of a plan.
-pub(super) fn build(plan: &'static Plan, sim: &Sim) {
-    let world = Arc::new(World::new(plan));
+pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
+    let world = Arc::new(World::new(plan, watch));
     map(&world.space, 0..PAGES);
     for n in 0..usize::from(plan.cpus) {
         let world = Arc::clone(&world);
@@ -94,7 +114,23 @@ pub(super) fn build(plan: &'static Plan, sim: &Sim) {
     collect_garbage(sim, &world);
     let (of_oracle, mut seen) = (Arc::clone(&world), None);
     sim.oracle(When::EveryStep, move || oracle::look(&of_oracle, &mut seen));
+    if world.watch.is_on() {
+        watch_meetings(sim, &world);
+    }
     sim.spawn("conductor", move || conduct(&world));
+}
+
+fn watch_meetings(sim: &Sim, world: &Arc<World>) {
+    let (world, mut seen) = (Arc::clone(world), None);
+    sim.oracle(When::EveryStep, move || {
+        let moved = world.kernel.generation();
+        world.kernel.look(|mm| {
+            world
+                .watch
+                .visit(&mut seen, moved, |step| coverage::note(mm, step));
+        });
+        Ok(())
+    });
 }
 
 const CPUS: [&str; 2] = ["cpu0", "cpu1"];
@@ -127,24 +163,26 @@ pub(super) fn map(space: &ModelSpace<ModelEnv>, pages: core::ops::Range<u32>) {
 }
 
 impl World {
-    fn new(plan: &'static Plan) -> Self {
+    fn new(plan: &'static Plan, watch: Watch) -> Self {
         let kernel = Kernel::new(Arc::new(ModelEnv), Plan::shape());
         let space = ModelSpace::first(&kernel);
         let told = Arc::new(Told::default());
+        let watch = Arc::new(watch);
         let seams = Seams {
             env: Arc::new(ModelEnv),
-            space: Arc::clone(&space),
+            space: Arc::new(Space::new(Arc::clone(&space), Arc::clone(&watch))),
             sink: Arc::clone(&told),
         };
         let writes = Arc::new(AtomicU64::new(0));
         let bus: Arc<dyn SystemBus> = Arc::new(Bus::new(Arc::clone(&kernel)));
-        let node = |n: u16| Node::new(plan, n, &seams, (&bus, &writes));
+        let node = |n: u16| Node::new(plan, n, (&seams, &watch), (&bus, &writes));
         Self {
             plan,
             nodes: (0..plan.gpus).map(node).collect(),
             kernel,
             space,
             told,
+            watch,
             ledger: Mutex::default(),
             writes,
             busy: AtomicU32::new(u32::from(plan.cpus + plan.gpus)),
@@ -184,7 +222,7 @@ impl Node {
     fn new(
         plan: &Plan,
         n: u16,
-        seams: &Seams<ModelPlatform>,
+        (seams, watch): (&Seams<ModelPlatform>, &Arc<Watch>),
         (bus, writes): (&Arc<dyn SystemBus>, &Arc<AtomicU64>),
     ) -> Self {
         let vram =
@@ -206,12 +244,20 @@ impl Node {
             rights: Rights::ReadWrite,
         };
         vm.mirror(area).expect("a fresh VM has no ranges");
-        let inline = Arc::clone(&device) as Arc<dyn FaultHandler>;
+        let handler = Arc::new(Handler {
+            device: Arc::clone(&device),
+            watch: Arc::clone(watch),
+        });
         gpu.set_fault_service(match plan.service {
-            Service::Inline => FaultService::Inline(inline),
+            Service::Inline => FaultService::Inline(Arc::clone(&handler) as Arc<dyn FaultHandler>),
             Service::Queue => FaultService::Queue,
         });
-        Self { gpu, device, vm }
+        Self {
+            gpu,
+            device,
+            vm,
+            handler,
+        }
     }
 
     /// Parts device and driver, which refer to each other.

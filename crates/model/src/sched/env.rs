@@ -111,6 +111,21 @@ impl ModelEnv {
         with(World::touch);
     }
 
+    /// Takes note that the world has reached the goal of this number: [`Summary`] counts the worlds
+    /// that did. No part of the world's hash.
+    ///
+    /// [`Summary`]: crate::sched::Summary
+    pub fn reach(&self, goal: u32) {
+        with(|world| world.reach(goal));
+    }
+
+    /// Which actor runs, counted from 0 in the order in which they were made; past the last one where
+    /// none does.
+    #[must_use]
+    pub fn actor(&self) -> usize {
+        with(|world| world.current)
+    }
+
     /// Says that a rule is broken: the world has failed. Returns only where the caller is no
     /// actor, or unwinds already.
     pub fn fail(&self, text: impl Into<String>) {
