@@ -37,7 +37,8 @@ pub(super) fn run(world: &World, n: usize) {
         let op = world.plan.does[which as usize];
         let page = ModelEnv.choose(PAGES);
         ModelEnv.emit(op.name(), [page.into(), 0]);
-        let ends = world.watch.begin(Doing::Cpu(op), page..page + 1);
+        world.between.chaos.starve(&world.kernel);
+        let ends = world.between.watch.begin(Doing::Cpu(op), page..page + 1);
         operate(world, n, op, page);
         drop(ends);
         ModelEnv.point(Kind::Other);

@@ -70,7 +70,7 @@ fn own(world: &World, n: usize) -> usize {
 }
 
 fn load(world: &World, tile: &mut Tile<'_>, page: u32, slot: usize) {
-    let _ends = world.watch.begin(Doing::GpuLoad, page..page + 1);
+    let _ends = world.between.watch.begin(Doing::GpuLoad, page..page + 1);
     let look = world.ledger(|ledger| ledger.begin(page, slot));
     ModelEnv.emit("gpu load", [page.into(), slot as u64]);
     let rule = match tile.load_one(address(page, slot).get()) {
@@ -81,7 +81,7 @@ fn load(world: &World, tile: &mut Tile<'_>, page: u32, slot: usize) {
 }
 
 fn store(world: &World, n: usize, tile: &mut Tile<'_>, page: u32) {
-    let _ends = world.watch.begin(Doing::GpuStore, page..page + 1);
+    let _ends = world.between.watch.begin(Doing::GpuStore, page..page + 1);
     let slot = own(world, n);
     let look = world.ledger(|ledger| ledger.begin(page, slot));
     let value = world.ledger(|ledger| ledger.announce(&look));
@@ -94,7 +94,10 @@ fn store(world: &World, n: usize, tile: &mut Tile<'_>, page: u32) {
 
 /// Replaces what is there by the next version, if nobody changes it meanwhile.
 fn exchange(world: &World, n: usize, tile: &mut Tile<'_>, page: u32) {
-    let _ends = world.watch.begin(Doing::GpuExchange, page..page + 1);
+    let _ends = world
+        .between
+        .watch
+        .begin(Doing::GpuExchange, page..page + 1);
     let slot = own(world, n);
     let at = address(page, slot).get();
     let look = world.ledger(|ledger| ledger.begin(page, slot));

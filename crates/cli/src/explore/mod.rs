@@ -7,20 +7,23 @@
 //! | module | what |
 //! |---|---|
 //! | `plan` | what a world is made of; worlds that have names |
-//! | `world` | a process, devices, actors, put together |
+//! | `world`, `node` | a process, devices, actors, put together |
 //! | `cpu`, `gpu`, `op` | what the actors do |
+//! | `chaos` | what fails on purpose |
 //! | `ledger` | which values may be read |
 //! | `oracle` | the rules that hold between any two steps |
 //! | `vram`, `sink`, `space` | device memory; what the framework tells; what stands before the host |
 //! | `doing`, `coverage` | what every actor is doing; which operations have met which entries |
 //! | `exam` | known bugs, each of which must be found |
 
+mod chaos;
 mod coverage;
 mod cpu;
 mod doing;
 mod exam;
 mod gpu;
 mod ledger;
+mod node;
 mod op;
 mod oracle;
 mod plan;
@@ -37,7 +40,7 @@ use std::path::{Path, PathBuf};
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::Ns;
 use gpusvm_model::sched::{
-    Explorer, Options, Outcome, Picker, Sim, Summary, Tape, Texts, Trouble, replay,
+    Chaos, Explorer, Options, Outcome, Picker, Sim, Summary, Tape, Texts, Trouble, replay,
 };
 use serde_json::{Value, json};
 
@@ -163,6 +166,10 @@ fn options(plan: &'static Plan, mutant: Option<Mutant>) -> Options {
         calm_steps: 40_000,
         tick: Ns(1),
         jump_one_in: 40,
+        chaos: match plan.chaos {
+            0 => Chaos::Off,
+            n => Chaos::OneIn(n),
+        },
         events: EVENTS,
         ..Options::default()
     }

@@ -10,8 +10,9 @@ use gpusvm_model::mm::memory::{FrameId, Owner};
 use gpusvm_model::mm::{Machine, Pid};
 use gpusvm_softgpu::Translation;
 
+use crate::explore::node::Node;
 use crate::explore::plan::{PAGES, address};
-use crate::explore::world::{Node, World};
+use crate::explore::world::World;
 
 /// What an oracle had seen when it last looked.
 pub(super) type Seen = Option<(u64, u64)>;
@@ -124,5 +125,20 @@ pub(super) fn nothing_is_left(world: &World) -> Result<(), String> {
     match world.told.taken() {
         0 => Ok(()),
         n => Err(format!("leak: {n} pieces of device memory have an owner")),
+    }
+}
+
+/// When the process has ended, too.
+///
+/// # Errors
+/// How many pages of host memory are left.
+pub(super) fn host_is_empty(world: &World) -> Result<(), String> {
+    let left = world.kernel.look(|mm| {
+        let memory = mm.memory();
+        memory.host_frames() - memory.free_frames()
+    });
+    match left {
+        0 => Ok(()),
+        n => Err(format!("leak: {n} pages of host memory belong to nobody")),
     }
 }

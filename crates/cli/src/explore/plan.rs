@@ -37,6 +37,8 @@ pub(crate) struct Plan {
     pub(super) service: Service,
     /// When VMs are closed.
     pub(super) closes: Closes,
+    /// Calls fail or are late once in so many times; 0: never.
+    pub(super) chaos: u32,
 }
 
 /// When the VM of a device is closed.
@@ -77,6 +79,7 @@ const SWARM: Plan = Plan {
     does: EVERYTHING,
     service: Service::Inline,
     closes: Closes::AtTheEnd,
+    chaos: 0,
 };
 
 /// All that have names.
@@ -134,6 +137,21 @@ pub(crate) const PLANS: &[Plan] = &[
         what: "children look at pages that devices write",
         gpus: 1,
         does: &[Op::Load, Op::Store, Op::Fork, Op::Fork, Op::Send],
+        ..SWARM
+    },
+    Plan {
+        name: "chaos",
+        what: "as swarm, and calls fail or are late, until all must be well",
+        chaos: 6,
+        vram: 24,
+        ..SWARM
+    },
+    Plan {
+        name: "chaos-queue",
+        what: "as chaos, with faults served through the fault ring, and VMs closed early",
+        chaos: 6,
+        service: Service::Queue,
+        closes: Closes::Early,
         ..SWARM
     },
 ];

@@ -1,9 +1,10 @@
-//! What stands between the driver and the host: it tells what the driver is doing, and passes all on.
+//! What stands between the driver and the host: it tells what the driver is doing, lets calls fail where
+//! there is [chaos](super::chaos), and sees to it that an invalidation calls nothing. All else is passed on.
 
 use std::sync::Arc;
 
 use gpusvm::addr::{HostSpan, HostVa, PageCount};
-use gpusvm::error::Interrupted;
+use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::copy::CopyMove;
 use gpusvm::seam::mm::{
@@ -13,36 +14,48 @@ use gpusvm::seam::mm::{
 use gpusvm_model::kernel::{ModelMigration, ModelSpace};
 use gpusvm_model::sched::ModelEnv;
 
+use crate::explore::chaos::{Chaos, Site};
 use crate::explore::doing::{Doing, Ends, Watch};
+
+/// What is noted and what goes wrong on the way between the parts of a world.
+#[derive(Debug, Default)]
+pub(super) struct Between {
+    /// What actors are doing.
+    pub(super) watch: Watch,
+    /// What fails.
+    pub(super) chaos: Chaos,
+}
 
 /// The process, as the driver sees it.
 #[derive(Debug)]
 pub(super) struct Space {
     host: Arc<ModelSpace<ModelEnv>>,
-    watch: Arc<Watch>,
+    between: Arc<Between>,
 }
 
 impl Space {
-    pub(super) const fn new(host: Arc<ModelSpace<ModelEnv>>, watch: Arc<Watch>) -> Self {
-        Self { host, watch }
+    pub(super) const fn new(host: Arc<ModelSpace<ModelEnv>>, between: Arc<Between>) -> Self {
+        Self { host, between }
     }
 }
 
 /// A subscriber of invalidations.
 struct Sink {
     driver: Arc<dyn InvalidationSink>,
-    watch: Arc<Watch>,
+    between: Arc<Between>,
 }
 
 impl InvalidationSink for Sink {
     fn start(&self, interval: &Interval, span: HostSpan, reason: InvalidateReason, seq: Seq) {
-        self.watch.open();
+        self.between.watch.open();
+        self.between.chaos.enter();
         self.driver.start(interval, span, reason, seq);
+        self.between.chaos.leave();
     }
 
     fn end(&self, interval: &Interval, span: HostSpan) {
         self.driver.end(interval, span);
-        self.watch.close();
+        self.between.watch.close();
     }
 }
 
@@ -71,6 +84,8 @@ impl AddressSpace for Space {
     type Migration<'a> = Migration<'a>;
 
     fn find_vma(&self, at: HostVa) -> Option<Vma> {
+        self.between.chaos.must_be_outside("find_vma");
+        self.between.chaos.delays(Site::FindVma);
         self.host.find_vma(at)
     }
 
@@ -79,32 +94,43 @@ impl AddressSpace for Space {
         window: HostSpan,
         sink: Arc<dyn InvalidationSink>,
     ) -> Result<Arc<Interval>, Interrupted> {
-        let watch = Arc::clone(&self.watch);
+        self.between.chaos.must_be_outside("subscribe");
+        if self.between.chaos.strikes(Site::Subscribe) {
+            return Err(self.between.chaos.excuse(Failed::OutOfMemory));
+        }
         let sink = Arc::new(Sink {
             driver: sink,
-            watch,
+            between: Arc::clone(&self.between),
         });
         self.host.subscribe(window, sink)
     }
 
     fn unsubscribe(&self, interval: &Arc<Interval>) {
+        self.between.chaos.must_be_outside("unsubscribe");
         self.host.unsubscribe(interval);
     }
 
     fn read_begin(&self, interval: &Interval) -> Seq {
+        self.between.chaos.must_be_outside("read_begin");
         self.host.read_begin(interval)
     }
 
     fn fault_in(&self, request: &FaultIn, runs: &mut Vec<PageRun>) -> Result<(), Interrupted> {
-        let _ends = self.watch.begin_span(Doing::LookUp, request.span);
+        self.between.chaos.must_be_outside("fault_in");
+        let _ends = self.between.watch.begin_span(Doing::LookUp, request.span);
+        if self.between.chaos.strikes(Site::LookUp) {
+            return Err(Stale::PagesBusy.into());
+        }
         self.host.fault_in(request, runs)
     }
 
     fn is_populated(&self, span: HostSpan) -> bool {
+        self.between.chaos.must_be_outside("is_populated");
         self.host.is_populated(span)
     }
 
     fn placement(&self, span: HostSpan) -> Placement {
+        self.between.chaos.must_be_outside("placement");
         self.host.placement(span)
     }
 
@@ -113,9 +139,17 @@ impl AddressSpace for Space {
             MigrateTo::Device { .. } => Doing::ToDevice,
             MigrateTo::System { .. } => Doing::Home,
         };
-        let ends = self.watch.begin_span(doing, span);
+        self.between.chaos.must_be_outside("migrate_begin");
+        let ends = self.between.watch.begin_span(doing, span);
+        if self.between.chaos.strikes(Site::Collect) {
+            return Err(self.between.chaos.stale());
+        }
         let host = self.host.migrate_begin(span, to)?;
-        self.watch.isolate();
+        self.between.watch.isolate();
+        if self.between.chaos.strikes(Site::Isolated) {
+            // The set is dropped: all goes back.
+            return Err(self.between.chaos.stale());
+        }
         Ok(Migration { host, _ends: ends })
     }
 }

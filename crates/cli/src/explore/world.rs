@@ -9,63 +9,23 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use gpusvm::addr::{HostSpan, HostVa, PAGE};
-use gpusvm::mutant::Mutant;
+use gpusvm::addr::PAGE;
+use gpusvm::seam::Seams;
 use gpusvm::seam::env::Environment;
-use gpusvm::seam::mm::PagemapId;
-use gpusvm::seam::{Platform, Seams};
-use gpusvm_abi::bus::{DevicePort, FaultHandler, Park, SystemBus, VramStore};
-use gpusvm_abi::fault::{FaultRecord, FaultResponse};
 use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{Map, Place, What};
-use gpusvm_model::sched::{ModelEnv, ModelMutex, Sim, When};
-use gpusvm_softgpu::{FaultService, GpuConfig, Planted, SoftGpu};
-use gpusvm_xe::copy::XeCopy;
-use gpusvm_xe::device::Device;
-use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
+use gpusvm_model::sched::{ModelEnv, Sim, When};
 
-use crate::explore::doing::{Doing, Watch};
+use crate::explore::chaos::Chaos;
+use crate::explore::doing::Watch;
 use crate::explore::ledger::Ledger;
+use crate::explore::node::{Node, Shared};
 use crate::explore::plan::{Closes, PAGES, Plan, Service, WORDS, address};
 use crate::explore::sink::Told;
-use crate::explore::space::Space;
-use crate::explore::{coverage, oracle};
-use crate::explore::{cpu, gpu};
-
-/// The model host, the Xe driver and its copy engine, as one platform.
-#[derive(Debug)]
-pub(super) struct ModelPlatform;
-
-impl Platform for ModelPlatform {
-    type Env = ModelEnv;
-    type Space = Space;
-    type Copy = XeCopy;
-    type Sink = Told;
-}
-
-/// One device with its driver and the VM on it.
-pub(super) struct Node {
-    pub(super) gpu: Arc<SoftGpu<ModelMutex>>,
-    pub(super) device: Arc<Device<ModelPlatform>>,
-    pub(super) vm: Arc<Vm<ModelPlatform>>,
-    pub(super) handler: Arc<Handler>,
-}
-
-/// Who serves the faults of a device.
-pub(super) struct Handler {
-    device: Arc<Device<ModelPlatform>>,
-    watch: Arc<Watch>,
-}
-
-impl FaultHandler for Handler {
-    fn handle(&self, record: &FaultRecord) -> FaultResponse {
-        let page = HostSpan::at(HostVa::new(record.address), 1);
-        let _ends = self.watch.begin_span(Doing::Serve, page);
-        self.device.handle(record)
-    }
-}
+use crate::explore::space::{Between, Space};
+use crate::explore::{coverage, cpu, gpu, oracle};
 
 /// What all actors share.
 pub(super) struct World {
@@ -74,8 +34,7 @@ pub(super) struct World {
     pub(super) space: Arc<ModelSpace<ModelEnv>>,
     pub(super) nodes: Vec<Node>,
     pub(super) told: Arc<Told>,
-    /// What actors are doing, where the world is watched.
-    pub(super) watch: Arc<Watch>,
+    pub(super) between: Arc<Between>,
     ledger: Mutex<Ledger>,
     /// Writes to device memory so far.
     pub(super) writes: Arc<AtomicU64>,
@@ -97,6 +56,7 @@ impl fmt::Debug for World {
 pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
     let world = Arc::new(World::new(plan, watch));
     map(&world.space, 0..PAGES);
+    world.nodes.iter().for_each(|node| node.name_locks(sim));
     for n in 0..usize::from(plan.cpus) {
         let world = Arc::clone(&world);
         sim.spawn(CPUS[n % CPUS.len()], move || cpu::run(&world, n));
@@ -114,7 +74,7 @@ pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
     collect_garbage(sim, &world);
     let (of_oracle, mut seen) = (Arc::clone(&world), None);
     sim.oracle(When::EveryStep, move || oracle::look(&of_oracle, &mut seen));
-    if world.watch.is_on() {
+    if world.between.watch.is_on() {
         watch_meetings(sim, &world);
     }
     sim.spawn("conductor", move || conduct(&world));
@@ -125,9 +85,8 @@ fn watch_meetings(sim: &Sim, world: &Arc<World>) {
     sim.oracle(When::EveryStep, move || {
         let moved = world.kernel.generation();
         world.kernel.look(|mm| {
-            world
-                .watch
-                .visit(&mut seen, moved, |step| coverage::note(mm, step));
+            let watch = &world.between.watch;
+            watch.visit(&mut seen, moved, |step| coverage::note(mm, step));
         });
         Ok(())
     });
@@ -167,24 +126,35 @@ impl World {
         let kernel = Kernel::new(Arc::new(ModelEnv), Plan::shape());
         let space = ModelSpace::first(&kernel);
         let told = Arc::new(Told::default());
-        let watch = Arc::new(watch);
-        let seams = Seams {
-            env: Arc::new(ModelEnv),
-            space: Arc::new(Space::new(Arc::clone(&space), Arc::clone(&watch))),
-            sink: Arc::clone(&told),
+        let between = Arc::new(Between {
+            watch,
+            chaos: match plan.chaos {
+                0 => Chaos::default(),
+                _ => Chaos::drawn(),
+            },
+        });
+        let shared = Shared {
+            kernel: Arc::clone(&kernel),
+            seams: Seams {
+                env: Arc::new(ModelEnv),
+                space: Arc::new(Space::new(Arc::clone(&space), Arc::clone(&between))),
+                sink: Arc::clone(&told),
+            },
+            between: Arc::clone(&between),
+            bus: Arc::new(Bus::new(Arc::clone(&kernel))),
+            writes: Arc::new(AtomicU64::new(0)),
         };
-        let writes = Arc::new(AtomicU64::new(0));
-        let bus: Arc<dyn SystemBus> = Arc::new(Bus::new(Arc::clone(&kernel)));
-        let node = |n: u16| Node::new(plan, n, (&seams, &watch), (&bus, &writes));
         Self {
             plan,
-            nodes: (0..plan.gpus).map(node).collect(),
+            nodes: (0..plan.gpus)
+                .map(|n| Node::new(plan, n, &shared))
+                .collect(),
             kernel,
             space,
             told,
-            watch,
+            between,
             ledger: Mutex::default(),
-            writes,
+            writes: shared.writes,
             busy: AtomicU32::new(u32::from(plan.cpus + plan.gpus)),
             closed: AtomicBool::new(false),
         }
@@ -192,7 +162,9 @@ impl World {
 
     /// What may be read. Nobody gives way inside.
     pub(super) fn ledger<R>(&self, act: impl FnOnce(&mut Ledger) -> R) -> R {
-        act(&mut self.ledger.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        ledger.excuses = self.between.chaos.excuses() + self.kernel.refused();
+        act(&mut ledger)
     }
 
     /// Words that were stored to.
@@ -218,74 +190,6 @@ impl World {
     }
 }
 
-impl Node {
-    fn new(
-        plan: &Plan,
-        n: u16,
-        (seams, watch): (&Seams<ModelPlatform>, &Arc<Watch>),
-        (bus, writes): (&Arc<dyn SystemBus>, &Arc<AtomicU64>),
-    ) -> Self {
-        let vram =
-            crate::explore::vram::ModelVram::new(plan.vram, Arc::clone(bus), Arc::clone(writes));
-        let gpu = SoftGpu::new(
-            config(plan),
-            Arc::new(vram) as Arc<dyn VramStore>,
-            Arc::clone(bus),
-            Arc::new(ModelEnv) as Arc<dyn Park>,
-        );
-        let gpu = gpu.expect("a plan's device has units, a ring and address spaces");
-        let port = Arc::clone(&gpu) as Arc<dyn DevicePort>;
-        let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
-        let id = PagemapId(u32::from(n) + 1);
-        let device = Device::new(seams.clone(), id, port, copy);
-        let vm = Vm::new(&device, u32::from(n) + 1).expect("a fresh device has room for a table");
-        let area = MirrorArea {
-            span: user_space(),
-            rights: Rights::ReadWrite,
-        };
-        vm.mirror(area).expect("a fresh VM has no ranges");
-        let handler = Arc::new(Handler {
-            device: Arc::clone(&device),
-            watch: Arc::clone(watch),
-        });
-        gpu.set_fault_service(match plan.service {
-            Service::Inline => FaultService::Inline(Arc::clone(&handler) as Arc<dyn FaultHandler>),
-            Service::Queue => FaultService::Queue,
-        });
-        Self {
-            gpu,
-            device,
-            vm,
-            handler,
-        }
-    }
-
-    /// Parts device and driver, which refer to each other.
-    fn part(&self) {
-        self.gpu.set_fault_service(FaultService::Queue);
-    }
-}
-
-fn config(plan: &Plan) -> GpuConfig {
-    let planted = [
-        (Mutant::TlbKeepsEntries, Planted::KeepTlb),
-        (Mutant::WalkOutsideGate, Planted::WalkOutsideGate),
-        (Mutant::FaultWakesNobody, Planted::AnswerWakesNobody),
-    ];
-    let planted = planted
-        .into_iter()
-        .find(|(mutant, _)| ModelEnv.mutant(*mutant));
-    GpuConfig {
-        gts: 1,
-        units_per_gt: 1,
-        tlb_entries: 16,
-        fault_ring: 2,
-        asids: u32::from(plan.gpus) + 1,
-        tlb_timeout_ns: 1_000_000,
-        planted: planted.map(|(_, bug)| bug),
-    }
-}
-
 /// Waits until all are done; then everything must be readable, and nothing must be left.
 fn conduct(world: &Arc<World>) {
     loop {
@@ -296,6 +200,7 @@ fn conduct(world: &Arc<World>) {
         Environment::wait(&ModelEnv, &world.busy, seen);
     }
     ModelEnv.calm();
+    world.kernel.refuse(0);
     if world.plan.closes == Closes::AtTheEnd {
         (0..world.nodes.len()).for_each(|n| gpu::sweep(world, n));
     }
@@ -307,5 +212,7 @@ fn conduct(world: &Arc<World>) {
         node.gpu.kick_service();
     }
     world.must(oracle::nothing_is_left(world));
+    world.space.exit();
+    world.must(oracle::host_is_empty(world));
     world.nodes.iter().for_each(Node::part);
 }

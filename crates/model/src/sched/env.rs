@@ -82,6 +82,12 @@ impl ModelEnv {
         }
     }
 
+    /// Lets chaos fail a call that cannot be delayed: locks may be held.
+    #[must_use]
+    pub fn fails(&self, site: &'static str) -> bool {
+        with(|world| world.chaos(site, 2)) != 0
+    }
+
     /// Lets chaos delay a call that cannot fail.
     pub fn may_delay(&self, site: &'static str) {
         if with(|world| world.chaos(site, 2)) != 0 {
@@ -163,6 +169,10 @@ fn address(word: &AtomicU32) -> usize {
 }
 
 fn wait(word: &AtomicU32, seen: u32, deadline: u64, site: Site) {
+    if ModelEnv.fails("wait") {
+        // Whoever waits may wake for no reason.
+        return stage::point(Kind::Wake);
+    }
     let still = |_: &_| word.load(Ordering::Acquire) == seen;
     stage::wait_or_die(Block::Word(address(word), site), deadline, still);
 }
