@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use gpusvm::seam::env::{Environment, Mutex, Ns, Work};
 use gpusvm_abi::bus::Park;
 
-use crate::sys::futex::{self, RawFutexMutex};
+use crate::sys::futex::{self, RawFutexMutex, Sleepers};
 use crate::sys::thread::{self, RuntimeThread, SpawnError};
 use crate::sys::waits::Reason;
 
@@ -26,6 +26,10 @@ pub struct LiveEnv {
     handler: OnceLock<Handler>,
     worker: Mutex<Self, Option<RuntimeThread>>,
     random: AtomicU64,
+    /// Those who wait for the framework.
+    framework: Sleepers,
+    /// Those who wait for the device, or in it.
+    device: Sleepers,
 }
 
 impl fmt::Debug for LiveEnv {
@@ -46,6 +50,8 @@ impl LiveEnv {
             handler: OnceLock::new(),
             worker: Mutex::<Self, _>::new(None),
             random: AtomicU64::new(seed),
+            framework: Sleepers::new(),
+            device: Sleepers::new(),
         })
     }
 
@@ -114,11 +120,14 @@ impl Environment for LiveEnv {
     }
 
     fn wait(&self, word: &AtomicU32, seen: u32) {
-        futex::wait(word, seen, None, Reason::Framework);
+        self.framework
+            .sleep(|| futex::wait(word, seen, None, Reason::Framework));
     }
 
     fn wake(&self, word: &AtomicU32) {
-        futex::wake(word);
+        if self.framework.are_there() {
+            futex::wake(word);
+        }
     }
 
     fn sleep_until(&self, deadline: Ns) {
@@ -143,11 +152,14 @@ impl Environment for LiveEnv {
 impl Park for LiveEnv {
     fn wait(&self, word: &AtomicU32, seen: u32, timeout_ns: Option<u64>) {
         let timeout = timeout_ns.map(Duration::from_nanos);
-        futex::wait(word, seen, timeout, Reason::Device);
+        self.device
+            .sleep(|| futex::wait(word, seen, timeout, Reason::Device));
     }
 
     fn wake(&self, word: &AtomicU32) {
-        futex::wake(word);
+        if self.device.are_there() {
+            futex::wake(word);
+        }
     }
 
     fn now_ns(&self) -> u64 {

@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use crate::pool::Fate;
 use crate::shard::ShardId;
 use crate::space::LiveSpace;
-use crate::staging::{Kind, Left, Slot};
+use crate::staging::{Kind, Left, Purpose, Slot};
 use crate::sys::fault_copy;
 use crate::sys::heap;
 use crate::sys::uffd::{Moved, Uffd};
@@ -149,14 +149,29 @@ impl Leg {
 
     /// A leg through a slot. The offset inside the slot equals the offset inside the 2 MiB block, so
     /// that huge pages stay huge.
-    pub(crate) fn through(user: HostSpan, from: Mapping, slot: Slot) -> Self {
+    pub(crate) fn through(user: HostSpan, from: Mapping, slot: Slot, purpose: Purpose) -> Self {
         let inside = user.start().get() & (PAGE_2M - 1);
+        let parked = slot.at.plus(inside);
+        // A fresh slot may have pages anywhere.
+        let pages = match purpose {
+            Purpose::Out => HostSpan::at(parked, user.bytes()),
+            Purpose::Home => HostSpan::at(slot.at, PAGE_2M),
+        };
         Self {
             user,
-            parked: slot.at.plus(inside),
+            parked,
             from,
             road: Road::Through(slot),
-            left: Left::Pages,
+            left: Left::Pages(pages),
+        }
+    }
+
+    /// What is left of the leg once its first `bytes` bytes are through.
+    fn after(self, bytes: u64) -> Self {
+        Self {
+            user: HostSpan::new(self.user.start().plus(bytes), self.user.end()),
+            parked: self.parked.plus(bytes),
+            ..self
         }
     }
 
@@ -258,17 +273,42 @@ impl LiveSpace {
         }
     }
 
-    /// Moves all pages of a leg out of a slot that a copy has filled, into the mapping. Success says
-    /// that there was no hole, so that it can be believed. False where something is in the way.
-    pub(crate) fn come_in_whole(&self, leg: &Leg) -> bool {
+    /// Brings home what a copy has put into a slot; says what the slot holds then.
+    pub(crate) fn come_in_copied(&self, leg: &Leg) -> Left {
+        let done = self.come_in_at_once(leg);
+        if done == leg.user.bytes() {
+            return match Leg::kind(leg.user) {
+                Kind::Huge => Left::Nothing,
+                Kind::Small => Left::Fresh,
+            };
+        }
+        self.come_in(&leg.after(done));
+        leg.left
+    }
+
+    /// The first try of [`come_in_copied`](Self::come_in_copied), which is enough unless something is
+    /// in the way. Returns how many bytes are home. There is no hole in the slot, so that a MOVE that
+    /// reports success can be believed; from one that does not all has to be looked for again.
+    fn come_in_at_once(&self, leg: &Leg) -> u64 {
         let Mapping { shard, left_at } = leg.from;
         let _unread = self.watch.shards.hold(shard);
-        let home = Fate::home(leg.user);
-        self.pool.fate(leg.user, shard, left_at) == home
-            && self
-                .move_in(leg.from, leg.user.start(), leg.parked_span())
-                .error
-                .is_none()
+        if self.pool.fate(leg.user, shard, left_at) != Fate::home(leg.user) {
+            return 0;
+        }
+        let to = leg.user.start();
+        match Leg::kind(leg.user) {
+            Kind::Huge => {
+                let moved = self.move_in(leg.from, to, leg.parked_span());
+                moved.error.map_or(leg.user.bytes(), |_errno| 0)
+            }
+            Kind::Small => {
+                self.watch
+                    .shards
+                    .uffd(shard)
+                    .copy(to, leg.parked_span())
+                    .bytes
+            }
+        }
     }
 
     /// Moves parked pages of one leg into the mapping. What no longer fits there is dropped, as
@@ -377,7 +417,8 @@ impl LiveSpace {
         };
         match copied {
             Ok(()) => {}
-            Err(Errno::AGAIN) => return from,
+            // No memory is no answer either: the data has to go somewhere.
+            Err(Errno::AGAIN | Errno::NOMEM) => return from,
             Err(Errno::EXIST) => lost.conflicts += 1,
             Err(_no_mapping) => lost.gone += 1,
         }

@@ -20,7 +20,7 @@ use crate::leg::{Leg, Mapping, Refused, Road, blocks};
 use crate::residency::{Busy, DevicePage, Piece};
 use crate::shard::ShardId;
 use crate::space::LiveSpace;
-use crate::staging::{Left, Purpose, Slot};
+use crate::staging::Purpose;
 use crate::sys::advise;
 use crate::sys::heap;
 use crate::watch::CannotArm;
@@ -193,13 +193,14 @@ impl LiveSpace {
                     Leg::straight(user, from, parked)
                 }
                 None if heap::contains(user.start()) => Leg::closed(user, from),
-                None => Leg::through(user, from, self.slot_for(user, Purpose::Out)),
+                None => self.leg_through(user, from, Purpose::Out),
             })
             .collect()
     }
 
-    fn slot_for(&self, user: HostSpan, purpose: Purpose) -> Slot {
-        self.staging.take(Leg::kind(user), purpose)
+    fn leg_through(&self, user: HostSpan, from: Mapping, purpose: Purpose) -> Leg {
+        let slot = self.staging.take(Leg::kind(user), purpose);
+        Leg::through(user, from, slot, purpose)
     }
 
     fn begin_home(
@@ -253,7 +254,7 @@ impl LiveSpace {
                 heap::occupy(user);
                 Leg::closed(user, from)
             } else {
-                Leg::through(user, from, self.slot_for(user, Purpose::Home))
+                self.leg_through(user, from, Purpose::Home)
             };
             let vram = VramSpan::at(
                 piece.page.allocation.vram().start().plus(offset),
@@ -270,8 +271,11 @@ impl LiveSpace {
     /// Ends the travel of `span`: what waits for it goes on.
     pub(crate) fn arrived(&self, span: HostSpan, shard: ShardId) {
         self.announce_change();
-        // An error means that the mapping is gone, and with it everybody who waited.
-        let _nobody_waits = self.watch.shards.uffd(shard).wake(span);
+        let in_thread = self.watch.shards.compute_only() == Some(shard);
+        if !in_thread {
+            // An error means that the mapping is gone, and with it everybody who waited.
+            let _nobody_waits = self.watch.shards.uffd(shard).wake(span);
+        }
     }
 }
 
@@ -345,8 +349,8 @@ impl MigrationSet for LiveMigration<'_> {
             }
             Way::Home { pieces } => {
                 for leg in &mut self.legs {
-                    if leg.slot().is_some() && self.space.come_in_whole(leg) {
-                        leg.left = Left::Nothing;
+                    if leg.slot().is_some() {
+                        leg.left = self.space.come_in_copied(leg);
                     } else {
                         self.space.come_in(leg);
                     }

@@ -32,7 +32,7 @@ use crate::residency::{Busy, Piece, Residency, State, everything};
 use crate::shard::{ShardId, Shards};
 use crate::staging::Staging;
 use crate::stays::Stays;
-use crate::sys::futex;
+use crate::sys::futex::Changes;
 use crate::sys::pagemap::PageMap;
 use crate::sys::procmap::ProcMap;
 use crate::sys::uffd::RegisterMode;
@@ -56,7 +56,7 @@ pub struct LiveSpace {
     sink: Arc<dyn EventSink>,
     level: Level,
     /// Bumped when a travel or a change ends; what those in its way sleep on.
-    changed: AtomicU32,
+    changed: Changes,
     pub(crate) forks: Forks,
     pub(crate) attendant: Attendant,
     reader: Mutex<LiveEnv, Option<Reader>>,
@@ -119,7 +119,7 @@ impl LiveSpace {
             procmap: ProcMap::open().map_err(OpenError::os("query this process's mappings"))?,
             pagemap: PageMap::open().map_err(OpenError::os("open /proc/self/pagemap"))?,
             sink,
-            changed: AtomicU32::new(0),
+            changed: Changes::new(),
             forks: Forks::default(),
             attendant: Attendant::default(),
             reader: Mutex::<LiveEnv, _>::new(None),
@@ -226,19 +226,18 @@ impl LiveSpace {
 
     /// Tells those who wait for the residency table that it has changed.
     pub(crate) fn announce_change(&self) {
-        self.changed.fetch_add(1, Ordering::Release);
-        futex::wake(&self.changed);
+        self.changed.tell();
         sys::in_thread::announce();
     }
 
     /// Announces changes of all of `spans`, once no other change overlaps them.
     pub(crate) fn begin_change(&self, spans: &[HostSpan]) {
         loop {
-            let seen = self.changed.load(Ordering::Acquire);
+            let seen = self.changed.seen();
             if self.residency.lock().change(spans).is_ok() {
                 return;
             }
-            futex::wait(&self.changed, seen, None, Reason::Travel);
+            self.changed.wait(seen, Reason::Travel);
         }
     }
 
@@ -252,14 +251,14 @@ impl LiveSpace {
     /// changed, which takes the registrations of all of it out.
     pub(crate) fn watch_mapping(&self, vma: &Vma) {
         loop {
-            let seen = self.changed.load(Ordering::Acquire);
+            let seen = self.changed.seen();
             match self.watch.ensure(vma, &self.residency) {
                 Ok(fresh) => {
                     return if fresh {
                         self.look_for_guards(vma);
                     };
                 }
-                Err(Busy) => futex::wait(&self.changed, seen, None, Reason::Travel),
+                Err(Busy) => self.changed.wait(seen, Reason::Travel),
             }
         }
     }
@@ -267,11 +266,11 @@ impl LiveSpace {
     /// Waits until nothing in `span` travels.
     pub(crate) fn wait_settled(&self, span: HostSpan) {
         loop {
-            let seen = self.changed.load(Ordering::Acquire);
+            let seen = self.changed.seen();
             if !self.residency.lock().is_travelling(span) {
                 return;
             }
-            futex::wait(&self.changed, seen, None, Reason::Travel);
+            self.changed.wait(seen, Reason::Travel);
         }
     }
 

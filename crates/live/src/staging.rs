@@ -2,8 +2,9 @@
 //! must be copied (`livehost.md` section 5).
 //!
 //! Pages leave a mapping by `UFFDIO_MOVE` into a slot, which freezes them: no thread can touch them
-//! any more. The copy reads the slot, not the mapping. On the way home the copy writes into a slot
-//! whose pages then move into the mapping.
+//! any more. The copy reads the slot, not the mapping. On the way home the copy writes into a slot.
+//! A huge page then moves into the mapping. Small pages are copied once more, by `UFFDIO_COPY`: that
+//! takes half as long as to move them and to make new ones for the slot.
 //!
 //! The arena is registered with a userfaultfd of its own that has no event features, because an
 //! unread event makes every MOVE *into* memory of its descriptor fail (measured: 4x slower under
@@ -12,8 +13,9 @@
 //! # Slots between two uses
 //!
 //! ```text
-//!                 ┌──────────────── take, home ─────────────────┐
-//!   fresh ────────┘                                             ▼
+//!            ┌──────── put, small pages that were copied ───────┐
+//!            │    ┌─────────── take, home ─────────────────┐    │
+//!   fresh ◀──┘ ───┘                                        ▼    │
 //!     ▲    (attendant)                                       in use
 //!     └─ populate ─ empty ── take, out (and home) ────────────▶ │
 //!                    ▲ ▲ └──── put, its pages are home ─────────┤
@@ -22,12 +24,12 @@
 //!
 //! The way out wants a slot without pages, the way home one with fresh ones: the copy would wait for
 //! the system to clear them. The [`attendant`](crate::attendant) makes both, off the migrations'
-//! path, and a few at a time: a wake-up costs as much as dropping pages. Where it is late, or a child
-//! of fork has none, `take` does what is needed itself.
+//! path, and a few at a time: a wake-up costs as much as dropping many pages. A few pages `put` drops
+//! itself. Where the attendant is late, or a child of fork has none, `take` does what is needed.
 //!
 //! Lock rank: leaf.
 
-use gpusvm::addr::{HostSpan, HostVa, PAGE_2M};
+use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
 use gpusvm::seam::env::Mutex;
 
 use crate::env::LiveEnv;
@@ -43,6 +45,8 @@ const SLOTS: usize = 16;
 /// Slots that are kept with fresh pages, once anything has come home, and fewer than as many keep
 /// used ones: what an idle process pays.
 const FRESH: usize = 4;
+/// As many bytes of used pages are dropped at once rather than by the attendant.
+const FEW: u64 = 16 * PAGE;
 
 /// The slots and the descriptor.
 #[derive(Debug)]
@@ -59,7 +63,7 @@ pub(crate) struct Staging {
 struct Shelf {
     /// Without pages.
     empty: Vec<HostVa>,
-    /// With pages that nobody has used.
+    /// With pages that are the runtime's alone.
     fresh: Vec<HostVa>,
     /// With pages that were the program's.
     used: Vec<HostVa>,
@@ -97,8 +101,10 @@ pub(crate) enum Purpose {
 /// What a slot holds when it comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Left {
-    /// Pages that were the program's, or parts of ones.
-    Pages,
+    /// Pages of which some may be, or may have been, the program's; all of them in this part.
+    Pages(HostSpan),
+    /// Pages that are the runtime's alone.
+    Fresh,
     /// No page.
     Nothing,
 }
@@ -149,10 +155,17 @@ impl Staging {
             self.arenas[slot.kind as usize].span().contains(slot.at),
             "foreign slot"
         );
+        if let Left::Pages(part) = left
+            && part.bytes() <= FEW
+        {
+            advise::drop_pages(part);
+        }
         let mut shelf = self.shelf(slot.kind).lock();
         match left {
-            Left::Pages => shelf.used.push(slot.at),
-            Left::Nothing => shelf.empty.push(slot.at),
+            Left::Pages(part) if part.bytes() > FEW => shelf.used.push(slot.at),
+            Left::Fresh if shelf.fresh.len() < FRESH => shelf.fresh.push(slot.at),
+            Left::Fresh => shelf.used.push(slot.at),
+            Left::Pages(_) | Left::Nothing => shelf.empty.push(slot.at),
         }
         let due = shelf.is_due();
         drop(shelf);
@@ -270,6 +283,10 @@ mod tests {
         Staging::new(uffd).expect("staging can be mapped")
     }
 
+    fn full(slot: Slot) -> Left {
+        Left::Pages(HostSpan::at(slot.at, PAGE_2M))
+    }
+
     fn counts(staging: &Staging) -> [usize; 3] {
         let shelf = staging.shelf(Kind::Huge).lock();
         [shelf.empty.len(), shelf.fresh.len(), shelf.used.len()]
@@ -284,7 +301,7 @@ mod tests {
         let staging = staging();
         assert!(!staging.tend());
         let slot = staging.take(Kind::Huge, Purpose::Out);
-        staging.put(slot, Left::Pages);
+        staging.put(slot, full(slot));
         assert_eq!(counts(&staging), [SLOTS - 1, 0, 1]);
         assert!(staging.tend());
         assert!(!staging.tend(), "dropped, and that is all");
@@ -301,7 +318,7 @@ mod tests {
         let out = staging.take(Kind::Huge, Purpose::Out);
         let home = staging.take(Kind::Huge, Purpose::Home);
         assert_eq!(counts(&staging), [SLOTS - FRESH - 1, FRESH - 1, 0]);
-        staging.put(out, Left::Pages);
+        staging.put(out, full(out));
         staging.put(home, Left::Nothing);
         tend_all(&staging);
         assert_eq!(counts(&staging), [SLOTS - FRESH, FRESH, 0]);
@@ -318,11 +335,31 @@ mod tests {
             .collect();
         assert_eq!(counts(&staging), [0, 0, 0], "fresh ones were emptied");
         all.into_iter()
-            .for_each(|slot| staging.put(slot, Left::Pages));
+            .for_each(|slot| staging.put(slot, full(slot)));
         for purpose in [Purpose::Out, Purpose::Home] {
             let slot = staging.take(Kind::Huge, purpose);
             staging.put(slot, Left::Nothing);
         }
         assert_eq!(counts(&staging), [1, 0, SLOTS - 1]);
+    }
+
+    #[test]
+    fn few_pages_are_dropped_at_once_and_copied_ones_kept() {
+        let staging = staging();
+        let small = |staging: &Staging| {
+            let shelf = staging.shelf(Kind::Small).lock();
+            [shelf.empty.len(), shelf.fresh.len(), shelf.used.len()]
+        };
+        let slot = staging.take(Kind::Small, Purpose::Out);
+        staging.put(slot, Left::Pages(HostSpan::at(slot.at, FEW)));
+        assert_eq!(small(&staging), [SLOTS, 0, 0]);
+        let home: Vec<_> = (0..=FRESH)
+            .map(|_| staging.take(Kind::Small, Purpose::Home))
+            .collect();
+        home.into_iter()
+            .for_each(|slot| staging.put(slot, Left::Fresh));
+        assert_eq!(small(&staging), [SLOTS - FRESH - 1, FRESH, 1]);
+        assert!(staging.tend());
+        assert_eq!(small(&staging), [SLOTS - FRESH, FRESH, 0]);
     }
 }

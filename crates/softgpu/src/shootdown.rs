@@ -5,11 +5,12 @@
 //! published; for a unit looks at what was published each time it enters an access.
 //!
 //! ```text
-//!   publisher:  write slot n ─ published = n ─ (barrier) ─ inside? seen < n? wait : done
-//!   unit:       inside = yes ─ (barrier) ─ published > seen? apply : ─ access ─ inside = no
+//!   publisher:  write slot n ─ published = n ─ inside? seen < n? wait : done
+//!   unit:       inside = yes ─ published > seen? apply : ─ access ─ inside = no
 //! ```
 //!
-//! Both sides write before they read, with a full barrier between, so one of them sees the other.
+//! Both sides write before they read. All four are sequentially consistent, so that one side sees the
+//! other without a fence of its own.
 //! The last [`SLOTS`] invalidations are kept; a unit that is further behind drops everything.
 
 use alloc::vec::Vec;
@@ -63,7 +64,6 @@ impl Shootdown {
         slot.start.store(start, Ordering::Relaxed);
         slot.end.store(end, Ordering::Relaxed);
         self.published.store(n, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
         n
     }
 
@@ -108,7 +108,6 @@ impl Gate {
     /// Begins an access: from here to [`leave`](Self::leave) the unit may use translations.
     pub(crate) fn enter(&self, shootdown: &Shootdown, tlb: &mut Tlb) {
         self.inside.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
         let latest = shootdown.latest();
         if latest != self.seen.load(Ordering::Relaxed) {
             shootdown.apply(self, tlb, latest);
@@ -123,7 +122,6 @@ impl Gate {
     /// As [`enter`](Self::enter), acknowledging without applying: the planted fault.
     pub(crate) fn enter_ignoring(&self, shootdown: &Shootdown) {
         self.inside.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
         self.seen.store(shootdown.latest(), Ordering::SeqCst);
     }
 

@@ -11,8 +11,8 @@ use crate::workload::{
 const PASSES: u32 = 3;
 /// Elements of one group: half a megabyte of each array.
 const GROUP: usize = 64 << 10;
-/// Elements of one tile.
-const TILE: usize = 2048;
+/// Elements of one tile: three of them fit into a first cache.
+const TILE: usize = 512;
 
 struct Stream {
     a: Vec<f64>,

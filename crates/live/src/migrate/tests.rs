@@ -186,3 +186,28 @@ fn mapping_is_not_watched_in_the_middle_of_a_change() {
     assert_eq!(watch(), Ok(true));
     assert!(bench.space.watch.is_watched(part));
 }
+
+#[test]
+fn what_was_copied_home_is_not_left_for_the_next_one_to_leave() {
+    let Some(bench) = Bench::open(VramMode::Copy) else {
+        return;
+    };
+    let (map, span) = filled(Huge::Never);
+    let pages = |from: u64, count: u64| HostSpan::at(span.start().plus(from * PAGE), count * PAGE);
+    // The slot through which these come home keeps its pages.
+    bench.send(pages(0, 4)).expect("plain memory migrates");
+    assert!(intact(&map), "home again after the first touch");
+    // The same slot, given back in the middle of the way home of others.
+    bench.send(pages(8, 2)).expect("plain memory migrates");
+    let home = MigrateTo::System {
+        allocation: bench.allocation(pages(8, 2)),
+        aperture: None,
+    };
+    drop(bench.space.begin(pages(8, 2), home).expect("they are away"));
+    // Holes leave through it.
+    advise::drop_pages(HostSpan::at(span.start().plus(PAGE_2M), PAGE_2M));
+    let holes = HostSpan::at(span.start().plus(PAGE_2M), 4 * PAGE);
+    bench.send(holes).expect("plain memory migrates");
+    assert_eq!(bench.device_word(0), 0);
+    assert_eq!(bench.device_word(2047), 0);
+}

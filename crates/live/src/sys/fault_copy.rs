@@ -25,6 +25,12 @@ global_asm!(
     ".hidden gpusvm_copy_begin",
     ".globl gpusvm_copy_end",
     ".hidden gpusvm_copy_end",
+    ".globl gpusvm_copy_wide",
+    ".hidden gpusvm_copy_wide",
+    ".globl gpusvm_wide_begin",
+    ".hidden gpusvm_wide_begin",
+    ".globl gpusvm_wide_end",
+    ".hidden gpusvm_wide_end",
     ".globl gpusvm_load8",
     ".hidden gpusvm_load8",
     ".globl gpusvm_load8_begin",
@@ -53,6 +59,31 @@ global_asm!(
     "gpusvm_copy_end:",
     "    mov rax, rcx",
     "    ret",
+    // Blocks of 128 bytes, then the rest. A fault in a block repeats the block byte by byte, which ends
+    // at the byte that faults.
+    ".balign 16",
+    "gpusvm_copy_wide:",
+    "    mov rcx, rdx",
+    "    sub rcx, 128",
+    "    jb 3f",
+    ".balign 16",
+    "gpusvm_wide_begin:",
+    "2:  vmovdqu ymm0, [rsi]",
+    "    vmovdqu ymm1, [rsi + 32]",
+    "    vmovdqu ymm2, [rsi + 64]",
+    "    vmovdqu ymm3, [rsi + 96]",
+    "    vmovdqu [rdi], ymm0",
+    "    vmovdqu [rdi + 32], ymm1",
+    "    vmovdqu [rdi + 64], ymm2",
+    "    vmovdqu [rdi + 96], ymm3",
+    "    sub rsi, -128",
+    "    sub rdi, -128",
+    "    sub rcx, 128",
+    "    jae 2b",
+    "gpusvm_wide_end:",
+    "3:  add rcx, 128",
+    "    vzeroupper",
+    "    jmp gpusvm_copy_begin",
     ".balign 16",
     "gpusvm_load8:",
     "gpusvm_load8_begin:",
@@ -85,6 +116,8 @@ global_asm!(
 unsafe extern "sysv64" {
     /// Copies `len` bytes; returns how many were left at a fault.
     fn gpusvm_copy(to: *mut u8, from: *const u8, len: usize) -> usize;
+    /// The same, faster for what fits into the first cache. Needs AVX.
+    fn gpusvm_copy_wide(to: *mut u8, from: *const u8, len: usize) -> usize;
     /// Loads a word into `out`; returns 1 at a fault.
     fn gpusvm_load8(from: *const u64, out: *mut u64) -> u64;
     /// Stores a word; returns 1 at a fault.
@@ -94,6 +127,8 @@ unsafe extern "sysv64" {
 
     fn gpusvm_copy_begin();
     fn gpusvm_copy_end();
+    fn gpusvm_wide_begin();
+    fn gpusvm_wide_end();
     fn gpusvm_load8_begin();
     fn gpusvm_load8_end();
     fn gpusvm_store8_begin();
@@ -115,12 +150,17 @@ pub(super) fn fixup_for(at: usize) -> Option<usize> {
         unsafe extern "sysv64" fn(),
         unsafe extern "sysv64" fn(),
         usize,
-    ); 4] = [
+    ); 5] = [
         // The copy's own end returns what is left.
         (
             gpusvm_copy_begin,
             gpusvm_copy_end,
             gpusvm_copy_end as unsafe extern "sysv64" fn() as usize,
+        ),
+        (
+            gpusvm_wide_begin,
+            gpusvm_wide_end,
+            gpusvm_wide_end as unsafe extern "sysv64" fn() as usize,
         ),
         (gpusvm_load8_begin, gpusvm_load8_end, fix),
         (gpusvm_store8_begin, gpusvm_store8_end, fix),
@@ -132,15 +172,22 @@ pub(super) fn fixup_for(at: usize) -> Option<usize> {
         .map(|t| t.2)
 }
 
+/// Lengths for which wide registers are faster than the copy instruction: it takes its time to begin,
+/// and does not know that a tile's buffer is in the first cache (measured: up to twice as fast). The
+/// copy instruction wins where the data is larger than that cache.
+const WIDE: core::ops::RangeInclusive<usize> = 128..=8192;
+
 /// Copies `len` bytes. On a fault returns how many were left.
 ///
 /// # Safety
 /// One side must be memory that the caller owns for `len` bytes. The other may be any address: if
 /// it is not accessible the copy stops there; if it is, its owner accepts the access.
 pub(crate) unsafe fn copy(to: *mut u8, from: *const u8, len: usize) -> Result<(), usize> {
+    let wide = WIDE.contains(&len) && std::is_x86_feature_detected!("avx");
+    let copy = if wide { gpusvm_copy_wide } else { gpusvm_copy };
     // SAFETY: the caller's side is valid; a fault on the other is fixed up, for which `install`
-    // was called when the host was opened.
-    match unsafe { gpusvm_copy(to, from, len) } {
+    // was called when the host was opened. The wide copy's instructions were asked for.
+    match unsafe { copy(to, from, len) } {
         0 => Ok(()),
         left => Err(left),
     }
@@ -321,6 +368,29 @@ mod tests {
         );
         assert_eq!(bus.write(address, b"all eleven."), Ok(()));
         assert_eq!(&map.bytes()[..11], b"all eleven.");
+    }
+
+    #[test]
+    fn copies_of_every_length_stop_at_the_byte_that_faults() {
+        let bus = LiveBus::new();
+        let mut map = AnonMapping::new(3 * 4096, Huge::Never).expect("three pages can be mapped");
+        let content: Vec<u8> = (0..=250).cycle().take(3 * 4096).collect();
+        map.bytes_mut().copy_from_slice(&content);
+        let (address, end) = (map.address(), 8192);
+        map.unmap_tail(end);
+        for len in [1, 127, 128, 129, 255, 256, 1000, 4096, 8192] {
+            for past in [0, 1, 127, 128, 200, len] {
+                let from = end + past.min(len) - len;
+                let inside = end - from;
+                let mut buffer = vec![0xff; len];
+                let read = bus.read(address + u64::try_from(from).expect("small"), &mut buffer);
+                assert_eq!(read.is_ok(), past == 0, "{len} bytes, {past} past the end");
+                assert_eq!(buffer[..inside], content[from..end]);
+                assert!(buffer[inside..].iter().all(|byte| *byte == 0xff));
+                let stop = read.map_or_else(|error| error.address, |()| address + 8192);
+                assert_eq!(stop, address + 8192);
+            }
+        }
     }
 
     #[test]

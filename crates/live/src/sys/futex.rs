@@ -4,7 +4,7 @@
 //! the heap, and both may be memory that has migrated; a lock that faults while it is being taken
 //! can wait for a thread that waits for the lock. This one touches its own word and nothing else.
 
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicU32, Ordering, fence};
 use core::time::Duration;
 
 use lock_api::GuardSend;
@@ -151,13 +151,39 @@ pub(crate) fn wake_one(word: &AtomicU32) {
     let _woken = sys::wake(word, sys::Flags::PRIVATE, 1);
 }
 
-/// Counts changes, for those who wait for the next one. Telling of one is a system call only where
-/// somebody sleeps.
+/// Counts the threads that sleep on some words, so that waking is a system call only where somebody
+/// does.
+///
+/// Who sleeps counts itself before the system looks at the word; who wakes looks for sleepers after
+/// it has changed the word. One sees the other.
+#[derive(Debug)]
+pub(crate) struct Sleepers(AtomicU32);
+
+impl Sleepers {
+    /// None.
+    pub(crate) const fn new() -> Self {
+        Self(AtomicU32::new(0))
+    }
+
+    /// Counts the caller while it is in `wait`.
+    pub(crate) fn sleep(&self, wait: impl FnOnce()) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        wait();
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Whether somebody may sleep on a word that the caller has changed.
+    pub(crate) fn are_there(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.0.load(Ordering::SeqCst) > 0
+    }
+}
+
+/// Counts changes, for those who wait for the next one.
 #[derive(Debug)]
 pub(crate) struct Changes {
     count: AtomicU32,
-    /// Threads that sleep, or are about to.
-    sleepers: AtomicU32,
+    sleepers: Sleepers,
 }
 
 impl Changes {
@@ -165,7 +191,7 @@ impl Changes {
     pub(crate) const fn new() -> Self {
         Self {
             count: AtomicU32::new(0),
-            sleepers: AtomicU32::new(0),
+            sleepers: Sleepers::new(),
         }
     }
 
@@ -176,17 +202,19 @@ impl Changes {
 
     /// Sleeps until there are others than the first `seen`. May return early.
     pub(crate) fn wait(&self, seen: u32, reason: Reason) {
-        // The sleeper counts itself before the system looks at the count; `tell` looks for sleepers
-        // after it has changed the count. One sees the other.
-        self.sleepers.fetch_add(1, Ordering::SeqCst);
-        wait(&self.count, seen, None, reason);
-        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+        self.wait_for(seen, None, reason);
+    }
+
+    /// The same, for at most `timeout` where there is one.
+    pub(crate) fn wait_for(&self, seen: u32, timeout: Option<Duration>, reason: Reason) {
+        self.sleepers
+            .sleep(|| wait(&self.count, seen, timeout, reason));
     }
 
     /// Something has changed: all who sleep look again.
     pub(crate) fn tell(&self) {
         self.count.fetch_add(1, Ordering::SeqCst);
-        if self.sleepers.load(Ordering::SeqCst) > 0 {
+        if self.sleepers.are_there() {
             wake(&self.count);
         }
     }

@@ -17,7 +17,6 @@
 //! A sleep takes place on the thread's own (or alternate) stack, so that threads which wait do not
 //! use up the runtime's stacks.
 
-use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
 use std::sync::OnceLock;
 
@@ -26,8 +25,7 @@ use gpusvm::seam::mm::Access;
 use rustix::io::Errno;
 
 use crate::sys::atfork;
-use crate::sys::futex;
-use crate::sys::patch::SignalsWait;
+use crate::sys::futex::{self, Changes};
 use crate::sys::signals;
 use crate::sys::stack;
 use crate::sys::waits::Reason;
@@ -73,12 +71,9 @@ const HOOKS: usize = 2;
 // In `.data`, as all that fault service reads: see `owned`.
 #[unsafe(link_section = ".data")]
 static HOOK: [OnceLock<&'static dyn FaultHook>; HOOKS] = [const { OnceLock::new() }; HOOKS];
-/// Bumped by each [`announce`]; what threads sleep on that are to try again later.
+/// What threads sleep on that are to try again later.
 #[unsafe(link_section = ".data")]
-static CHANGED: AtomicU32 = AtomicU32::new(0);
-/// Threads between their look at what they wait for and the end of their sleep.
-#[unsafe(link_section = ".data")]
-static WAITING: AtomicU32 = AtomicU32::new(0);
+static CHANGES: Changes = Changes::new();
 
 /// From now on `hook` is asked, for the life of the process. A second call with the same hook
 /// changes nothing.
@@ -97,17 +92,13 @@ pub(crate) fn install(hook: &'static dyn FaultHook) -> Result<(), Errno> {
     }
 }
 
-/// Lets threads try again that were answered [`Served::Later`]. One load where none was.
+/// Lets threads try again that were answered [`Served::Later`].
 pub(crate) fn announce() {
-    // The waiter counts itself before it looks; this looks after the change. One sees the other.
-    core::sync::atomic::fence(Ordering::SeqCst);
-    if WAITING.load(Ordering::SeqCst) > 0 {
-        CHANGED.fetch_add(1, Ordering::SeqCst);
-        futex::wake(&CHANGED);
-    }
+    CHANGES.tell();
 }
 
-/// Serves a fault. True: the access is to be made again. Called by the signal handler.
+/// Serves a fault. True: the access is to be made again. Called by the signal handler, with all signals
+/// blocked but those of faults.
 pub(super) fn serve(fault: &Fault) -> bool {
     let hooks = HOOK.iter().filter_map(OnceLock::get);
     let Some(hook) = hooks.into_iter().find(|hook| hook.may_serve(fault.at)) else {
@@ -118,30 +109,16 @@ pub(super) fn serve(fault: &Fault) -> bool {
         return false;
     }
     let errno = Preserved::errno();
-    let signals = SignalsWait::begin();
-    WAITING.fetch_add(1, Ordering::SeqCst);
-    let seen = CHANGED.load(Ordering::SeqCst);
+    let seen = CHANGES.seen();
     let served = stack::run(|| hook.serve(fault)).unwrap_or(Served::NotOurs);
     if let Served::Later(until) = served {
-        sleep(seen, until);
+        let left = until.map(|until| until.saturating_sub(futex::now_ns()));
+        if left != Some(0) {
+            CHANGES.wait_for(seen, left.map(Duration::from_nanos), Reason::Travel);
+        }
     }
-    WAITING.fetch_sub(1, Ordering::SeqCst);
-    drop(signals);
     drop(errno);
     served != Served::NotOurs
-}
-
-/// Sleeps until [`CHANGED`] is no longer `seen`, or until a time.
-fn sleep(seen: u32, until: Option<u64>) {
-    let left = until.map(|until| until.saturating_sub(futex::now_ns()));
-    if left != Some(0) {
-        futex::wait(
-            &CHANGED,
-            seen,
-            left.map(Duration::from_nanos),
-            Reason::Travel,
-        );
-    }
 }
 
 /// The interrupted code's `errno`, put back when this is dropped.

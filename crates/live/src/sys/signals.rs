@@ -56,9 +56,33 @@ fn take_over(signal: i32) {
     let mut action: libc::sigaction = unsafe { core::mem::zeroed() };
     action.sa_sigaction = handle as extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+    if is_of_faults(signal) {
+        // Faults are served in the handler, which must not be interrupted. Blocking from the start
+        // saves two system calls.
+        action.sa_mask = all_but_faults();
+    }
     // SAFETY: the handler is async-signal-safe: it reads a table and changes a register, or hands
     // the signal to the former action.
     let _installed = unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) };
+}
+
+/// Whether accesses to memory raise `signal`.
+const fn is_of_faults(signal: i32) -> bool {
+    matches!(signal, libc::SIGSEGV | libc::SIGBUS)
+}
+
+/// All signals but SIGBUS (7) and SIGSEGV (11), those of the C library included.
+fn all_but_faults() -> libc::sigset_t {
+    set_of(!(1 << 6 | 1 << 10))
+}
+
+/// A set as the kernel has it: one word.
+fn set_of(word: u64) -> libc::sigset_t {
+    // SAFETY: all-zero is a valid set.
+    let mut set: libc::sigset_t = unsafe { core::mem::zeroed() };
+    // SAFETY: a set begins with its first word.
+    unsafe { (&raw mut set).cast::<u64>().write(word) };
+    set
 }
 
 extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
@@ -84,10 +108,9 @@ extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut c_vo
 fn fault_of(signal: i32, info: &libc::siginfo_t, registers: &[libc::greg_t]) -> Option<Fault> {
     /// Bit of a page fault's error code.
     const WRITE: i64 = 1 << 1;
-    let faults = matches!(signal, libc::SIGSEGV | libc::SIGBUS);
     let broken = matches!(info.si_code, libc::BUS_MCEERR_AR | libc::BUS_MCEERR_AO);
     let missing = signal == libc::SIGBUS;
-    if !faults || (missing && broken) || Origin::of(info.si_code) == Origin::Sent {
+    if !is_of_faults(signal) || (missing && broken) || Origin::of(info.si_code) == Origin::Sent {
         return None;
     }
     // SAFETY: signals of faults have an address.
@@ -138,7 +161,7 @@ fn call(former: &libc::sigaction, signal: i32, info: *mut libc::siginfo_t, conte
     if former.sa_flags & libc::SA_RESETHAND != 0 {
         default_action(signal);
     }
-    block_for(former, signal);
+    block_for(former, signal, context);
     match former.sa_sigaction {
         handler if former.sa_flags & libc::SA_SIGINFO != 0 => {
             // SAFETY: installed with SA_SIGINFO, so this is a handler of three arguments.
@@ -154,17 +177,29 @@ fn call(former: &libc::sigaction, signal: i32, info: *mut libc::siginfo_t, conte
     }
 }
 
-/// Blocks what `former` wants blocked while it runs. Returning from the signal unblocks it: the
-/// kernel restores the interrupted mask.
-fn block_for(former: &libc::sigaction, signal: i32) {
+/// Blocks what `former` wants blocked while it runs, and nothing that only our handler does. Returning
+/// from the signal unblocks it: the kernel restores the interrupted mask.
+fn block_for(former: &libc::sigaction, signal: i32, context: *mut c_void) {
     let mut mask = former.sa_mask;
     if former.sa_flags & libc::SA_NODEFER == 0 {
         // SAFETY: `mask` is a valid set, the signal is valid.
         let _added = unsafe { libc::sigaddset(&raw mut mask, signal) };
     }
-    // SAFETY: `mask` is a valid set; the former one is not asked for.
-    let _blocked =
-        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const mask, ptr::null_mut()) };
+    change_mask(libc::SIG_SETMASK, &interrupted_mask(context));
+    change_mask(libc::SIG_BLOCK, &mask);
+}
+
+fn change_mask(how: i32, set: &libc::sigset_t) {
+    // SAFETY: a valid set; the former one is not asked for.
+    let _changed = unsafe { libc::pthread_sigmask(how, set, ptr::null_mut()) };
+}
+
+/// What the interrupted thread blocked.
+fn interrupted_mask(context: *mut c_void) -> libc::sigset_t {
+    // SAFETY: the kernel passes the interrupted thread's context.
+    let mask = unsafe { &raw const (*context.cast::<libc::ucontext_t>()).uc_sigmask };
+    // SAFETY: the kernel's set is one word.
+    set_of(unsafe { mask.cast::<u64>().read() })
 }
 
 /// The default action, which ends the process: the instruction faults again when this returns, but

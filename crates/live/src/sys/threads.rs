@@ -19,7 +19,33 @@ const GET_ROBUST_LIST: usize = 274;
 #[derive(Debug)]
 pub(crate) struct Threads {
     tasks: OwnedFd,
-    load: OwnedFd,
+    made: Made,
+}
+
+/// Where the system tells which thread was made last.
+#[derive(Debug)]
+enum Made {
+    /// As a number. Cheap, where the system was built with it.
+    LastPid(OwnedFd),
+    /// As the last word of a line.
+    Load(OwnedFd),
+}
+
+impl Made {
+    fn open() -> Result<Self, Errno> {
+        let file = |path| open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        file("/proc/sys/kernel/ns_last_pid")
+            .map(Self::LastPid)
+            .or_else(|_not_built_in| file("/proc/loadavg").map(Self::Load))
+    }
+
+    fn last(&self) -> Option<u64> {
+        let mut text = [0; 96];
+        let (Self::LastPid(file) | Self::Load(file)) = self;
+        let count = pread(file, &mut text[..], 0).ok()?;
+        let text = str::from_utf8(&text[..count]).ok()?;
+        text.split_ascii_whitespace().last()?.parse().ok()
+    }
 }
 
 /// Names a thread (`gettid(2)`).
@@ -54,11 +80,10 @@ impl Threads {
     /// # Errors
     /// The system's, where /proc is not to be had.
     pub(crate) fn open() -> Result<Self, Errno> {
-        let plain = OFlags::RDONLY | OFlags::CLOEXEC;
-        let folder = plain | OFlags::DIRECTORY;
+        let folder = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::DIRECTORY;
         Ok(Self {
             tasks: open("/proc/self/task", folder, Mode::empty())?,
-            load: open("/proc/loadavg", plain, Mode::empty())?,
+            made: Made::open()?,
         })
     }
 
@@ -66,10 +91,7 @@ impl Threads {
     /// last id that was given out. It changes before the thread can run. `None` where it is not
     /// told.
     pub(crate) fn last_made(&self) -> Option<u64> {
-        let mut text = [0; 96];
-        let count = pread(&self.load, &mut text[..], 0).ok()?;
-        let text = str::from_utf8(&text[..count]).ok()?;
-        text.split_ascii_whitespace().nth(4)?.parse().ok()
+        self.made.last()
     }
 
     /// Shows every thread to `see`. One caller at a time.

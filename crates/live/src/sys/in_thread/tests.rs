@@ -1,5 +1,5 @@
 use super::*;
-use core::sync::atomic::{AtomicBool, AtomicU64};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::Mutex;
 
 use gpusvm::addr::HostSpan;
@@ -71,13 +71,23 @@ impl FaultHook for Opener {
 
 const PAGES: usize = 64;
 
-fn closed() -> AnonMapping {
+/// Memory that nobody may access, and that the hook opens page by page. Whatever is mapped there later
+/// is nobody's business.
+struct Closed(AnonMapping);
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        OPENER.watch(HostSpan::at(HostVa::new(0), 0));
+    }
+}
+
+fn closed() -> Closed {
     install(&OPENER).expect("there is room for a hook");
     let mut map = AnonMapping::new(PAGES * 4096, Huge::Never).expect("memory can be mapped");
     map.bytes_mut().fill(7);
     (map.protect(0, PAGES * 4096, Protect::None)).expect("the system closes it");
     OPENER.watch(HostSpan::at(HostVa::new(map.address()), 4096 * 64));
-    map
+    Closed(map)
 }
 
 #[test]
@@ -88,7 +98,7 @@ fn faults_are_served_on_a_runtime_stack_and_errno_is_kept() {
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: this thread's.
     unsafe { errno.write(libc::EDOM) };
-    let sum: u64 = map.bytes().iter().map(|byte| u64::from(*byte)).sum();
+    let sum: u64 = map.0.bytes().iter().map(|byte| u64::from(*byte)).sum();
     // SAFETY: as above.
     assert_eq!(unsafe { errno.read() }, libc::EDOM);
     assert_eq!(sum, 7 * 4096 * 64);
@@ -106,7 +116,7 @@ fn more_threads_than_stacks_wait_for_one_announcement() {
         for n in 0..100 {
             let (map, sum) = (&map, &sum);
             scope.spawn(move || {
-                let byte = map.bytes()[n % PAGES * 4096];
+                let byte = map.0.bytes()[n % PAGES * 4096];
                 sum.fetch_add(u64::from(byte), Ordering::SeqCst);
             });
         }
@@ -126,11 +136,11 @@ fn fault_elsewhere_is_left_to_the_next_and_copies_are_served_as_well() {
     let _alone = ALONE.lock();
     let map = closed();
     let mut word = [0; 8];
-    let whole = HostSpan::at(HostVa::new(map.address()), 4096 * 64);
+    let whole = HostSpan::at(HostVa::new(map.0.address()), 4096 * 64);
     OPENER.watch(HostSpan::at(HostVa::new(0), 0));
-    assert!(LiveBus.read(map.address(), &mut word).is_err());
+    assert!(LiveBus.read(map.0.address(), &mut word).is_err());
     assert_eq!(OPENER.served.load(Ordering::SeqCst), 0);
     OPENER.watch(whole);
-    assert!(LiveBus.read(map.address(), &mut word).is_ok());
+    assert!(LiveBus.read(map.0.address(), &mut word).is_ok());
     assert_eq!((word, OPENER.served.load(Ordering::SeqCst)), ([7; 8], 1));
 }

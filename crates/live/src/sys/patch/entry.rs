@@ -276,40 +276,6 @@ unsafe extern "C" {
     fn gpusvm_bracketed_call(call: *const SysCall) -> isize;
 }
 
-/// All signals of this thread but faults wait until this is dropped. Raw calls only.
-pub(in crate::sys) struct SignalsWait(u64);
-
-impl SignalsWait {
-    pub(in crate::sys) fn begin() -> Self {
-        let mut former = 0;
-        mask(SIG_BLOCK, &ALL_BUT_FAULTS, &raw mut former);
-        Self(former)
-    }
-}
-
-impl Drop for SignalsWait {
-    fn drop(&mut self) {
-        mask(SIG_SETMASK, &AtomicU64::new(self.0), core::ptr::null_mut());
-    }
-}
-
-fn mask(how: i32, set: &AtomicU64, former: *mut u64) {
-    let number = |n: i32| usize::try_from(n).unwrap_or(0);
-    let call = SysCall {
-        number: number(RT_SIGPROCMASK),
-        args: [
-            number(how),
-            set.as_ptr().expose_provenance(),
-            former.expose_provenance(),
-            8,
-            0,
-            0,
-        ],
-    };
-    // Refused for bad addresses only.
-    let _done = call.raw();
-}
-
 /// Address of the entry.
 pub(super) fn address() -> u64 {
     u64::try_from(gpusvm_bracket_entry as unsafe extern "C" fn() as usize).unwrap_or(0)

@@ -33,7 +33,6 @@ use rustix::io::Errno;
 use crate::sys::fault_copy;
 use crate::sys::futex;
 
-pub(in crate::sys) use entry::SignalsWait;
 pub(crate) use entry::SysCall;
 pub(crate) use sites::Site;
 
