@@ -40,6 +40,9 @@ mod fault_ring;
 mod mmu;
 mod shootdown;
 #[cfg(test)]
+mod shootdown_tests;
+mod sync;
+#[cfg(test)]
 mod tests;
 mod tlb;
 mod unit;

@@ -13,10 +13,9 @@
 //! other without a fence of its own.
 //! The last [`SLOTS`] invalidations are kept; a unit that is further behind drops everything.
 
-use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-
+use crate::sync::{AtomicBool, AtomicU64, Ordering, fence};
 use crate::tlb::Tlb;
+use alloc::vec::Vec;
 
 /// Invalidations that are kept for units that are behind.
 const SLOTS: u64 = 64;
@@ -148,51 +147,4 @@ pub(crate) fn number_of(seqno: u32, latest: u64) -> u64 {
     }
     let back = (u64::from(seqno_of(latest)) + SEQNO_MAX - u64::from(seqno)) % SEQNO_MAX;
     latest.saturating_sub(back)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sequence_numbers_wrap_past_zero_and_lead_back() {
-        for n in [
-            1,
-            2,
-            SEQNO_MAX - 1,
-            SEQNO_MAX,
-            SEQNO_MAX + 1,
-            5 * SEQNO_MAX + 7,
-        ] {
-            let seqno = seqno_of(n);
-            assert!(seqno >= 1 && u64::from(seqno) <= SEQNO_MAX);
-            for latest in [n, n + 1, n + 1000] {
-                assert_eq!(number_of(seqno, latest), n);
-            }
-        }
-    }
-
-    #[test]
-    fn unit_that_is_far_behind_drops_everything() {
-        use crate::mmu::{Leaf, Permit, Target};
-        let shootdown = Shootdown::new();
-        let (gate, mut tlb) = (Gate::default(), Tlb::new(4));
-        let leaf = Leaf {
-            va: 0,
-            shift: 12,
-            target: Target::Null,
-            write: Permit::No,
-            atomic: Permit::No,
-        };
-        tlb.insert(1, leaf);
-        for n in 1..=200 {
-            shootdown.publish(2, n << 12, (n + 1) << 12);
-        }
-        gate.enter(&shootdown, &mut tlb);
-        assert!(tlb.look_up(1, 0).is_none());
-        assert!(gate.has_acknowledged(200));
-        assert!(!gate.has_acknowledged(201), "inside, and not seen");
-        gate.leave();
-        assert!(gate.has_acknowledged(201), "quiescent");
-    }
 }

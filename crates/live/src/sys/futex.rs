@@ -4,14 +4,13 @@
 //! the heap, and both may be memory that has migrated; a lock that faults while it is being taken
 //! can wait for a thread that waits for the lock. This one touches its own word and nothing else.
 
-use core::sync::atomic::{AtomicU32, Ordering, fence};
 use core::time::Duration;
 
 use lock_api::GuardSend;
-use rustix::thread::futex as sys;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
 use crate::sys::waits::{Reason, Waiting};
+use crate::sys::word::{self, AtomicU32, Ordering, fence};
 
 const FREE: u32 = 0;
 /// Somebody holds it. The bits above [`MARK_SHIFT`] say who: they cost nothing to write, as the
@@ -107,7 +106,7 @@ fn taken() -> u32 {
 
 /// The mark of a thread, from any address on its stack: the low bits of the page's number. A
 /// thread-local would name the thread itself, but must not be touched here.
-fn mark_of(address: usize) -> u32 {
+pub(super) fn mark_of(address: usize) -> u32 {
     let page = (address >> PAGE_SHIFT) & (usize::MAX >> (usize::BITS - MARK_BITS));
     u32::try_from(page).unwrap_or(0)
 }
@@ -136,19 +135,19 @@ pub(crate) fn wait(word: &AtomicU32, seen: u32, timeout: Option<Duration>, reaso
         tv_nsec: i64::from(time.subsec_nanos()),
     });
     // Any error means "look again", which is what the caller does anyway.
-    let _looked = sys::wait(word, sys::Flags::PRIVATE, seen, timeout.as_ref());
+    let _looked = word::wait(word, word::Flags::PRIVATE, seen, timeout.as_ref());
 }
 
 /// Wakes every sleeper on `word`.
 pub(crate) fn wake(word: &AtomicU32) {
     // Fails only for an invalid address, which a reference is not.
-    let _woken = sys::wake(word, sys::Flags::PRIVATE, i32::MAX.unsigned_abs());
+    let _woken = word::wake(word, word::Flags::PRIVATE, i32::MAX.unsigned_abs());
 }
 
 /// Wakes one sleeper on `word`.
 pub(crate) fn wake_one(word: &AtomicU32) {
     // As in `wake`.
-    let _woken = sys::wake(word, sys::Flags::PRIVATE, 1);
+    let _woken = word::wake(word, word::Flags::PRIVATE, 1);
 }
 
 /// Counts the threads that sleep on some words, so that waking is a system call only where somebody
@@ -232,61 +231,4 @@ pub(crate) fn now_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::thread;
-
-    #[test]
-    fn counter_under_contention_loses_nothing() {
-        let total = lock_api::Mutex::<RawFutexMutex, u64>::new(0);
-        thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| (0..20_000).for_each(|_| *total.lock() += 1));
-            }
-        });
-        assert_eq!(*total.lock(), 80_000);
-    }
-
-    #[test]
-    fn wait_returns_at_once_for_another_value_and_after_the_timeout() {
-        let word = AtomicU32::new(1);
-        wait(&word, 0, None, Reason::Clock);
-        wait(&word, 1, Some(Duration::from_millis(1)), Reason::Clock);
-    }
-
-    #[test]
-    fn every_change_is_told_to_whoever_sleeps() {
-        let (ping, pong) = (Changes::new(), Changes::new());
-        let turns = AtomicU32::new(0);
-        let play = |mine: u32, here: &Changes, there: &Changes| {
-            for turn in 0..5_000 {
-                let mut seen = here.seen();
-                while turns.load(Ordering::Acquire) != 2 * turn + mine {
-                    here.wait(seen, Reason::Clock);
-                    seen = here.seen();
-                }
-                turns.fetch_add(1, Ordering::AcqRel);
-                there.tell();
-            }
-        };
-        thread::scope(|scope| {
-            scope.spawn(|| play(0, &ping, &pong));
-            scope.spawn(|| play(1, &pong, &ping));
-        });
-        assert_eq!(turns.load(Ordering::Relaxed), 10_000);
-    }
-
-    #[test]
-    fn mark_names_the_stack_it_was_made_on() {
-        let base = 0x7f12_3456_7000_usize;
-        let stack = base..base + 0x4000;
-        for page in 0..4 {
-            assert!(is_marked(mark_of(base + page * 4096 + 17), stack.clone()));
-        }
-        assert!(!is_marked(mark_of(base - 1), stack.clone()));
-        assert!(!is_marked(mark_of(base + 0x4000), stack));
-    }
 }

@@ -13,6 +13,8 @@ pub(crate) mod depth;
 pub(crate) mod fault_copy;
 pub(crate) mod file;
 pub(crate) mod futex;
+#[cfg(test)]
+mod futex_tests;
 pub(crate) mod heap;
 pub(crate) mod in_thread;
 pub(crate) mod last_wish;
@@ -34,3 +36,4 @@ pub(crate) mod threads;
 pub(crate) mod uffd;
 pub(crate) mod vram;
 pub(crate) mod waits;
+pub(crate) mod word;
