@@ -42,18 +42,43 @@ fn worlds_of_every_kind_keep_the_rules_and_are_the_same_again() {
 }
 
 #[test]
-fn known_bug_is_found_and_its_short_tape_fails_again() {
-    let tape = file("recheck.tape");
+fn known_bugs_are_found_and_their_short_tapes_fail_again() {
+    let folder = file("tapes-of-bugs");
+    let names = ["recheck-dropped", "flush-skipped", "freed-twice"];
+    let all = names.join(",");
+    let save = folder.to_str().expect("text");
+    let output = explore(&["--mutant", &all, "--save", save, "--json"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    for answer in json(&output)["mutants"].as_array().expect("a list") {
+        assert!(
+            answer["choices"].as_u64().expect("a number") < 40,
+            "{answer}"
+        );
+    }
+    for name in names {
+        let tape = folder.join(format!("{name}.tape"));
+        let tape = tape.to_str().expect("text");
+        let again = explore(&["--mutant", name, "--tape", tape, "--json"]);
+        assert_eq!(again.status.code(), Some(1), "{name}");
+        assert!(json(&again)["failure"].is_string());
+        let twice = explore(&["--tape", tape, "--json"]);
+        assert_eq!(json(&again)["hash"], json(&twice)["hash"]);
+        let without = explore(&["--mutant", "none", "--tape", tape]);
+        assert!(without.status.success(), "{name}: it is the bug that fails");
+    }
+}
+
+#[test]
+fn one_known_bug_is_explained() {
+    let tape = file("explained.tape");
     let save = tape.to_str().expect("text");
     let output = explore(&["--mutant", "recheck-dropped", "--save", save]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let shown = text(&output.stdout);
-    assert!(shown.contains("replay: gpusvm explore --tape"), "{shown}");
-    let again = explore(&["--tape", save, "--json"]);
-    assert_eq!(again.status.code(), Some(1));
-    assert!(json(&again)["failure"].is_string());
-    let twice = explore(&["--tape", save, "--json"]);
-    assert_eq!(json(&again)["hash"], json(&twice)["hash"]);
+    for part in [" cpu0 ", "replay: gpusvm explore --mutant NAME --tape"] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    assert!(tape.exists());
 }
 
 #[test]

@@ -137,12 +137,18 @@ pub fn explore(args: &ExploreArgs, out: &mut dyn Write) -> Result<(), ExploreErr
     }
     match args.mutant.as_deref() {
         Some("all") => exam::run(args, Mutant::ALL, out),
-        Some(name) => exam::run(args, &[mutant_named(name)?], out),
-        None => swarm(args, &plans(&args.scenario)?, out),
+        Some(names) => exam::run(args, &mutants_named(names)?, out),
+        None => swarm(args, &plans(args, "swarm")?, out),
     }
 }
 
-fn plans(name: &str) -> Result<Vec<&'static Plan>, ExploreError> {
+fn mutants_named(names: &str) -> Result<Vec<Mutant>, ExploreError> {
+    names.split(',').map(mutant_named).collect()
+}
+
+/// Kinds of worlds that are asked for.
+fn plans(args: &ExploreArgs, default: &str) -> Result<Vec<&'static Plan>, ExploreError> {
+    let name = args.scenario.as_deref().unwrap_or(default);
     if name == "all" {
         return Ok(PLANS.iter().collect());
     }
@@ -296,28 +302,48 @@ fn explain(
     out: &mut dyn Write,
 ) -> Result<String, ExploreError> {
     let (plan, mutant, seed) = world;
-    let explorer = explorer(plan, mutant, 1);
-    let tape = explorer.shrink(trouble, SHRINK_RUNS, &mut |_progress| {});
-    let short = play(plan, &tape);
-    let shown = short.trouble.as_deref().unwrap_or(trouble);
-    writeln!(out, "\nseed {seed} of {} fails. {shown}", plan.name)?;
-    std::fs::write(&args.save, tape.to_string())
-        .map_err(|why| ExploreError::File(args.save.clone(), why))?;
+    let tape = shorten(plan, mutant, trouble);
+    let path = args.save.as_deref().unwrap_or(Path::new("gpusvm.tape"));
+    show(plan, seed, (&tape, trouble), out)?;
+    save(path, &tape)?;
     writeln!(
         out,
         "{} choices that matter; replay: gpusvm explore --tape {}",
         tape.interesting(),
-        args.save.display()
+        path.display()
     )?;
-    Ok(shown.failure.text.clone())
+    Ok(trouble.failure.text.clone())
+}
+
+/// Shows the failure of a tape, which is a short form of `trouble`.
+fn show(
+    plan: &'static Plan,
+    seed: u64,
+    (tape, trouble): (&Tape, &Trouble),
+    out: &mut dyn Write,
+) -> Result<(), ExploreError> {
+    let short = play(plan, tape, tape_mutant(tape)?);
+    let shown = short.trouble.as_deref().unwrap_or(trouble);
+    writeln!(out, "\nseed {seed} of {} fails. {shown}", plan.name)?;
+    Ok(())
+}
+
+/// A tape that fails in the same way, with as few choices as can be found.
+fn shorten(plan: &'static Plan, mutant: Option<Mutant>, trouble: &Trouble) -> Tape {
+    explorer(plan, mutant, 1).shrink(trouble, SHRINK_RUNS, &mut |_progress| {})
+}
+
+fn save(path: &Path, tape: &Tape) -> Result<(), ExploreError> {
+    std::fs::write(path, tape.to_string()).map_err(|why| ExploreError::File(path.to_owned(), why))
+}
+
+/// The bug that a tape was recorded with.
+fn tape_mutant(tape: &Tape) -> Result<Option<Mutant>, ExploreError> {
+    tape.mutant.as_deref().map(mutant_named).transpose()
 }
 
 /// Runs the world of a tape, with texts.
-fn play(plan: &'static Plan, tape: &Tape) -> Outcome {
-    let mutant = tape
-        .mutant
-        .as_deref()
-        .and_then(|name| mutant_named(name).ok());
+fn play(plan: &'static Plan, tape: &Tape, mutant: Option<Mutant>) -> Outcome {
     let options = Options {
         texts: Texts::Kept,
         ..options(plan, mutant)
@@ -335,8 +361,13 @@ fn again(path: &Path, args: &ExploreArgs, out: &mut dyn Write) -> Result<(), Exp
     let tape: Tape = text.parse().map_err(|why| damaged(format!("{why}")))?;
     let plan = Plan::named(&tape.scenario)
         .ok_or_else(|| ExploreError::NoScenario(tape.scenario.to_string()))?;
+    let mutant = match args.mutant.as_deref() {
+        None => tape_mutant(&tape)?,
+        Some("none") => None,
+        Some(name) => Some(mutant_named(name)?),
+    };
     gpusvm_model::sched::keep_panics_quiet();
-    let outcome = play(plan, &tape);
+    let outcome = play(plan, &tape, mutant);
     let failure = outcome
         .trouble
         .as_ref()

@@ -133,6 +133,47 @@ pub(crate) const PLANS: &[Plan] = &[
         ..SWARM
     },
     Plan {
+        name: "shutdown",
+        what: "mappings go while the VM of their device closes",
+        ops: 2,
+        does: &[Op::Unmap],
+        closes: Closes::Early,
+        ..SWARM
+    },
+    Plan {
+        name: "guards",
+        what: "guards come and go while pages migrate",
+        gpus: 1,
+        ops: 3,
+        does: &[Op::Guard, Op::Guard, Op::Send],
+        ..SWARM
+    },
+    Plan {
+        name: "reclaim",
+        what: "pages are swapped out, and pinned meanwhile",
+        gpus: 1,
+        ops: 4,
+        does: &[Op::Pin, Op::SwapOut, Op::Store],
+        ..SWARM
+    },
+    Plan {
+        name: "large",
+        what: "large pages come and go in parts",
+        gpus: 1,
+        ops: 4,
+        does: &[Op::Collapse, Op::Discard, Op::Discard, Op::Store],
+        ..SWARM
+    },
+    Plan {
+        name: "crowd",
+        what: "pages want to a device that has room for a few",
+        gpus: 1,
+        ops: 4,
+        does: &[Op::Send, Op::Send, Op::Send, Op::Store],
+        vram: 12,
+        ..SWARM
+    },
+    Plan {
         name: "fork",
         what: "children look at pages that devices write",
         gpus: 1,
