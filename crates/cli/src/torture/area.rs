@@ -7,13 +7,22 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
 use gpusvm::seam::env::Mutex;
 use gpusvm_live::{Huge, LiveEnv};
 
-use crate::torture::ledger::{PAGES, SLOTS, STRIDE, Tag, Word};
+use crate::torture::ledger::{Known, PAGES, SLOTS, STRIDE, Tag, Word};
 use crate::torture::op::Op;
 use crate::torture::random::Stream;
 use crate::workload::index;
 
 /// Operations that an area remembers.
 const REMEMBERED: usize = 48;
+
+/// One look at a word: where, and what was known before.
+#[derive(Clone, Copy)]
+pub(super) struct Look {
+    pub(super) tag: Tag,
+    pub(super) flux: Flux,
+    pub(super) known: Known,
+    pub(super) address: u64,
+}
 
 /// Who writes the words of an area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -251,6 +260,16 @@ impl Area {
 
     pub(super) fn word(&self, page: u32, slot: u32) -> &Word {
         &self.words[index(u64::from(page * SLOTS + slot))]
+    }
+
+    /// A look at the word at `tag`, whose page is said to be in `flux`.
+    pub(super) fn look(&self, tag: Tag, flux: Flux) -> Look {
+        Look {
+            tag,
+            flux,
+            known: self.word(tag.page, tag.slot).known(),
+            address: self.address(tag),
+        }
     }
 
     /// All words of some pages.

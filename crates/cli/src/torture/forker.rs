@@ -21,13 +21,13 @@ use gpusvm_abi::bus::SystemBus;
 use gpusvm_live::program::{By, Child, Ended};
 use gpusvm_live::{Backing, Territory};
 
-use crate::torture::area::{Area, Flux, Kind, Past};
-use crate::torture::ledger::{self, Known, SLOTS, Tag, Trust, Wrong};
+use crate::torture::area::{Area, Kind, Look, Past};
+use crate::torture::ledger::{self, SLOTS, Tag, Trust, Wrong};
 use crate::torture::op::Op;
 use crate::torture::random::Stream;
 use crate::torture::visit::CpuPort;
 use crate::torture::visit::Port;
-use crate::torture::world::{Doing, Fault, Finding, Side, World, tick};
+use crate::torture::world::{Doing, Fault, Finding, World, tick};
 use crate::workload::count;
 
 /// Pages that a child looks at.
@@ -47,24 +47,6 @@ pub(super) struct Forker<'w> {
     pub(super) world: &'w World,
     pub(super) me: usize,
     pub(super) random: Stream,
-}
-
-/// A word that a child looks at, and what was known of it.
-#[derive(Clone, Copy)]
-struct Look {
-    tag: Tag,
-    flux: Flux,
-    known: Known,
-    address: u64,
-    /// The latest version announced when the fork was over.
-    ceiling: u32,
-}
-
-impl Look {
-    /// Content stays, and accesses succeed.
-    fn is_strict(self) -> bool {
-        self.flux.kind() == Kind::Stable
-    }
 }
 
 impl<'w> Forker<'w> {
@@ -96,34 +78,30 @@ impl<'w> Forker<'w> {
 
     /// A child that looks at pages, and writes to them.
     fn fork(&mut self, report: &Report) {
-        let (area, mut looks) = self.choose();
+        let (area, tags) = self.choose();
         let bus = self.world.bus;
         let out = report.start;
         let inside = self.world.enter(self.me);
-        for look in &mut looks {
-            look.flux = area.flux(look.tag.page);
-            look.known = area.word(look.tag.page, look.tag.slot).known();
-            look.address = area.address(look.tag);
-        }
+        let look = |tag: &Tag| area.look(*tag, area.flux(tag.page));
+        let looks: Vec<Look> = tags.iter().map(look).collect();
         let made = Child::make(By::Fork, || look_and_write(bus, &looks, out));
-        for look in &mut looks {
-            look.ceiling = area.word(look.tag.page, look.tag.slot).ceiling();
-        }
+        let ceiling = |tag: &Tag| area.word(tag.page, tag.slot).ceiling();
+        let ceilings: Vec<u32> = tags.iter().map(ceiling).collect();
         drop(inside);
         let ended = made.and_then(Child::ended);
         let content = matches!(ended, Ok(Ended::Code(0 | 1)));
         self.note(Op::Fork, ended, &looks);
         if content {
-            self.judge(&looks, report);
+            self.judge(&looks, &ceilings, report);
         }
     }
 
     /// Words of some pages of one area.
-    fn choose(&mut self) -> (&'w Area, Vec<Look>) {
+    fn choose(&mut self) -> (&'w Area, Vec<Tag>) {
         let world = self.world;
         let (area, page) = world.pick(&mut self.random);
         self.world.actors[self.me].does(Doing::op(Op::Fork), area.id, page);
-        let mut looks = Vec::with_capacity(LOOKS * WORDS as usize);
+        let mut tags = Vec::with_capacity(LOOKS * WORDS as usize);
         for n in 0..LOOKS {
             let near = page.saturating_add(u32::try_from(n).unwrap_or(0));
             let page = if n < LOOKS / 2 && near < area.plan.pages {
@@ -133,20 +111,14 @@ impl<'w> Forker<'w> {
             };
             let first = self.random.between(0, SLOTS - 1);
             let slots = (0..WORDS).map(|n| (first + n * 7) % SLOTS);
-            looks.extend(slots.map(|slot| Look {
-                tag: area.tag(page, slot),
-                flux: area.flux(page),
-                known: area.word(page, slot).known(),
-                address: 0,
-                ceiling: 0,
-            }));
+            tags.extend(slots.map(|slot| area.tag(page, slot)));
         }
-        (area, looks)
+        (area, tags)
     }
 
     /// What the child found must lie between what was known before it and after.
-    fn judge(&self, looks: &[Look], report: &Report) {
-        for (n, look) in looks.iter().enumerate() {
+    fn judge(&self, looks: &[Look], ceilings: &[u32], report: &Report) {
+        for (n, (look, ceiling)) in looks.iter().zip(ceilings).enumerate() {
             let [found, again] = report.pair(n);
             let fault = match (found, look.flux.kind()) {
                 // Nobody says what was there.
@@ -154,17 +126,21 @@ impl<'w> Forker<'w> {
                 (REFUSED, Kind::Deny) => None,
                 (REFUSED, Kind::Stable) => Some(Fault::Refused),
                 _ if found != again => Some(Fault::Stale),
-                _ => {
-                    match ledger::judge(look.tag, found, look.known, look.ceiling, Trust::Strict) {
-                        Ok(_version) => None,
-                        Err(Wrong::Bytes) => Some(Fault::Bytes),
-                        Err(Wrong::Burnt) => Some(Fault::Stale),
-                        Err(Wrong::Old) => Some(Fault::Lost),
-                    }
-                }
+                _ => match ledger::judge(look.tag, found, look.known, *ceiling, Trust::Strict) {
+                    Ok(_version) => None,
+                    Err(Wrong::Bytes) => Some(Fault::Bytes),
+                    Err(Wrong::Burnt) => Some(Fault::Stale),
+                    Err(Wrong::Old) => Some(Fault::Lost),
+                },
             };
             if let Some(fault) = fault {
-                return self.found(fault, look, [found, again]);
+                let value = |raw: u64| (raw != REFUSED).then_some(raw);
+                return self.world.found(Finding {
+                    found: value(found),
+                    again: value(again),
+                    ceiling: *ceiling,
+                    ..self.world.statement(self.me, fault, look)
+                });
             }
         }
     }
@@ -174,7 +150,7 @@ impl<'w> Forker<'w> {
         let right = match &ended {
             Ok(Ended::Code(0)) => true,
             // A page where nobody may write.
-            Ok(Ended::Code(1)) => looks.iter().any(|look| !look.is_strict()),
+            Ok(Ended::Code(1)) => looks.iter().any(|look| look.flux.kind() != Kind::Stable),
             _ => false,
         };
         tick(&self.world.tally.ops[op as usize][usize::from(ended.is_err())]);
@@ -203,41 +179,10 @@ impl<'w> Forker<'w> {
     /// A child cannot be made, or did not end as it should.
     fn failed(&self, error: &io::Error) {
         let area = &self.world.areas[0];
-        let look = Look {
-            tag: area.tag(0, 0),
-            flux: area.flux(0),
-            known: area.word(0, 0).known(),
-            address: area.span().start().get(),
-            ceiling: area.word(0, 0).ceiling(),
-        };
-        let finding = self.finding(Fault::Operation, &look);
+        let look = area.look(area.tag(0, 0), area.flux(0));
+        let finding = self.world.statement(self.me, Fault::Operation, &look);
         let errno = error.raw_os_error().unwrap_or(-1);
         self.world.found(Finding { errno, ..finding });
-    }
-
-    fn found(&self, fault: Fault, look: &Look, [found, again]: [u64; 2]) {
-        let value = |raw: u64| (raw != REFUSED).then_some(raw);
-        self.world.found(Finding {
-            found: value(found),
-            again: value(again),
-            ..self.finding(fault, look)
-        });
-    }
-
-    fn finding(&self, fault: Fault, look: &Look) -> Finding {
-        Finding {
-            fault,
-            side: Side::Cpu,
-            actor: self.me,
-            tag: look.tag,
-            address: look.address,
-            found: None,
-            again: None,
-            known: look.known,
-            ceiling: look.ceiling,
-            at_us: self.world.now_us(),
-            errno: 0,
-        }
     }
 }
 

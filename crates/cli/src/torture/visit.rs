@@ -4,8 +4,8 @@ use gpusvm_abi::bus::{AtomicOp, SystemBus};
 use gpusvm_live::LiveBus;
 use gpusvm_softgpu::{Stop, Tile};
 
-use crate::torture::area::{Area, Flux, Kind};
-use crate::torture::ledger::{self, Known, SLOTS, Tag, Trust, Wrong};
+use crate::torture::area::{Area, Flux, Kind, Look};
+use crate::torture::ledger::{self, SLOTS, Trust, Wrong};
 use crate::torture::random::Stream;
 use crate::torture::world::{Doing, Fault, Finding, Side, World, tick};
 
@@ -102,15 +102,6 @@ pub(super) struct Visitor<'w, P> {
     pub(super) random: Stream,
 }
 
-/// One look at a word: where, and what was known before.
-#[derive(Clone, Copy)]
-struct Look {
-    tag: Tag,
-    flux: Flux,
-    known: Known,
-    address: u64,
-}
-
 impl<P: Port> Visitor<'_, P> {
     /// Visits pages until everybody stops.
     pub(super) fn work(&mut self) {
@@ -140,7 +131,7 @@ impl<P: Port> Visitor<'_, P> {
         }
         let looks: [Look; WORDS as usize] = core::array::from_fn(|n| {
             let step = u32::try_from(n).unwrap_or(0) * 5;
-            self.look(area, page, (first + step) % SLOTS, flux)
+            area.look(area.tag(page, (first + step) % SLOTS), flux)
         });
         let at = looks.map(|look| look.address);
         let mut raw = [0; WORDS as usize];
@@ -174,7 +165,7 @@ impl<P: Port> Visitor<'_, P> {
 
     /// Writes the next version of one word; `None` where the visit is over.
     fn advance(&mut self, area: &Area, page: u32, slot: u32, flux: Flux) -> Option<()> {
-        let look = self.look(area, page, slot, flux);
+        let look = area.look(area.tag(page, slot), flux);
         let word = area.word(page, slot);
         let raw = self.check(area, &look)?;
         let next = word.ceiling() + 1;
@@ -205,16 +196,6 @@ impl<P: Port> Visitor<'_, P> {
                 self.refused(area, &look, refusal);
                 None
             }
-        }
-    }
-
-    fn look(&self, area: &Area, page: u32, slot: u32, flux: Flux) -> Look {
-        let tag = area.tag(page, slot);
-        Look {
-            tag,
-            flux,
-            known: area.word(page, slot).known(),
-            address: area.address(tag),
         }
     }
 
@@ -261,18 +242,11 @@ impl<P: Port> Visitor<'_, P> {
     }
 
     fn finding(&self, look: &Look, fault: Fault, ceiling: u32) -> Finding {
+        let finding = self.world.statement(self.me, fault, look);
         Finding {
-            fault,
             side: P::SIDE,
-            actor: self.me,
-            tag: look.tag,
-            address: look.address,
-            found: None,
-            again: None,
-            known: look.known,
             ceiling,
-            at_us: self.world.now_us(),
-            errno: 0,
+            ..finding
         }
     }
 
@@ -297,7 +271,7 @@ impl<P: Port> Visitor<'_, P> {
                 self.world.actors[self.me].stepped();
                 let flux = area.flux(page);
                 let all = (0..SLOTS).all(|slot| {
-                    let look = self.look(area, page, slot, flux);
+                    let look = area.look(area.tag(page, slot), flux);
                     self.check(area, &look).is_some()
                 });
                 if !all {

@@ -10,7 +10,7 @@ use gpusvm::seam::env::{Environment, Mutex, Ns};
 use gpusvm_live::{BracketLevel, ComputeOnly, LiveBus, LiveEnv, LiveSpace, Territory};
 
 use crate::run::Stopwatch;
-use crate::torture::area::{Area, Kind};
+use crate::torture::area::{Area, Kind, Look};
 use crate::torture::ledger::{Burn, Known, Tag};
 use crate::torture::op::Op;
 use crate::torture::random::Stream;
@@ -326,6 +326,23 @@ impl World {
     fn pick_from(&self, random: &mut Stream) -> (&Area, u32) {
         let area = &self.areas[random.index(self.areas.len())];
         (area, random.between(0, area.plan.pages - 1))
+    }
+
+    /// What `actor` has to say of a look, before it says what it found.
+    pub(super) fn statement(&self, actor: usize, fault: Fault, look: &Look) -> Finding {
+        Finding {
+            fault,
+            side: Side::Cpu,
+            actor,
+            tag: look.tag,
+            address: look.address,
+            found: None,
+            again: None,
+            known: look.known,
+            ceiling: 0,
+            at_us: self.now_us(),
+            errno: 0,
+        }
     }
 
     /// Something is wrong: it is counted, the first is kept, and everybody stops.

@@ -1,10 +1,12 @@
 //! Shared libraries that a program loads and unloads while it runs.
 
-use core::ffi::{CStr, c_int, c_void};
+use core::ffi::{CStr, c_void};
 use core::ptr;
 use std::io;
 
 use gpusvm::addr::{HostSpan, HostVa};
+
+use crate::sys::modules::{self, Module};
 
 /// A library that this value loaded, and nobody else.
 #[derive(Debug)]
@@ -15,12 +17,6 @@ pub struct Library {
 
 // SAFETY: the handle is only given to `dlclose`, which any thread may call.
 unsafe impl Send for Library {}
-
-/// What is looked for among the loaded libraries.
-struct Wanted {
-    base: u64,
-    data: Option<HostSpan>,
-}
 
 impl Library {
     /// Loads a library that is not loaded yet.
@@ -83,46 +79,21 @@ fn base_of(handle: *mut c_void) -> Option<u64> {
 }
 
 fn data_of(handle: *mut c_void) -> Option<HostSpan> {
-    let mut wanted = Wanted {
-        base: base_of(handle)?,
-        data: None,
-    };
-    // SAFETY: the callback gets the value it is made for, which outlives the call.
-    unsafe { libc::dl_iterate_phdr(Some(note_data), (&raw mut wanted).cast()) };
-    wanted.data
-}
-
-unsafe extern "C" fn note_data(
-    info: *mut libc::dl_phdr_info,
-    _size: usize,
-    out: *mut c_void,
-) -> c_int {
-    // SAFETY: `data_of` passes this.
-    let wanted = unsafe { &mut *out.cast::<Wanted>() };
-    // SAFETY: the C library passes a valid description.
-    let info = unsafe { &*info };
-    if info.dlpi_addr != wanted.base {
-        return 0;
-    }
-    // SAFETY: the table has `dlpi_phnum` entries.
-    let headers =
-        unsafe { core::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
-    wanted.data = writable(wanted.base, headers);
-    1
+    let base = base_of(handle)?;
+    let mut data = None;
+    modules::each(|module| {
+        if module.base == base {
+            data = writable(module);
+        }
+    });
+    data
 }
 
 /// The first writable segment, without what became read-only when the library was linked.
-fn writable(base: u64, headers: &[libc::Elf64_Phdr]) -> Option<HostSpan> {
-    let end = |header: &libc::Elf64_Phdr| header.p_vaddr + header.p_memsz;
-    let is_data = |header: &&libc::Elf64_Phdr| {
-        header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W != 0
-    };
-    let data = headers.iter().find(is_data)?;
-    let sealed = headers
-        .iter()
-        .find(|header| header.p_type == libc::PT_GNU_RELRO);
-    let start = sealed.map_or(data.p_vaddr, |sealed| end(sealed).max(data.p_vaddr));
-    let start = HostVa::new(base + start.next_multiple_of(8));
-    let end = HostVa::new(base + end(data));
-    (start.plus(8) <= end).then(|| HostSpan::new(start, end))
+fn writable(module: &Module<'_>) -> Option<HostSpan> {
+    let (data, _) = module.segments(libc::PF_W).next()?;
+    let sealed = module.sealed().map(HostSpan::end);
+    let start = sealed.map_or(data.start(), |sealed| sealed.max(data.start()));
+    let start = HostVa::new(start.get().next_multiple_of(8));
+    (start.plus(8) <= data.end()).then(|| HostSpan::new(start, data.end()))
 }

@@ -13,7 +13,8 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE};
 pub(super) struct Module<'a> {
     /// Path; empty for the program itself.
     pub(super) name: &'a [u8],
-    base: u64,
+    /// What is added to the addresses in its file.
+    pub(super) base: u64,
     headers: &'a [libc::Elf64_Phdr],
 }
 
@@ -32,10 +33,19 @@ impl Module<'_> {
         let wanted = move |header: &&libc::Elf64_Phdr| {
             header.p_type == libc::PT_LOAD && header.p_flags & rights == rights
         };
-        self.headers.iter().filter(wanted).map(|header| {
-            let start = HostVa::new(self.base + header.p_vaddr);
-            (HostSpan::at(start, header.p_memsz), header.p_filesz)
-        })
+        let place = |header| (self.place(header), header.p_filesz);
+        self.headers.iter().filter(wanted).map(place)
+    }
+
+    /// What became read-only when it was linked.
+    pub(super) fn sealed(&self) -> Option<HostSpan> {
+        let mut headers = self.headers.iter();
+        let sealed = headers.find(|header| header.p_type == libc::PT_GNU_RELRO);
+        sealed.map(|header| self.place(header))
+    }
+
+    fn place(&self, header: &libc::Elf64_Phdr) -> HostSpan {
+        HostSpan::at(HostVa::new(self.base + header.p_vaddr), header.p_memsz)
     }
 }
 
