@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use gpusvm::mutant::Mutant;
-use gpusvm_model::sched::{Tape, Trouble};
+use gpusvm_model::sched::{FailureKind, Tape, Trouble};
 use serde_json::json;
 
 use crate::args::ExploreArgs;
@@ -129,7 +129,7 @@ fn look_for(mutant: Mutant, plans: &[&'static Plan], first: u64) -> Answer {
     let found = failed.map(|(plan, seed, trouble)| Found {
         plan,
         seed,
-        tape: shorten(plan, Some(mutant), &trouble),
+        tape: short_tape(plan, mutant, &trouble),
         trouble,
     });
     Answer {
@@ -137,6 +137,16 @@ fn look_for(mutant: Mutant, plans: &[&'static Plan], first: u64) -> Answer {
         found,
         worlds,
         took,
+    }
+}
+
+/// The tape of a failure, made short. That of a panic stays as it is: in some of the worlds on the way
+/// another destructor would panic while the first panic unwinds, and end the process.
+fn short_tape(plan: &'static Plan, mutant: Mutant, trouble: &Trouble) -> Tape {
+    if trouble.failure.kind == FailureKind::Panic {
+        trouble.tape.clone()
+    } else {
+        shorten(plan, Some(mutant), trouble)
     }
 }
 
