@@ -13,9 +13,10 @@ use gpusvm_model::mm::memory::{FrameId, Owner};
 use gpusvm_model::mm::{Machine, Pid};
 use gpusvm_softgpu::{Translation, Walked};
 
+use crate::explore::node::Node;
 use crate::explore::plan::{PAGES_MAX, address};
 use crate::explore::vram::Written;
-use crate::explore::world::{Node, World};
+use crate::explore::world::World;
 
 /// The process that everybody uses.
 const FIRST: Pid = Pid(0);
@@ -213,5 +214,20 @@ pub(super) fn nothing_is_left(world: &World) -> Result<(), String> {
     match world.told.taken() {
         0 => Ok(()),
         n => Err(format!("leak: {n} pieces of device memory have an owner")),
+    }
+}
+
+/// When the process has ended, too.
+///
+/// # Errors
+/// How many pages of host memory are left.
+pub(super) fn host_is_empty(world: &World) -> Result<(), String> {
+    let left = world.kernel.look(|mm| {
+        let memory = mm.memory();
+        memory.host_frames() - memory.free_frames()
+    });
+    match left {
+        0 => Ok(()),
+        n => Err(format!("leak: {n} pages of host memory belong to nobody")),
     }
 }

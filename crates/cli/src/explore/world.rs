@@ -6,52 +6,27 @@
 //! ```
 
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::PAGE;
-use gpusvm::mutant::Mutant;
+use gpusvm::seam::Seams;
 use gpusvm::seam::env::Environment;
-use gpusvm::seam::mm::PagemapId;
-use gpusvm::seam::{Platform, Seams};
-use gpusvm_abi::bus::{DevicePort, Park, SystemBus, VramStore};
 use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{Map, Place, What};
-use gpusvm_model::sched::{ModelEnv, ModelMutex, Sim};
-use gpusvm_softgpu::{FaultService, GpuConfig, Planted, SoftGpu};
-use gpusvm_xe::copy::XeCopy;
-use gpusvm_xe::device::Device;
-use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
+use gpusvm_model::sched::{ModelEnv, Sim, When};
 
+use crate::explore::chaos::Chaos;
+use crate::explore::doing::Watch;
 use crate::explore::ledger::Ledger;
-use crate::explore::oracle::{Oracle, nothing_is_left};
+use crate::explore::node::{Node, Shared};
+use crate::explore::oracle::{Oracle, host_is_empty, nothing_is_left};
 use crate::explore::plan::{Closes, Plan, Service, WORDS, address};
-use crate::explore::port::{Inline, Port};
 use crate::explore::sink::Told;
-use crate::explore::vram::{ModelVram, Written};
-use crate::explore::{cpu, gpu};
-
-/// The model host, the Xe driver and its copy engine, as one platform.
-#[derive(Debug)]
-pub(super) struct ModelPlatform;
-
-impl Platform for ModelPlatform {
-    type Env = ModelEnv;
-    type Space = ModelSpace<ModelEnv>;
-    type Copy = XeCopy;
-    type Sink = Told;
-}
-
-/// One device with its driver and the VM on it.
-pub(super) struct Node {
-    pub(super) gpu: Arc<SoftGpu<ModelMutex>>,
-    pub(super) device: Arc<Device<ModelPlatform>>,
-    pub(super) vm: Arc<Vm<ModelPlatform>>,
-    /// What has been written to the device's memory.
-    pub(super) written: Arc<Written>,
-}
+use crate::explore::space::{Between, Space};
+use crate::explore::{coverage, cpu, gpu};
 
 /// What all actors share.
 pub(super) struct World {
@@ -60,6 +35,7 @@ pub(super) struct World {
     pub(super) space: Arc<ModelSpace<ModelEnv>>,
     pub(super) nodes: Vec<Node>,
     pub(super) told: Arc<Told>,
+    pub(super) between: Arc<Between>,
     ledger: Mutex<Ledger>,
     /// Actors that are not done.
     pub(super) busy: AtomicU32,
@@ -76,9 +52,10 @@ impl fmt::Debug for World {
 }
 
 /// Makes the world of a plan.
-pub(super) fn build(plan: &'static Plan, sim: &Sim) {
-    let world = Arc::new(World::new(plan));
+pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
+    let world = Arc::new(World::new(plan, watch));
     map(&world.space, 0..plan.pages);
+    world.nodes.iter().for_each(|node| node.name_locks(sim));
     for n in 0..usize::from(plan.cpus) {
         let world = Arc::clone(&world);
         sim.spawn(CPUS[n % CPUS.len()], move || cpu::run(&world, n));
@@ -98,7 +75,21 @@ pub(super) fn build(plan: &'static Plan, sim: &Sim) {
     // Whatever changes memory of the host or of a device counts in it.
     let changes = Arc::clone(world.kernel.generation());
     sim.oracle_counting(changes, move || oracle.look(&of_oracle));
+    if world.between.watch.is_on() {
+        watch_meetings(sim, &world);
+    }
     sim.spawn("conductor", move || conduct(&world));
+}
+
+fn watch_meetings(sim: &Sim, world: &Arc<World>) {
+    let (world, mut seen) = (Arc::clone(world), None);
+    sim.oracle(When::EveryStep, move || {
+        let moved = world.kernel.generation().load(Ordering::Relaxed);
+        world.between.watch.visit(&mut seen, moved, |step| {
+            world.kernel.look(|mm| coverage::note(mm, step));
+        });
+        Ok(())
+    });
 }
 
 const CPUS: [&str; 2] = ["cpu0", "cpu1"];
@@ -131,24 +122,36 @@ pub(super) fn map(space: &ModelSpace<ModelEnv>, pages: core::ops::Range<u32>) {
 }
 
 impl World {
-    fn new(plan: &'static Plan) -> Self {
+    fn new(plan: &'static Plan, watch: Watch) -> Self {
         let kernel = Kernel::new(Arc::new(ModelEnv), plan.shape());
         let space = ModelSpace::first(&kernel);
         let told = Arc::new(Told::default());
-        let seams = Seams {
-            env: Arc::new(ModelEnv),
-            space: Arc::clone(&space),
-            sink: Arc::clone(&told),
+        let between = Arc::new(Between {
+            watch,
+            chaos: match plan.chaos {
+                0 => Chaos::default(),
+                _ => Chaos::drawn(),
+            },
+        });
+        let shared = Shared {
+            kernel: Arc::clone(&kernel),
+            seams: Seams {
+                env: Arc::new(ModelEnv),
+                space: Arc::new(Space::new(Arc::clone(&space), Arc::clone(&between))),
+                sink: Arc::clone(&told),
+            },
+            between: Arc::clone(&between),
+            bus: Arc::new(Bus::new(Arc::clone(&kernel))),
         };
-        let bus: Arc<dyn SystemBus> = Arc::new(Bus::new(Arc::clone(&kernel)));
-        let changes = kernel.generation();
-        let node = |n: u16| Node::new(plan, n, &seams, (&bus, changes));
         Self {
             plan,
-            nodes: (0..plan.gpus).map(node).collect(),
+            nodes: (0..plan.gpus)
+                .map(|n| Node::new(plan, n, &shared))
+                .collect(),
             kernel,
             space,
             told,
+            between,
             ledger: Mutex::default(),
             busy: AtomicU32::new(u32::from(plan.cpus + plan.gpus)),
             closed: AtomicBool::new(false),
@@ -157,7 +160,9 @@ impl World {
 
     /// What may be read. Nobody gives way inside.
     pub(super) fn ledger<R>(&self, act: impl FnOnce(&mut Ledger) -> R) -> R {
-        act(&mut self.ledger.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        ledger.excuses = self.between.chaos.excuses() + self.kernel.refused();
+        act(&mut ledger)
     }
 
     /// Words that were stored to.
@@ -183,76 +188,6 @@ impl World {
     }
 }
 
-impl Node {
-    fn new(
-        plan: &Plan,
-        n: u16,
-        seams: &Seams<ModelPlatform>,
-        (bus, changes): (&Arc<dyn SystemBus>, &Arc<AtomicU64>),
-    ) -> Self {
-        let written = Arc::<Written>::default();
-        let vram = ModelVram::new(
-            plan.vram,
-            Arc::clone(bus),
-            Arc::clone(&written),
-            Arc::clone(changes),
-        );
-        let gpu = SoftGpu::new(
-            config(plan),
-            Arc::new(vram) as Arc<dyn VramStore>,
-            Arc::clone(bus),
-            Arc::new(ModelEnv) as Arc<dyn Park>,
-        );
-        let gpu = gpu.expect("a plan's device has units, a ring and address spaces");
-        let port = Arc::new(Port(Arc::<SoftGpu<ModelMutex>>::clone(&gpu))) as Arc<dyn DevicePort>;
-        let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
-        let id = PagemapId(u32::from(n) + 1);
-        let device = Device::new(seams.clone(), id, port, copy);
-        let vm = Vm::new(&device, u32::from(n) + 1).expect("a fresh device has room for a table");
-        let area = MirrorArea {
-            span: user_space(),
-            rights: Rights::ReadWrite,
-        };
-        vm.mirror(area).expect("a fresh VM has no ranges");
-        let inline = Arc::new(Inline(Arc::<Device<ModelPlatform>>::clone(&device)));
-        gpu.set_fault_service(match plan.service {
-            Service::Inline => FaultService::Inline(inline),
-            Service::Queue => FaultService::Queue,
-        });
-        Self {
-            gpu,
-            device,
-            vm,
-            written,
-        }
-    }
-
-    /// Parts device and driver, which refer to each other.
-    fn part(&self) {
-        self.gpu.set_fault_service(FaultService::Queue);
-    }
-}
-
-fn config(plan: &Plan) -> GpuConfig {
-    let planted = [
-        (Mutant::TlbKeepsEntries, Planted::KeepTlb),
-        (Mutant::WalkOutsideGate, Planted::WalkOutsideGate),
-        (Mutant::FaultWakesNobody, Planted::AnswerWakesNobody),
-    ];
-    let planted = planted
-        .into_iter()
-        .find(|(mutant, _)| ModelEnv.mutant(*mutant));
-    GpuConfig {
-        gts: 1,
-        units_per_gt: 1,
-        tlb_entries: 16,
-        fault_ring: 2,
-        asids: u32::from(plan.gpus) + 1,
-        tlb_timeout_ns: 1_000_000,
-        planted: planted.map(|(_, bug)| bug),
-    }
-}
-
 /// Waits until all are done; then everything must be readable, and nothing must be left.
 fn conduct(world: &Arc<World>) {
     loop {
@@ -263,6 +198,7 @@ fn conduct(world: &Arc<World>) {
         Environment::wait(&ModelEnv, &world.busy, seen);
     }
     ModelEnv.calm();
+    world.kernel.refuse(0);
     if world.plan.closes == Closes::AtTheEnd {
         (0..world.nodes.len()).for_each(|n| gpu::sweep(world, n));
     }
@@ -274,5 +210,7 @@ fn conduct(world: &Arc<World>) {
         node.gpu.kick_service();
     }
     world.must(nothing_is_left(world));
+    world.space.exit();
+    world.must(host_is_empty(world));
     world.nodes.iter().for_each(Node::part);
 }

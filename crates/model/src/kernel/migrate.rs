@@ -9,6 +9,7 @@ use core::fmt;
 
 use gpusvm::addr::{HostSpan, PageCount, VramAddr, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrationSet};
@@ -121,7 +122,7 @@ fn identity(allocation: &AllocationRef) -> Device {
 
 impl<E: Environment> ModelMigration<'_, E> {
     /// Puts migration entries into the mapping, inside one bracket; all or nothing.
-    fn collect(&mut self, place: u32) -> Result<(), Stale> {
+    fn collect(&mut self, place: u32) -> Result<(), Interrupted> {
         let Way::Out {
             pid, pages, legs, ..
         } = &mut self.way
@@ -132,11 +133,18 @@ impl<E: Environment> ModelMigration<'_, E> {
         let mut result = Ok(());
         for (n, page) in (0..).zip(pages.iter()) {
             self.kernel.step();
-            let (found, to) = self.kernel.with(|mm| {
+            let found = self.kernel.with(|mm| {
                 // Made first: the allocation's reference goes with its last page.
-                let to = mm.new_device_page(place, n);
-                (mm.collect(*pid, page), to)
+                let to = mm.new_device_page(place, n)?;
+                Some((mm.collect(*pid, page), to))
             });
+            let Some((found, to)) = found else {
+                if legs.is_empty() {
+                    self.kernel.release(vec![place]);
+                }
+                result = Err(Failed::OutOfMemory.into());
+                break;
+            };
             let from = match found {
                 Collected::Page(frame) => Some(frame),
                 Collected::Hole | Collected::Busy | Collected::Refused => None,
@@ -144,8 +152,8 @@ impl<E: Environment> ModelMigration<'_, E> {
             legs.push(Out { page, from, to });
             match found {
                 Collected::Page(_) | Collected::Hole => {}
-                Collected::Busy => result = Err(Stale::PagesBusy),
-                Collected::Refused => result = Err(Stale::PagesRefused),
+                Collected::Busy => result = Err(Stale::PagesBusy.into()),
+                Collected::Refused => result = Err(Stale::PagesRefused.into()),
             }
             if result.is_err() {
                 break;
@@ -205,7 +213,7 @@ impl<E: Environment> ModelMigration<'_, E> {
         for leg in legs {
             let Some(from) = leg.from else { continue };
             kernel.step();
-            let settled = kernel.with(|mm| mm.arrive(from, leg.to));
+            let settled = kernel.with(|mm| mm.leave(from, leg.to));
             moved += u64::from(settled > 0);
         }
         moved
@@ -370,6 +378,18 @@ impl Machine {
         settled
     }
 
+    /// As [`arrive`](Self::arrive), on a device, unless the page is refused there: then it stays where it
+    /// was (a charge that fails, as in `migrate_vma_pages`).
+    fn leave(&mut self, from: FrameId, to: FrameId) -> u32 {
+        if !self.memory.is_refused() {
+            return self.arrive(from, to);
+        }
+        self.settle(from, from);
+        self.let_go(from);
+        self.drop_device_page(to);
+        0
+    }
+
     /// Where a page is mapped, without entries of migrations.
     fn mapped_at(&self, frame: FrameId) -> impl Iterator<Item = (Pid, u32)> + use<'_> {
         let all = self.rmaps().of(self.memory(), frame);
@@ -458,7 +478,7 @@ impl<E: Environment> MigrationSet for ModelMigration<'_, E> {
 
 impl<E: Environment> Drop for ModelMigration<'_, E> {
     fn drop(&mut self) {
-        if !self.done {
+        if !self.done && !self.kernel.env.mutant(Mutant::UndoSkipped) {
             self.undo();
         }
     }

@@ -219,6 +219,10 @@ impl Machine {
             | Entry::Guard
             | Entry::UffdWp => return false,
         }
+        // For a page table.
+        if self.memory.is_refused() {
+            return false;
+        }
         self.prepare_anon(pid, page);
         self.memory.frame_mut(device).exclusive = true;
         let right = if vma.flags.has(VmFlags::WRITE) {
@@ -270,15 +274,19 @@ impl Machine {
             .unwrap_or_default()
     }
 
-    /// A page of device memory for page `page` of the allocation in `place`. It has no references:
+    /// A page of device memory for page `page` of the allocation in `place`; `None` where memory for
+    /// its bookkeeping is refused. It has no references:
     /// [`drop_device_page`](Self::drop_device_page) gives it back if it gets none.
-    pub fn new_device_page(&mut self, place: u32, page: u32) -> FrameId {
+    pub fn new_device_page(&mut self, place: u32, page: u32) -> Option<FrameId> {
+        if self.memory.is_refused() {
+            return None;
+        }
         if self.devices.len() <= place as usize {
             self.name_place(place, Device::default());
         }
         self.device_pages[place as usize] += 1;
         self.changes.places.add(place);
-        self.memory.allocate_device(Owner::Device(place, page))
+        Some(self.memory.allocate_device(Owner::Device(place, page)))
     }
 
     /// Gives back a device page that was never mapped.

@@ -136,6 +136,8 @@ pub(super) struct World {
     pub(super) deferred: Vec<Work>,
     random: Stream,
     pub(super) chaos_sites: Vec<(&'static str, u32)>,
+    /// Goals that were reached, one bit each.
+    pub(super) reached: Vec<u64>,
     pub(super) failure: Option<Box<Failure>>,
     pub(super) dying_waits: u32,
     pub(super) panic_site: Option<String>,
@@ -204,6 +206,7 @@ impl World {
             deferred: Vec::new(),
             random: Stream::ZERO,
             chaos_sites: Vec::new(),
+            reached: Vec::new(),
             failure: None,
             dying_waits: 0,
             panic_site: None,
@@ -232,6 +235,7 @@ impl World {
         self.deferred.clear();
         self.counters.clear();
         self.chaos_sites.clear();
+        self.reached.clear();
         (self.ready, self.unfinished, self.steps, self.switches) = (0, 0, 0, 0);
         (self.now, self.earliest, self.streak, self.dying_waits) = (0, NEVER, 0, 0);
         (self.phase, self.calm_since) = (Phase::Safety, options.safety_steps);
@@ -468,6 +472,15 @@ impl World {
 
     pub(super) fn keeps_texts(&self) -> bool {
         self.options.texts == Texts::Kept
+    }
+
+    /// Takes note that the world has reached a goal.
+    pub(super) fn reach(&mut self, goal: u32) {
+        let at = goal as usize / 64;
+        if self.reached.len() <= at {
+            self.reached.resize(at + 1, 0);
+        }
+        self.reached[at] |= 1 << (goal % 64);
     }
 
     pub(super) const fn enter_busy(&mut self) {
