@@ -9,7 +9,7 @@ use gpusvm::addr::{PAGE, VramAddr};
 use gpusvm::error::Failed;
 use gpusvm::seam::env::{Environment, Mutex};
 use gpusvm::seam::table::TableStore;
-use gpusvm::vram::{Bo, BoRequest, From, Manager};
+use gpusvm::vram::{Bo, BoRequest, From, Manager, Purpose};
 use gpusvm_abi::bus::{CopyKind, CopyPiece, DevicePort};
 
 /// The tables of one device.
@@ -48,6 +48,7 @@ impl<E: Environment> TableStore for VramTables<E> {
         let bo = self.vram.allocate(BoRequest {
             bytes: PAGE,
             from: From::Top,
+            purpose: Purpose::Tables,
         })?;
         let at = bo.span().start();
         let clear = CopyPiece {

@@ -68,6 +68,7 @@ impl Kind {
         match mm.block(Pid(0), page) {
             Block::Huge(..) => Self::Huge,
             Block::Zero(_) => Self::HugeZero,
+            Block::Device(..) => Self::DevicePrivate,
             Block::Table => match mm.entry(Pid(0), page) {
                 Entry::None => Self::None,
                 Entry::Present(..) => Self::Present,

@@ -5,7 +5,7 @@ use core::ops::Range;
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::env::Ns;
-use gpusvm::seam::mm::Access;
+use gpusvm::seam::mm::{Access, AddressSpace};
 use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::errno::Errno;
 use gpusvm_model::mm::flags::Prot;
@@ -84,7 +84,8 @@ fn operate(world: &World, n: usize, op: Op, page: u32) {
         Op::Fork => fork(world, page),
         Op::Pin => pin(world, page),
         Op::Exclusive => {
-            let _made = world.space.make_device_exclusive(address(page, 0));
+            let at = address(page, 0);
+            let _made = world.space.make_exclusive(at, &mut |_bus| {});
         }
     }
 }

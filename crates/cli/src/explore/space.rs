@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use gpusvm::addr::{HostSpan, HostVa, PageCount};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PageCount};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::copy::CopyMove;
 use gpusvm::seam::mm::{
     AddressSpace, FaultIn, InvalidateReason, InvalidationSink, MigrateTo, MigrationSet, PageRun,
-    Placement, Vma,
+    PagemapId, Placement, Seen, Vma,
 };
 use gpusvm_model::kernel::{ModelMigration, ModelSpace};
 use gpusvm_model::sched::ModelEnv;
@@ -151,5 +151,24 @@ impl AddressSpace for Space {
             return Err(self.between.chaos.stale());
         }
         Ok(Migration { host, _ends: ends })
+    }
+
+    fn snapshot(
+        &self,
+        span: HostSpan,
+        keep: Option<PagemapId>,
+        pages: &mut Vec<Seen>,
+    ) -> Result<(), Interrupted> {
+        self.between.chaos.must_be_outside("snapshot");
+        self.host.snapshot(span, keep, pages)
+    }
+
+    fn make_exclusive(
+        &self,
+        at: HostVa,
+        commit: &mut dyn FnMut(BusAddr),
+    ) -> Result<(), Interrupted> {
+        self.between.chaos.must_be_outside("make_exclusive");
+        self.host.make_exclusive(at, commit)
     }
 }

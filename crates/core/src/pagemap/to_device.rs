@@ -12,9 +12,10 @@ use crate::seam::Platform;
 use crate::seam::copy::{CopyEngine, CopyMove, CopyWith};
 use crate::seam::env::{Environment, Ns, Point};
 use crate::seam::mm::{
-    Access, AddressSpace, DeviceAllocation, FaultIn, MigrateTo, MigrationSet, Placement,
+    Access, AddressSpace, AllocationRef, DeviceAllocation, FaultIn, MigrateTo, MigrationSet, Pager,
+    Placement,
 };
-use crate::vram::{BoRequest, Evict, From};
+use crate::vram::{BoRequest, Evict, From, Purpose};
 
 /// A wish to move one span.
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +67,7 @@ impl<P: Platform> Pagemap<P> {
             span,
             access: Access::Read,
             keep: None,
+            pager: Pager::Wait,
         };
         self.seams.space.fault_in(&request, &mut Vec::new())
     }
@@ -75,6 +77,7 @@ impl<P: Platform> Pagemap<P> {
         let bo = self.vram.allocate(BoRequest {
             bytes: span.bytes(),
             from: From::Bottom,
+            purpose: Purpose::Pages,
         })?;
         Ok(Allocation::new(self, bo, span))
     }
@@ -87,10 +90,10 @@ impl<P: Platform> Pagemap<P> {
         span: HostSpan,
     ) -> Result<(PageCount, PageCount), Interrupted> {
         let aperture = self.copy.adopt(vram_of(allocation));
-        let to = MigrateTo::Device {
-            allocation: Arc::<Allocation<P>>::clone(allocation),
+        let to = MigrateTo::device(
+            Arc::<Allocation<P>>::clone(allocation) as AllocationRef,
             aperture,
-        };
+        );
         let set = self.seams.space.migrate_begin(span, to)?;
         self.seams.env.yield_point(Point::AfterCollect);
         if self.seams.env.mutant(Mutant::FinalizeBeforeCopyOut) {

@@ -2,10 +2,11 @@
 
 use alloc::sync::Arc;
 use core::fmt;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::addr::VramSpan;
 use crate::seam::env::Environment;
-use crate::vram::manager::Manager;
+use crate::vram::manager::{Manager, Purpose};
 
 /// A buffer object. Its memory is free again when the last reference goes.
 ///
@@ -16,6 +17,8 @@ pub struct Bo<E: Environment> {
     span: VramSpan,
     /// Place on the LRU; never reused.
     stamp: u64,
+    /// Its pages are on their way. Changed under the `vram` lock.
+    filling: AtomicBool,
 }
 
 impl<E: Environment> fmt::Debug for Bo<E> {
@@ -25,11 +28,17 @@ impl<E: Environment> fmt::Debug for Bo<E> {
 }
 
 impl<E: Environment> Bo<E> {
-    pub(super) const fn new(manager: Arc<Manager<E>>, span: VramSpan, stamp: u64) -> Self {
+    pub(super) const fn new(
+        manager: Arc<Manager<E>>,
+        span: VramSpan,
+        stamp: u64,
+        purpose: Purpose,
+    ) -> Self {
         Self {
             manager,
             span,
             stamp,
+            filling: AtomicBool::new(matches!(purpose, Purpose::Pages)),
         }
     }
 
@@ -42,10 +51,16 @@ impl<E: Environment> Bo<E> {
     pub(super) const fn id(&self) -> u64 {
         self.stamp
     }
+
+    /// Notes that nothing is on its way any more; whether something was. The caller holds the `vram`
+    /// lock.
+    pub(super) fn is_filled_now(&self) -> bool {
+        self.filling.swap(false, Ordering::Relaxed)
+    }
 }
 
 impl<E: Environment> Drop for Bo<E> {
     fn drop(&mut self) {
-        self.manager.release(self.stamp, self.span);
+        self.manager.release(self);
     }
 }

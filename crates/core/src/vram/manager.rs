@@ -4,7 +4,6 @@ use alloc::sync::{Arc, Weak};
 use core::fmt;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use crate::addr::VramSpan;
 use crate::error::{Failed, Interrupted};
 use crate::mutant::Mutant;
 use crate::seam::env::{Environment, Mutex, Point};
@@ -32,6 +31,19 @@ pub struct BoRequest {
     pub bytes: u64,
     /// From which end.
     pub from: From,
+    /// What it is for.
+    pub purpose: Purpose,
+}
+
+/// What device memory is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Pages of processes: evictable as soon as they are there, and without memory they stay where
+    /// they are.
+    Pages,
+    /// Page tables: never evictable, and nothing can be done without them. Such an allocation waits
+    /// for pages that are on their way, to evict them.
+    Tables,
 }
 
 /// One device memory.
@@ -50,6 +62,8 @@ struct State {
     serial: u64,
     /// Objects that are being evicted right now: off the list, not yet free.
     evicting: usize,
+    /// Objects whose pages are on their way: not yet on the list.
+    filling: usize,
 }
 
 /// How one step of an eviction walk ended.
@@ -58,7 +72,7 @@ enum Step {
     Freed,
     /// The victim stays.
     Busy,
-    /// The list is empty, but others are evicting.
+    /// The list is empty, but others are about to free memory, or to put some on the list.
     Others,
     /// The list is empty.
     Empty,
@@ -80,6 +94,7 @@ impl<E: Environment> Manager<E> {
             lru: Lru::default(),
             serial: 0,
             evicting: 0,
+            filling: 0,
         };
         Self {
             env,
@@ -112,15 +127,15 @@ impl<E: Environment> Manager<E> {
             return Err(Failed::TooLarge);
         }
         for _pass in 0..EVICT_PASSES {
-            let on_list = self.state.lock().lru.len();
             // One more step than objects, so that a walk over busy ones ends.
-            for _step in 0..=on_list {
+            let mut steps = self.state.lock().lru.len() + 1;
+            while steps > 0 {
                 let seen = self.freed.load(Ordering::Acquire);
                 if let Some(bo) = self.try_allocate(request) {
                     return Ok(bo);
                 }
-                match self.evict_oldest() {
-                    Step::Freed | Step::Busy => {}
+                match self.evict_oldest(request.purpose) {
+                    Step::Freed | Step::Busy => steps -= 1,
                     Step::Others => self.env.wait(&self.freed, seen),
                     Step::Empty => break,
                 }
@@ -131,7 +146,14 @@ impl<E: Environment> Manager<E> {
 
     /// Puts an object on the LRU, at the recently-used end. `who` is asked to let go of it.
     pub fn make_evictable(&self, bo: &Bo<E>, who: Weak<dyn Evict>) {
-        self.state.lock().lru.insert(Entry { id: bo.id(), who });
+        let mut state = self.state.lock();
+        state.lru.insert(Entry { id: bo.id(), who });
+        let filled = bo.is_filled_now();
+        state.filling -= usize::from(filled);
+        drop(state);
+        if filled {
+            self.announce();
+        }
     }
 
     /// Notes that an object was used. Pinned objects stay pinned.
@@ -146,7 +168,7 @@ impl<E: Environment> Manager<E> {
     pub fn evict_all(&self) -> usize {
         let on_list = self.state.lock().lru.len();
         (0..on_list)
-            .filter(|_| matches!(self.evict_oldest(), Step::Freed))
+            .filter(|_| matches!(self.evict_oldest(Purpose::Pages), Step::Freed))
             .count()
     }
 
@@ -155,15 +177,22 @@ impl<E: Environment> Manager<E> {
         let span = state.buddy.alloc(request.bytes, request.from)?;
         state.serial += 1;
         let id = state.serial;
+        state.filling += usize::from(request.purpose == Purpose::Pages);
         drop(state);
-        Some(Arc::new(Bo::new(Arc::clone(self), span, id)))
+        Some(Arc::new(Bo::new(
+            Arc::clone(self),
+            span,
+            id,
+            request.purpose,
+        )))
     }
 
     /// Takes the oldest object off the list and asks its owner to let go, without the lock.
-    fn evict_oldest(&self) -> Step {
+    fn evict_oldest(&self, purpose: Purpose) -> Step {
         let mut state = self.state.lock();
         let Some(entry) = state.lru.pop_oldest() else {
-            return if state.evicting > 0 {
+            let filling = purpose == Purpose::Tables && state.filling > 0;
+            return if state.evicting > 0 || filling {
                 Step::Others
             } else {
                 Step::Empty
@@ -188,9 +217,11 @@ impl<E: Environment> Manager<E> {
     }
 
     /// The last reference to an object went.
-    pub(super) fn release(&self, id: u64, span: VramSpan) {
+    pub(super) fn release(&self, bo: &Bo<E>) {
+        let span = bo.span();
         let mut state = self.state.lock();
-        let entry = state.lru.remove(id);
+        let entry = state.lru.remove(bo.id());
+        state.filling -= usize::from(bo.is_filled_now());
         state.buddy.free(span);
         drop(state);
         drop(entry);

@@ -11,4 +11,4 @@ mod manager;
 
 pub use bo::Bo;
 pub use buddy::{Buddy, From};
-pub use manager::{BoRequest, Evict, Manager};
+pub use manager::{BoRequest, Evict, Manager, Purpose};

@@ -43,6 +43,16 @@ fn block(manager: &Arc<Manager<TestEnv>>) -> Result<Arc<Bo<TestEnv>>, Failed> {
     manager.allocate(BoRequest {
         bytes: BLOCK,
         from: From::Bottom,
+        purpose: Purpose::Pages,
+    })
+}
+
+/// Memory for tables.
+fn table(manager: &Arc<Manager<TestEnv>>) -> Result<Arc<Bo<TestEnv>>, Failed> {
+    manager.allocate(BoRequest {
+        bytes: BLOCK,
+        from: From::Top,
+        purpose: Purpose::Tables,
     })
 }
 
@@ -114,10 +124,40 @@ fn busy_victim_is_passed_over_and_stays_on_the_list() {
 }
 
 #[test]
+fn tables_wait_for_pages_that_are_on_their_way() {
+    let manager = manager(1);
+    for outcome in [Some(Mood::Willing), None] {
+        let bo = block(&manager).expect("there is room");
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| table(&manager).map(|bo| bo.span().bytes()));
+            (0..1000).for_each(|_| std::thread::yield_now());
+            // The pages arrive and can be evicted, or nothing comes of them.
+            let holder = outcome.map(|mood| {
+                let holder = Arc::new(Holder {
+                    bo: StdMutex::new(Some(Arc::clone(&bo))),
+                    mood,
+                });
+                let weak = Arc::<Holder>::downgrade(&holder);
+                manager.make_evictable(&bo, weak);
+                holder
+            });
+            drop(bo);
+            assert_eq!(waits.join().expect("it ends"), Ok(BLOCK));
+            assert!(holder.is_none_or(|holder| !holds(&holder)));
+        });
+        assert_eq!(manager.used(), 0);
+    }
+    let pinned = table(&manager).expect("there is room");
+    assert_eq!(table(&manager).map(|_bo| ()), Err(Failed::OutOfVram));
+    drop(pinned);
+}
+
+#[test]
 fn what_can_never_fit_is_told_apart() {
     let request = BoRequest {
         bytes: 2 * BLOCK,
         from: From::Bottom,
+        purpose: Purpose::Tables,
     };
     assert_eq!(
         manager(1).allocate(request).map(|_bo| ()),
