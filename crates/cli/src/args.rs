@@ -143,9 +143,9 @@ pub struct RunArgs {
 /// Options of `explore`.
 #[derive(Args, Clone, Debug)]
 pub struct ExploreArgs {
-    /// Kind of world, or all of them.
-    #[arg(long, default_value = "swarm", value_name = "NAME|all")]
-    pub scenario: String,
+    /// Kind of world, or all of them; swarm, if nothing is said, and all for known bugs.
+    #[arg(long, value_name = "NAME|all")]
+    pub scenario: Option<String>,
     /// How many worlds of each kind.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
     pub seeds: u64,
@@ -155,12 +155,17 @@ pub struct ExploreArgs {
     /// Run the one world of this tape.
     #[arg(long, value_name = "FILE")]
     pub tape: Option<PathBuf>,
-    /// Write the tape of a failure there.
-    #[arg(long, value_name = "FILE", default_value = "gpusvm.tape")]
-    pub save: PathBuf,
-    /// Re-introduce a known bug, or all of them one after the other: each must be found.
-    #[arg(long, value_name = "NAME|all")]
+    /// Write the tape of a failure there (gpusvm.tape, if nothing is said); the tapes of several bugs
+    /// into this folder.
+    #[arg(long, value_name = "FILE|DIR")]
+    pub save: Option<PathBuf>,
+    /// Re-introduce known bugs one after the other: each must be found. With --tape, run the tape's
+    /// world with this bug, or with none.
+    #[arg(long, value_name = "NAME,...|all")]
     pub mutant: Option<String>,
+    /// Watch all worlds, not one in sixteen, and show which operations met which entries.
+    #[arg(long)]
+    pub coverage: bool,
     /// Threads that run worlds; one for each processor, if nothing is said.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,

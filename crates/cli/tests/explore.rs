@@ -45,33 +45,65 @@ fn worlds_of_every_kind_keep_the_rules_and_are_the_same_again() {
 }
 
 #[test]
-fn known_bug_is_found_and_its_short_tape_fails_again() {
-    let tape = file("recheck.tape");
+fn known_bugs_are_found_and_their_short_tapes_fail_again() {
+    let folder = file("tapes-of-bugs");
+    let names = ["recheck-dropped", "newer-page-overwritten"];
+    let all = names.join(",");
+    let save = folder.to_str().expect("text");
+    let output = explore(&["--mutant", &all, "--save", save, "--json"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    for answer in json(&output)["mutants"].as_array().expect("a list") {
+        assert!(
+            answer["choices"].as_u64().expect("a number") < 40,
+            "{answer}"
+        );
+    }
+    for name in names {
+        let tape = folder.join(format!("{name}.tape"));
+        let tape = tape.to_str().expect("text");
+        let again = explore(&["--mutant", name, "--tape", tape, "--json"]);
+        assert_eq!(again.status.code(), Some(1), "{name}");
+        assert!(json(&again)["failure"].is_string());
+        let twice = explore(&["--tape", tape, "--json"]);
+        assert_eq!(json(&again)["hash"], json(&twice)["hash"]);
+        let without = explore(&["--mutant", "none", "--tape", tape]);
+        assert!(without.status.success(), "{name}: it is the bug that fails");
+    }
+}
+
+#[test]
+fn one_known_bug_is_explained() {
+    let tape = file("explained.tape");
     let save = tape.to_str().expect("text");
     let output = explore(&["--mutant", "recheck-dropped", "--save", save]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let shown = text(&output.stdout);
-    assert!(shown.contains("replay: gpusvm explore --tape"), "{shown}");
-    let again = explore(&["--tape", save, "--json"]);
-    assert_eq!(again.status.code(), Some(1));
-    assert!(json(&again)["failure"].is_string());
-    let twice = explore(&["--tape", save, "--json"]);
-    assert_eq!(json(&again)["hash"], json(&twice)["hash"]);
+    for part in [" cpu0 ", "replay: gpusvm explore --mutant NAME --tape"] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    assert!(tape.exists());
 }
 
 #[test]
-fn tapes_of_bugs_that_are_gone_pass() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tapes");
-    let tapes = std::fs::read_dir(folder).expect("there are tapes");
-    for tape in tapes {
-        let path = tape.expect("a file").path();
-        let output = explore(&["--tape", path.to_str().expect("text")]);
-        assert!(
-            output.status.success(),
-            "{path:?}: {}",
-            text(&output.stdout)
-        );
-    }
+fn coverage_is_the_same_on_any_number_of_threads() {
+    let args = ["--scenario", "swarm", "--seeds", "128", "--coverage"];
+    let with = |more: &[&str]| {
+        let output = explore(&[&args[..], more].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        output
+    };
+    let coverage = |threads| json(&with(&["--json", "--threads", threads]))["coverage"].clone();
+    let alone = coverage("1");
+    assert_eq!(alone, coverage("3"));
+    let number = |name: &str| alone[name].as_u64().expect("a number");
+    assert!(number("reached") > 200 && number("reached") < number("possible"));
+    let missing = alone["never"].as_array().expect("a list").len() as u64;
+    assert_eq!(number("possible") - number("reached"), missing);
+    let output = with(&[]);
+    let shown = text(&output.stdout);
+    assert!(shown.contains("\nserve_fault "), "{shown}");
+    assert!(shown.contains("\ncoverage: "), "{shown}");
+    assert!(!shown.contains("this cannot be"), "{shown}");
 }
 
 #[test]

@@ -60,6 +60,8 @@ mutants! {
         FinalizeBeforeCopyOut = "finalize-before-copy-out": "Entries point to device memory before the content is there.",
         FinalizeBeforeCopyHome = "finalize-before-copy-home": "Pages are given back before the copy from the device has ended.",
         FreedTwice = "freed-twice": "Device memory is freed, and a moment later once more.",
+        AloneNotEvictable = "alone-not-evictable": "After a migration of which only some pages moved, those cannot be evicted.",
+        PlanNotAborted = "plan-not-aborted": "A binding that comes too late keeps the tables that were made for it.",
         FreeWakesNobody = "free-wakes-nobody": "Whoever waits for device memory is not told that some is free.",
         // The device.
         TlbKeepsEntries = "tlb-keeps-entries": "A unit acknowledges a TLB invalidation and keeps its entries.",
@@ -71,6 +73,9 @@ mutants! {
         NewerPageOverwritten = "newer-page-overwritten": "A page that came while its device copy was away is overwritten by it.",
         GuardFilled = "guard-filled": "A guard takes part in a migration as if it were a hole.",
         PinIgnored = "pin-ignored": "A pinned page migrates.",
+        UndoSkipped = "undo-skipped": "A migration that is given up does not put its pages back.",
+        PinnedReclaimed = "pinned-reclaimed": "Reclaim takes a page away that was pinned meanwhile.",
+        LateBlockDropped = "late-block-dropped": "Dropping a part of a large page that came in meanwhile drops all of it.",
         ForkDropsReference = "fork-drops-reference": "fork copies a device entry and counts no reference for it.",
     }
     calls {

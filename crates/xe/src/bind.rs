@@ -6,9 +6,11 @@
 use alloc::vec::Vec;
 
 use gpusvm::error::{Failed, Stale};
+use gpusvm::mutant::Mutant;
 use gpusvm::pages::PageSet;
 use gpusvm::range::RangeRef;
 use gpusvm::seam::Platform;
+use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{Access, Location};
 use gpusvm::seam::table::{LeafFlags, LeafTarget};
 use gpusvm::table::{Segment, TablePlan};
@@ -73,7 +75,9 @@ pub(crate) fn commit<P: Platform>(
             replaced = Some(done.garbage);
         }
     });
-    if let Some(plan) = plan {
+    if let Some(plan) = plan
+        && !vm.device.seams.env.mutant(Mutant::PlanNotAborted)
+    {
         state.table.abort(plan, tables);
     }
     if let Some(garbage) = replaced

@@ -151,7 +151,7 @@ fn attempt<P: Platform>(
         return Ok(FaultEnd::Valid);
     }
     if place::decide(&question(&range, budget)) == Place::Device {
-        migrate(fault, &range, budget)?;
+        migrate(fault, &range, budget);
     }
     let pages = get_pages(fault, state, &range, access)?;
     let started = vm.device.seams.env.now();
@@ -207,13 +207,9 @@ fn question(range: &RangeRef, budget: &Budget) -> Question {
     }
 }
 
-/// Tries to move the range's pages to the device. A migration that does not happen is no error:
-/// the pages are mapped where they are.
-fn migrate<P: Platform>(
-    fault: &DeviceFault<P>,
-    range: &RangeRef,
-    budget: &mut Budget,
-) -> Result<(), Failed> {
+/// Tries to move the range's pages to the device. A migration that does not happen is no error,
+/// whatever the reason: the pages are mapped where they are (`svm-design.md` section 5.4.4).
+fn migrate<P: Platform>(fault: &DeviceFault<P>, range: &RangeRef, budget: &mut Budget) {
     let device = &fault.vm.device;
     let started = device.seams.env.now();
     budget.migrations -= 1;
@@ -224,9 +220,6 @@ fn migrate<P: Platform>(
     let refused = match device.pagemap.to_device(wish) {
         Ok(()) => None,
         Err(Interrupted::Stale(why)) => Some(why),
-        Err(Interrupted::Failed(Failed::OutOfVram | Failed::TooLarge | Failed::Copy)) => {
-            Some(Stale::PagesRefused)
-        }
         // The mapping changed; what follows finds out how.
         Err(Interrupted::Failed(
             Failed::NotMigratable(_)
@@ -234,7 +227,7 @@ fn migrate<P: Platform>(
             | Failed::BadPage(_)
             | Failed::Permission(_),
         )) => Some(Stale::CpuMappingChanged),
-        Err(Interrupted::Failed(failed)) => return Err(failed),
+        Err(Interrupted::Failed(_)) => Some(Stale::PagesRefused),
     };
     let took = device.seams.env.now().since(started);
     let (gt, span) = (fault.gt, range.span());
@@ -244,7 +237,6 @@ fn migrate<P: Platform>(
         took,
         refused,
     });
-    Ok(())
 }
 
 /// Gathers the range's pages. Pages in several places are brought home, and the fault starts over.

@@ -5,16 +5,17 @@ use core::ops::Range;
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::env::Ns;
-use gpusvm::seam::mm::Access;
+use gpusvm::seam::mm::{Access, AddressSpace};
 use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::errno::Errno;
 use gpusvm_model::mm::flags::Prot;
 use gpusvm_model::mm::remap::{Remap, Target};
 use gpusvm_model::sched::{Kind, ModelEnv};
 
+use crate::explore::doing::Doing;
 use crate::explore::ledger::{Effect, Ended};
 use crate::explore::op::Op;
-use crate::explore::plan::{WORDS, address};
+use crate::explore::plan::{WORDS, address, page_at};
 use crate::explore::world::{World, map};
 
 const DONTNEED: i32 = 4;
@@ -36,7 +37,10 @@ pub(super) fn run(world: &World, n: usize) {
         let op = world.plan.does[which as usize];
         let page = ModelEnv.choose(world.plan.pages);
         ModelEnv.emit(op.name(), [page.into(), 0]);
+        world.between.chaos.starve(&world.kernel);
+        let ends = world.between.watch.begin(Doing::Cpu(op), page_at(page));
         operate(world, n, op, page);
+        drop(ends);
         ModelEnv.point(Kind::Other);
     }
     world.done();
@@ -79,6 +83,10 @@ fn operate(world: &World, n: usize, op: Op, page: u32) {
         }
         Op::Fork => fork(world, page),
         Op::Pin => pin(world, page),
+        Op::Exclusive => {
+            let at = address(page, 0);
+            let _made = world.space.make_exclusive(at, &mut |_bus| {});
+        }
     }
 }
 

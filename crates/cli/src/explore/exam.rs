@@ -1,32 +1,42 @@
-//! The exam: known bugs are re-introduced one by one, and worlds run until one fails.
+//! The exam: known bugs are re-introduced one by one, and worlds run until one fails. Its tape is then
+//! made short, so that it says what it takes.
 
 use std::io::Write;
+use std::path::Path;
 use std::time::Duration;
 
 use gpusvm::mutant::Mutant;
-use gpusvm_model::sched::Trouble;
+use gpusvm_model::sched::{Tape, Trouble};
 use serde_json::json;
 
 use crate::args::ExploreArgs;
 use crate::cpu_time;
-use crate::explore::plan::{PLANS, Plan};
-use crate::explore::{ExploreError, explain, explorer};
+use crate::explore::plan::Plan;
+use crate::explore::{ExploreError, explorer, plans, save, shorten, show};
 use crate::progress::Worlds;
 use crate::table::Table;
 
 /// Worlds of one plan that run before the next plan has its turn.
-const ROUND: u64 = 256;
+const ROUND: u64 = 32;
 /// Processor time after which a bug counts as not found.
 const BUDGET: Duration = Duration::from_secs(60);
 
 /// What became of one bug.
 struct Answer {
     mutant: Mutant,
-    /// The world that failed, its seed, and how.
-    found: Option<(&'static Plan, u64, Box<Trouble>)>,
+    found: Option<Found>,
     /// Worlds until then.
     worlds: u64,
     took: Duration,
+}
+
+/// A world that failed.
+struct Found {
+    plan: &'static Plan,
+    seed: u64,
+    trouble: Box<Trouble>,
+    /// Its tape, made short.
+    tape: Tape,
 }
 
 /// Looks for each of `mutants`.
@@ -35,19 +45,21 @@ pub(super) fn run(
     mutants: &[Mutant],
     out: &mut dyn Write,
 ) -> Result<(), ExploreError> {
+    let plans = plans(args, "all")?;
     let mut answers = Vec::new();
     for mutant in mutants {
-        let answer = look_for(*mutant, args.seed);
+        let answer = look_for(*mutant, &plans, args.seed);
         if !args.output.json {
             writeln!(out, "{}", line(&answer))?;
         }
         answers.push(answer);
     }
-    let missed: Vec<_> = answers
-        .iter()
-        .filter(|answer| answer.found.is_none())
-        .map(|answer| answer.mutant.name())
-        .collect();
+    if let Some(path) = &args.save {
+        save_all(path, &answers)?;
+    }
+    let missed = |answer: &&Answer| answer.found.is_none();
+    let missed = answers.iter().filter(missed);
+    let missed: Vec<_> = missed.map(|answer| answer.mutant.name()).collect();
     if args.output.json {
         let all: Vec<_> = answers.iter().map(answer_json).collect();
         let object = json!({ "schema": 1, "verified": missed.is_empty(), "mutants": all });
@@ -56,13 +68,15 @@ pub(super) fn run(
         writeln!(out, "\n{}", summary(&answers))?;
         if let [
             Answer {
-                mutant,
-                found: Some((plan, seed, trouble)),
-                ..
+                found: Some(found), ..
             },
         ] = &answers[..]
         {
-            let _broken = explain(args, (plan, Some(*mutant), *seed), trouble, out)?;
+            show(found.plan, found.seed, (&found.tape, &found.trouble), out)?;
+        }
+        if let Some(path) = &args.save {
+            let path = path.display();
+            writeln!(out, "replay: gpusvm explore --mutant NAME --tape {path}")?;
         }
     }
     if missed.is_empty() {
@@ -72,28 +86,54 @@ pub(super) fn run(
     }
 }
 
+/// Saves the tape of one bug to a file, those of several to a folder.
+fn save_all(path: &Path, answers: &[Answer]) -> Result<(), ExploreError> {
+    if let [answer] = answers {
+        return answer
+            .found
+            .as_ref()
+            .map_or(Ok(()), |found| save(path, &found.tape));
+    }
+    std::fs::create_dir_all(path).map_err(|why| ExploreError::File(path.to_owned(), why))?;
+    for answer in answers {
+        if let Some(found) = &answer.found {
+            save(
+                &path.join(format!("{}.tape", answer.mutant.name())),
+                &found.tape,
+            )?;
+        }
+    }
+    Ok(())
+}
+
 /// Runs worlds of all plans in turn, on one thread, until one fails.
-fn look_for(mutant: Mutant, first: u64) -> Answer {
+fn look_for(mutant: Mutant, plans: &[&'static Plan], first: u64) -> Answer {
     let bar = Worlds::new(mutant.name(), 0);
     bar.say("not found yet");
     let mut took = Duration::ZERO;
     let mut worlds = 0;
     let mut seed = first;
-    let mut found = None;
-    while found.is_none() && took < BUDGET {
-        for plan in PLANS {
+    let mut failed = None;
+    while failed.is_none() && took < BUDGET {
+        for plan in plans {
             let explorer = explorer(plan, Some(mutant), 1);
             let run = || explorer.run_seeds(seed..seed + ROUND, &|worlds| bar.ran(worlds));
             let (summary, cpu) = cpu_time::taken(run);
             worlds += summary.worlds;
             took += cpu;
             if let Some((seed, trouble)) = summary.failure {
-                found = Some((plan, seed, trouble));
+                failed = Some((*plan, seed, trouble));
                 break;
             }
         }
         seed += ROUND;
     }
+    let found = failed.map(|(plan, seed, trouble)| Found {
+        plan,
+        seed,
+        tape: shorten(plan, Some(mutant), &trouble),
+        trouble,
+    });
     Answer {
         mutant,
         found,
@@ -105,32 +145,43 @@ fn look_for(mutant: Mutant, first: u64) -> Answer {
 fn line(answer: &Answer) -> String {
     let name = answer.mutant.name();
     let seconds = answer.took.as_secs_f64();
-    match &answer.found {
-        Some((plan, _, trouble)) => {
-            let first = trouble.failure.text.lines().next().unwrap_or_default();
-            format!(
-                "{name:28} {:>8} worlds {seconds:>7.2} s  {}: {first}",
-                answer.worlds, plan.name
-            )
+    let worlds = answer.worlds;
+    let result = match &answer.found {
+        Some(found) => {
+            let first = found
+                .trouble
+                .failure
+                .text
+                .lines()
+                .next()
+                .unwrap_or_default();
+            format!("{}: {first}", found.plan.name)
         }
-        None => format!(
-            "{name:28} {:>8} worlds {seconds:>7.2} s  NOT FOUND",
-            answer.worlds
-        ),
-    }
+        None => "NOT FOUND".to_owned(),
+    };
+    format!("{name:28} {worlds:>8} worlds {seconds:>7.2} s  {result}")
 }
 
 fn summary(answers: &[Answer]) -> Table {
-    let mut table = Table::new(&["mutant", "found", "worlds", "CPU s", "what it is"]);
+    let mut table = Table::new(&[
+        "mutant",
+        "found",
+        "worlds",
+        "CPU s",
+        "choices",
+        "what it is",
+    ]);
     for answer in answers {
+        let found = answer.found.as_ref();
         table.row(vec![
             answer.mutant.name().to_owned(),
-            match &answer.found {
-                Some((plan, _, trouble)) => format!("{}, {:?}", plan.name, trouble.failure.kind),
-                None => "NO".to_owned(),
-            },
+            found.map_or_else(
+                || "NO".to_owned(),
+                |found| format!("{}, {:?}", found.plan.name, found.trouble.failure.kind),
+            ),
             answer.worlds.to_string(),
             format!("{:.2}", answer.took.as_secs_f64()),
+            found.map_or_else(String::new, |found| found.tape.interesting().to_string()),
             answer.mutant.what().to_owned(),
         ]);
     }
@@ -138,12 +189,15 @@ fn summary(answers: &[Answer]) -> Table {
 }
 
 fn answer_json(answer: &Answer) -> serde_json::Value {
+    let found = answer.found.as_ref();
     json!({
         "mutant": answer.mutant.name(),
         "what": answer.mutant.what(),
-        "found": answer.found.is_some(),
-        "scenario": answer.found.as_ref().map(|(plan, ..)| plan.name),
-        "violation": answer.found.as_ref().map(|(_, _, trouble)| &trouble.failure.text),
+        "found": found.is_some(),
+        "scenario": found.map(|found| found.plan.name),
+        "seed": found.map(|found| found.seed),
+        "violation": found.map(|found| &found.trouble.failure.text),
+        "choices": found.map(|found| found.tape.interesting()),
         "worlds": answer.worlds,
         "cpu_s": answer.took.as_secs_f64(),
     })

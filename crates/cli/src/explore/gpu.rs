@@ -6,7 +6,8 @@ use gpusvm_abi::bus::{AtomicOp, DevicePort, FaultHandler};
 use gpusvm_model::sched::{Kind, ModelEnv};
 use gpusvm_softgpu::{Dispatch, Tile};
 
-use crate::explore::plan::{Closes, PAGES_MAX, WORDS, address};
+use crate::explore::doing::Doing;
+use crate::explore::plan::{Closes, PAGES_MAX, WORDS, address, page_at};
 use crate::explore::world::World;
 use crate::on_tile::OnTile;
 
@@ -69,6 +70,7 @@ fn own(world: &World, n: usize) -> usize {
 }
 
 fn load(world: &World, tile: &mut Tile<'_>, page: u32, slot: usize) {
+    let _ends = world.between.watch.begin(Doing::GpuLoad, page_at(page));
     let look = world.ledger(|ledger| ledger.begin(page, slot));
     ModelEnv.emit("gpu load", [page.into(), slot as u64]);
     let rule = match tile.load_one(address(page, slot).get()) {
@@ -79,6 +81,7 @@ fn load(world: &World, tile: &mut Tile<'_>, page: u32, slot: usize) {
 }
 
 fn store(world: &World, n: usize, tile: &mut Tile<'_>, page: u32) {
+    let _ends = world.between.watch.begin(Doing::GpuStore, page_at(page));
     let slot = own(world, n);
     let look = world.ledger(|ledger| ledger.begin(page, slot));
     let value = world.ledger(|ledger| ledger.announce(&look));
@@ -91,6 +94,7 @@ fn store(world: &World, n: usize, tile: &mut Tile<'_>, page: u32) {
 
 /// Replaces what is there by the next version, if nobody changes it meanwhile.
 fn exchange(world: &World, n: usize, tile: &mut Tile<'_>, page: u32) {
+    let _ends = world.between.watch.begin(Doing::GpuExchange, page_at(page));
     let slot = own(world, n);
     let at = address(page, slot).get();
     let look = world.ledger(|ledger| ledger.begin(page, slot));
@@ -115,7 +119,7 @@ pub(super) fn serve(world: &World, n: usize) {
     while !world.closed.load(Ordering::Acquire) {
         node.gpu.wait_fault();
         while let Some(record) = node.gpu.pop_fault() {
-            let answer = node.device.handle(&record);
+            let answer = node.handler.handle(&record);
             node.gpu.ack_fault(&record, answer);
         }
     }

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! An access during which its page changed is judged loosely: its value must be one that was written
-//! to that word.
+//! to that word. An access during which something failed on purpose may be refused.
 
 use core::ops::Range;
 
@@ -43,6 +43,8 @@ struct PageState {
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     pages: [PageState; PAGES_MAX as usize],
+    /// Failures so far because of which an access may be refused.
+    pub(super) excuses: u32,
 }
 
 /// An access that has begun.
@@ -53,6 +55,8 @@ pub(super) struct Look {
     flux: Flux,
     epoch: u32,
     floor: u32,
+    /// Excuses when it began.
+    excuses: u32,
 }
 
 /// What an operation does to content.
@@ -88,6 +92,7 @@ impl Ledger {
             flux: state.flux,
             epoch: state.epoch,
             floor: state.words[slot].floor,
+            excuses: self.excuses,
         }
     }
 
@@ -163,7 +168,7 @@ impl Ledger {
     /// # Errors
     /// Why that cannot be.
     pub(super) fn refused(&self, look: &Look, who: &str) -> Result<(), String> {
-        if self.is_strict(look) {
+        if self.is_strict(look) && look.excuses == self.excuses {
             Err(format!(
                 "{who} was refused page {}, which is mapped and unchanged",
                 look.page

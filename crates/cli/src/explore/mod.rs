@@ -7,19 +7,28 @@
 //! | module | what |
 //! |---|---|
 //! | `plan` | what a world is made of; worlds that have names |
-//! | `world` | a process, devices, actors, put together |
+//! | `world`, `node` | a process, devices, actors, put together |
 //! | `cpu`, `gpu`, `op` | what the actors do |
+//! | `chaos` | what fails on purpose |
 //! | `ledger` | which values may be read |
 //! | `oracle` | when the rules of `crate::world` are looked at |
+//! | `port`, `space` | what stands between the driver and its device, and the host |
+//! | `doing`, `coverage` | what every actor is doing; which operations have met which entries |
 //! | `exam` | known bugs, each of which must be found |
 
+mod chaos;
+mod coverage;
 mod cpu;
+mod doing;
 mod exam;
 mod gpu;
 mod ledger;
+mod node;
 mod op;
 mod oracle;
 mod plan;
+mod port;
+mod space;
 mod world;
 
 use std::borrow::Cow;
@@ -31,12 +40,15 @@ use std::time::Duration;
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::Ns;
 use gpusvm_model::sched::{
-    Explorer, Kind, Options, Outcome, Picker, Points, Sim, Summary, Tape, Texts, Trouble, replay,
+    Chaos, Explorer, Kind, Options, Outcome, Picker, Points, Sim, Summary, Tape, Texts, Trouble,
+    replay,
 };
 use serde_json::{Value, json};
 
 use crate::args::ExploreArgs;
 use crate::cpu_time;
+use crate::explore::coverage::{Coverage, Details};
+use crate::explore::doing::Watch;
 use crate::explore::plan::{PLANS, Plan};
 use crate::progress::Worlds;
 use crate::table::Table;
@@ -51,6 +63,8 @@ const SHRINK_RUNS: u32 = 3000;
 /// that one of the two is enough.)
 const POINTS: Points = Points::ALL.without(&[Kind::Unlock, Kind::Pte]);
 const ALL_POINTS_ONE_IN: u32 = 4;
+/// One world in so many is watched for coverage, where nobody asks for more.
+const WATCHED_ONE_IN: u64 = 16;
 /// Events that are shown of a failure.
 const EVENTS: usize = 90;
 
@@ -134,12 +148,18 @@ pub fn explore(args: &ExploreArgs, out: &mut dyn Write) -> Result<(), ExploreErr
     }
     match args.mutant.as_deref() {
         Some("all") => exam::run(args, Mutant::ALL, out),
-        Some(name) => exam::run(args, &[mutant_named(name)?], out),
-        None => swarm(args, &plans(&args.scenario)?, out),
+        Some(names) => exam::run(args, &mutants_named(names)?, out),
+        None => swarm(args, &plans(args, "swarm")?, out),
     }
 }
 
-fn plans(name: &str) -> Result<Vec<&'static Plan>, ExploreError> {
+fn mutants_named(names: &str) -> Result<Vec<Mutant>, ExploreError> {
+    names.split(',').map(mutant_named).collect()
+}
+
+/// Kinds of worlds that are asked for.
+fn plans(args: &ExploreArgs, default: &str) -> Result<Vec<&'static Plan>, ExploreError> {
+    let name = args.scenario.as_deref().unwrap_or(default);
     if name == "all" {
         return Ok(PLANS.iter().collect());
     }
@@ -165,6 +185,10 @@ fn options(plan: &'static Plan, mutant: Option<Mutant>) -> Options {
         jump_one_in: 40,
         points: POINTS,
         all_points_one_in: ALL_POINTS_ONE_IN,
+        chaos: match plan.chaos {
+            0 => Chaos::Off,
+            n => Chaos::OneIn(n),
+        },
         events: EVENTS,
         ..Options::default()
     }
@@ -175,11 +199,26 @@ fn explorer(
     mutant: Option<Mutant>,
     threads: usize,
 ) -> Explorer<impl Fn(&Sim) + Sync> {
+    watching(plan, mutant, threads, 0)
+}
+
+/// As [`explorer`], with one in so many worlds watched; 0 for none.
+fn watching(
+    plan: &'static Plan,
+    mutant: Option<Mutant>,
+    threads: usize,
+    one_in: u64,
+) -> Explorer<impl Fn(&Sim) + Sync> {
+    let watch = move |seed: u64| match one_in {
+        0 => Watch::default(),
+        n if seed.is_multiple_of(n) => Watch::on(),
+        _ => Watch::default(),
+    };
     Explorer {
         options: options(plan, mutant),
         picker: Picker::swarm,
         threads,
-        build: move |sim: &Sim| world::build(plan, sim),
+        build: move |sim: &Sim| world::build(plan, watch(sim.seed()), sim),
     }
 }
 
@@ -199,13 +238,16 @@ fn swarm(
     ]);
     let mut all = Vec::new();
     let mut failure = None;
+    let mut coverage = Coverage::default();
     for plan in plans {
-        let explorer = explorer(plan, None, threads(args));
+        let one_in = if args.coverage { 1 } else { WATCHED_ONE_IN };
+        let explorer = watching(plan, None, threads(args), one_in);
         let seeds = args.seed..args.seed.saturating_add(args.seeds);
         let bar = Worlds::new(plan.name, args.seeds);
         let run = || explorer.run_seeds(seeds, &|worlds| bar.ran(worlds));
         let (summary, cpu) = cpu_time::taken(run);
         drop(bar);
+        coverage.add(plan, &summary.reached);
         table.row(row(plan, &summary, cpu));
         all.push(summary_json(plan, &summary, cpu));
         if let Some((seed, trouble)) = summary.failure {
@@ -214,10 +256,24 @@ fn swarm(
         }
     }
     if args.output.json {
-        let object = json!({ "schema": 1, "verified": failure.is_none(), "scenarios": all });
+        let details = if args.coverage {
+            Details::All
+        } else {
+            Details::Summary
+        };
+        let object = json!({
+            "schema": 1,
+            "verified": failure.is_none(),
+            "scenarios": all,
+            "coverage": coverage.json(details),
+        });
         writeln!(out, "{object:#}")?;
     } else {
         write!(out, "{table}")?;
+        if args.coverage {
+            write!(out, "\n{}", coverage.table())?;
+        }
+        writeln!(out, "{}", coverage.line())?;
     }
     match failure {
         Some((plan, seed, trouble)) => {
@@ -273,33 +329,55 @@ fn explain(
     out: &mut dyn Write,
 ) -> Result<String, ExploreError> {
     let (plan, mutant, seed) = world;
-    let explorer = explorer(plan, mutant, 1);
-    let tape = explorer.shrink(trouble, SHRINK_RUNS, &mut |_progress| {});
-    let short = play(plan, &tape);
-    let shown = short.trouble.as_deref().unwrap_or(trouble);
-    writeln!(out, "\nseed {seed} of {} fails. {shown}", plan.name)?;
-    std::fs::write(&args.save, tape.to_string())
-        .map_err(|why| ExploreError::File(args.save.clone(), why))?;
+    let tape = shorten(plan, mutant, trouble);
+    let path = args.save.as_deref().unwrap_or(Path::new("gpusvm.tape"));
+    show(plan, seed, (&tape, trouble), out)?;
+    save(path, &tape)?;
     writeln!(
         out,
         "{} choices that matter; replay: gpusvm explore --tape {}",
         tape.interesting(),
-        args.save.display()
+        path.display()
     )?;
-    Ok(shown.failure.text.clone())
+    Ok(trouble.failure.text.clone())
+}
+
+/// Shows the failure of a tape, which is a short form of `trouble`.
+fn show(
+    plan: &'static Plan,
+    seed: u64,
+    (tape, trouble): (&Tape, &Trouble),
+    out: &mut dyn Write,
+) -> Result<(), ExploreError> {
+    let short = play(plan, tape, tape_mutant(tape)?);
+    let shown = short.trouble.as_deref().unwrap_or(trouble);
+    writeln!(out, "\nseed {seed} of {} fails. {shown}", plan.name)?;
+    Ok(())
+}
+
+/// A tape that fails in the same way, with as few choices as can be found.
+fn shorten(plan: &'static Plan, mutant: Option<Mutant>, trouble: &Trouble) -> Tape {
+    explorer(plan, mutant, 1).shrink(trouble, SHRINK_RUNS, &mut |_progress| {})
+}
+
+fn save(path: &Path, tape: &Tape) -> Result<(), ExploreError> {
+    std::fs::write(path, tape.to_string()).map_err(|why| ExploreError::File(path.to_owned(), why))
+}
+
+/// The bug that a tape was recorded with.
+fn tape_mutant(tape: &Tape) -> Result<Option<Mutant>, ExploreError> {
+    tape.mutant.as_deref().map(mutant_named).transpose()
 }
 
 /// Runs the world of a tape, with texts.
-fn play(plan: &'static Plan, tape: &Tape) -> Outcome {
-    let mutant = tape
-        .mutant
-        .as_deref()
-        .and_then(|name| mutant_named(name).ok());
+fn play(plan: &'static Plan, tape: &Tape, mutant: Option<Mutant>) -> Outcome {
     let options = Options {
         texts: Texts::Kept,
         ..options(plan, mutant)
     };
-    replay(&options, tape, |sim| world::build(plan, sim))
+    replay(&options, tape, |sim| {
+        world::build(plan, Watch::default(), sim);
+    })
 }
 
 /// The world of a tape, again.
@@ -310,8 +388,13 @@ fn again(path: &Path, args: &ExploreArgs, out: &mut dyn Write) -> Result<(), Exp
     let tape: Tape = text.parse().map_err(|why| damaged(format!("{why}")))?;
     let plan = Plan::named(&tape.scenario)
         .ok_or_else(|| ExploreError::NoScenario(tape.scenario.to_string()))?;
+    let mutant = match args.mutant.as_deref() {
+        None => tape_mutant(&tape)?,
+        Some("none") => None,
+        Some(name) => Some(mutant_named(name)?),
+    };
     gpusvm_model::sched::keep_panics_quiet();
-    let outcome = play(plan, &tape);
+    let outcome = play(plan, &tape, mutant);
     let failure = outcome
         .trouble
         .as_ref()

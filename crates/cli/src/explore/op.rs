@@ -47,4 +47,24 @@ operations! {
     Fork = "fork",
     /// A page is pinned for a moment.
     Pin = "pin",
+    /// A page is made exclusive to a device, until a CPU touches it.
+    Exclusive = "exclusive",
+}
+
+impl Op {
+    /// Whether it changes pages that nobody else changes meanwhile.
+    pub(super) const fn is_alone(self) -> bool {
+        match self {
+            Self::Discard | Self::Unmap | Self::Move | Self::ProtectRead | Self::Guard => true,
+            Self::Load
+            | Self::Store
+            | Self::Send
+            | Self::Evict
+            | Self::SwapOut
+            | Self::Collapse
+            | Self::Fork
+            | Self::Pin
+            | Self::Exclusive => false,
+        }
+    }
 }

@@ -8,9 +8,9 @@ use gpusvm_model::mm::checker::Checker;
 use gpusvm_model::mm::{Machine, Pid};
 use gpusvm_softgpu::{Translation, Walked};
 
+use crate::explore::node::Node;
 use crate::explore::plan::{PAGES_MAX, address};
 use crate::explore::world::World;
-use crate::world::Node;
 use crate::world::oracle::entry_agrees;
 use crate::world::vram::Written;
 
@@ -131,5 +131,22 @@ impl Tables {
 
 /// Whether what a device has for a page agrees with the process.
 fn agrees(mm: &Machine, node: &Node, page: u32, found: Option<Translation>) -> Result<(), String> {
-    found.map_or(Ok(()), |found| entry_agrees(mm, node, page, found))
+    found.map_or(Ok(()), |found| {
+        entry_agrees(mm, node.vm.asid(), page, found)
+    })
+}
+
+/// When the process has ended, too.
+///
+/// # Errors
+/// How many pages of host memory are left.
+pub(super) fn host_is_empty(world: &World) -> Result<(), String> {
+    let left = world.kernel.look(|mm| {
+        let memory = mm.memory();
+        memory.host_frames() - memory.free_frames()
+    });
+    match left {
+        0 => Ok(()),
+        n => Err(format!("leak: {n} pages of host memory belong to nobody")),
+    }
 }

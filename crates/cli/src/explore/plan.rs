@@ -1,6 +1,6 @@
 //! What a world is made of, and the worlds that have names.
 
-use gpusvm::addr::{HostVa, PAGE};
+use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm_model::mm::{DeviceFolios, Shape, Thp};
 
 use crate::explore::op::Op;
@@ -36,6 +36,8 @@ pub(crate) struct Plan {
     pub(super) service: Service,
     /// When VMs are closed.
     pub(super) closes: Closes,
+    /// Calls fail or are late once in so many times; 0: never.
+    pub(super) chaos: u32,
 }
 
 /// When the VM of a device is closed.
@@ -68,6 +70,7 @@ const SWARM: Plan = Plan {
     does: EVERYTHING,
     service: Service::Inline,
     closes: Closes::AtTheEnd,
+    chaos: 0,
 };
 
 /// All that have names.
@@ -128,10 +131,66 @@ pub(crate) const PLANS: &[Plan] = &[
         ..SWARM
     },
     Plan {
+        name: "shutdown",
+        what: "mappings go while the VM of their device closes",
+        ops: 2,
+        does: &[Op::Unmap],
+        closes: Closes::Early,
+        ..SWARM
+    },
+    Plan {
+        name: "guards",
+        what: "guards come and go while pages migrate",
+        gpus: 1,
+        ops: 3,
+        does: &[Op::Guard, Op::Guard, Op::Send],
+        ..SWARM
+    },
+    Plan {
+        name: "reclaim",
+        what: "pages are swapped out, and pinned meanwhile",
+        gpus: 1,
+        ops: 4,
+        does: &[Op::Pin, Op::SwapOut, Op::Store],
+        ..SWARM
+    },
+    Plan {
+        name: "large",
+        what: "large pages come and go in parts",
+        gpus: 1,
+        ops: 4,
+        does: &[Op::Collapse, Op::Discard, Op::Discard, Op::Store],
+        ..SWARM
+    },
+    Plan {
+        name: "crowd",
+        what: "pages want to a device that has room for a few",
+        gpus: 1,
+        ops: 4,
+        does: &[Op::Send, Op::Send, Op::Send, Op::Store],
+        vram: 12,
+        ..SWARM
+    },
+    Plan {
         name: "fork",
         what: "children look at pages that devices write",
         gpus: 1,
         does: &[Op::Load, Op::Store, Op::Fork, Op::Fork, Op::Send],
+        ..SWARM
+    },
+    Plan {
+        name: "chaos",
+        what: "as swarm, and calls fail or are late, until all must be well",
+        chaos: 6,
+        vram: 24,
+        ..SWARM
+    },
+    Plan {
+        name: "chaos-queue",
+        what: "as chaos, with faults served through the fault ring, and VMs closed early",
+        chaos: 6,
+        service: Service::Queue,
+        closes: Closes::Early,
         ..SWARM
     },
 ];
@@ -140,6 +199,11 @@ impl Plan {
     /// The plan of a name.
     pub(crate) fn named(name: &str) -> Option<&'static Self> {
         PLANS.iter().find(|plan| plan.name == name)
+    }
+
+    /// What its CPU actors do.
+    pub(super) fn does(&self) -> impl Iterator<Item = Op> {
+        self.does.iter().copied()
     }
 
     /// Sizes of its process: room for copies of all pages, and some more.
@@ -157,6 +221,11 @@ impl Plan {
             coherent: 0,
         }
     }
+}
+
+/// A page.
+pub(super) fn page_at(page: u32) -> HostSpan {
+    HostSpan::at(address(page, 0), PAGE)
 }
 
 /// Address of a word.

@@ -10,25 +10,26 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::PAGE;
-use gpusvm::mutant::Mutant;
 use gpusvm::seam::Seams;
 use gpusvm::seam::env::Environment;
 use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{Map, Place, What};
-use gpusvm_model::sched::{ModelEnv, Sim};
-use gpusvm_softgpu::{GpuConfig, Planted};
-use gpusvm_xe::vm::NOTIFIER_BYTES;
+use gpusvm_model::sched::{ModelEnv, Sim, When};
 
+use crate::explore::chaos::Chaos;
+use crate::explore::doing::Watch;
 use crate::explore::ledger::Ledger;
-use crate::explore::oracle::Oracle;
+use crate::explore::node::{Node, Shared};
+use crate::explore::oracle::{Oracle, host_is_empty};
 use crate::explore::plan::{Closes, Plan, WORDS, address};
-use crate::explore::{cpu, gpu};
+use crate::explore::space::{Between, Space};
+use crate::explore::{coverage, cpu, gpu};
+use crate::world::Service;
 use crate::world::oracle::nothing_is_left;
 use crate::world::sink::Told;
 use crate::world::vram::Wires;
-use crate::world::{Content, Node, NodeConfig, Service};
 
 /// What all actors share.
 pub(super) struct World {
@@ -37,6 +38,7 @@ pub(super) struct World {
     pub(super) space: Arc<ModelSpace<ModelEnv>>,
     pub(super) nodes: Vec<Node>,
     pub(super) told: Arc<Told>,
+    pub(super) between: Arc<Between>,
     ledger: Mutex<Ledger>,
     /// Actors that are not done.
     pub(super) busy: AtomicU32,
@@ -53,9 +55,10 @@ impl fmt::Debug for World {
 }
 
 /// Makes the world of a plan.
-pub(super) fn build(plan: &'static Plan, sim: &Sim) {
-    let world = Arc::new(World::new(plan));
+pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
+    let world = Arc::new(World::new(plan, watch));
     map(&world.space, 0..plan.pages);
+    world.nodes.iter().for_each(|node| node.name_locks(sim));
     for n in 0..usize::from(plan.cpus) {
         let world = Arc::clone(&world);
         sim.spawn(CPUS[n % CPUS.len()], move || cpu::run(&world, n));
@@ -75,7 +78,21 @@ pub(super) fn build(plan: &'static Plan, sim: &Sim) {
     // Whatever changes memory of the host or of a device counts in it.
     let changes = Arc::clone(world.kernel.generation());
     sim.oracle_counting(changes, move || oracle.look(&of_oracle));
+    if world.between.watch.is_on() {
+        watch_meetings(sim, &world);
+    }
     sim.spawn("conductor", move || conduct(&world));
+}
+
+fn watch_meetings(sim: &Sim, world: &Arc<World>) {
+    let (world, mut seen) = (Arc::clone(world), None);
+    sim.oracle(When::EveryStep, move || {
+        let moved = world.kernel.generation().load(Ordering::Relaxed);
+        world.between.watch.visit(&mut seen, moved, |step| {
+            world.kernel.look(|mm| coverage::note(mm, step));
+        });
+        Ok(())
+    });
 }
 
 const CPUS: [&str; 2] = ["cpu0", "cpu1"];
@@ -108,24 +125,36 @@ pub(super) fn map(space: &ModelSpace<ModelEnv>, pages: core::ops::Range<u32>) {
 }
 
 impl World {
-    fn new(plan: &'static Plan) -> Self {
+    fn new(plan: &'static Plan, watch: Watch) -> Self {
         let kernel = Kernel::new(Arc::new(ModelEnv), plan.shape());
         let space = ModelSpace::first(&kernel);
         let told = Arc::new(Told::default());
-        let seams = Seams {
-            env: Arc::new(ModelEnv),
-            space: Arc::clone(&space),
-            sink: Arc::new((Arc::clone(&told), None)),
+        let between = Arc::new(Between {
+            watch,
+            chaos: match plan.chaos {
+                0 => Chaos::default(),
+                _ => Chaos::drawn(),
+            },
+        });
+        let shared = Shared {
+            kernel: Arc::clone(&kernel),
+            seams: Seams {
+                env: Arc::new(ModelEnv),
+                space: Arc::new(Space::new(Arc::clone(&space), Arc::clone(&between))),
+                sink: Arc::clone(&told),
+            },
+            between: Arc::clone(&between),
+            wires: Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation()),
         };
-        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation());
-        let config = config(plan);
-        let node = |n: u16| Node::new(&config, n, &seams, &wires);
         Self {
             plan,
-            nodes: (0..plan.gpus).map(node).collect(),
+            nodes: (0..plan.gpus)
+                .map(|n| Node::new(plan, n, &shared))
+                .collect(),
             kernel,
             space,
             told,
+            between,
             ledger: Mutex::default(),
             busy: AtomicU32::new(u32::from(plan.cpus + plan.gpus)),
             closed: AtomicBool::new(false),
@@ -134,7 +163,9 @@ impl World {
 
     /// What may be read. Nobody gives way inside.
     pub(super) fn ledger<R>(&self, act: impl FnOnce(&mut Ledger) -> R) -> R {
-        act(&mut self.ledger.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        ledger.excuses = self.between.chaos.excuses() + self.kernel.refused();
+        act(&mut ledger)
     }
 
     /// Words that were stored to.
@@ -160,33 +191,6 @@ impl World {
     }
 }
 
-fn config(plan: &Plan) -> NodeConfig {
-    let planted = [
-        (Mutant::TlbKeepsEntries, Planted::KeepTlb),
-        (Mutant::WalkOutsideGate, Planted::WalkOutsideGate),
-        (Mutant::FaultWakesNobody, Planted::AnswerWakesNobody),
-    ];
-    let planted = planted
-        .into_iter()
-        .find(|(mutant, _)| ModelEnv.mutant(*mutant));
-    let gpu = GpuConfig {
-        gts: 1,
-        units_per_gt: 1,
-        tlb_entries: 16,
-        fault_ring: 2,
-        asids: u32::from(plan.gpus) + 1,
-        tlb_timeout_ns: 1_000_000,
-        planted: planted.map(|(_, bug)| bug),
-    };
-    NodeConfig {
-        vram: plan.vram,
-        content: Content::FewWords,
-        gpu,
-        service: plan.service,
-        window: NOTIFIER_BYTES,
-    }
-}
-
 /// Waits until all are done; then everything must be readable, and nothing must be left.
 fn conduct(world: &Arc<World>) {
     loop {
@@ -197,6 +201,7 @@ fn conduct(world: &Arc<World>) {
         Environment::wait(&ModelEnv, &world.busy, seen);
     }
     ModelEnv.calm();
+    world.kernel.refuse(0);
     if world.plan.closes == Closes::AtTheEnd {
         (0..world.nodes.len()).for_each(|n| gpu::sweep(world, n));
     }
@@ -207,6 +212,9 @@ fn conduct(world: &Arc<World>) {
         let _evicted = node.device.pagemap().vram().evict_all();
         node.gpu.kick_service();
     }
-    world.must(nothing_is_left(&world.kernel, &world.nodes, &world.told));
-    world.nodes.iter().for_each(Node::part);
+    let nodes = world.nodes.iter().map(|node| &**node);
+    world.must(nothing_is_left(&world.kernel, nodes, &world.told));
+    world.space.exit();
+    world.must(host_is_empty(world));
+    world.nodes.iter().for_each(|node| node.part());
 }

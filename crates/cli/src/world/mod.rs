@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use gpusvm::seam::mm::PagemapId;
 use gpusvm::seam::{Platform, Seams};
-use gpusvm_abi::bus::{DevicePort, Park, VramStore};
+use gpusvm_abi::bus::{DevicePort, FaultHandler, Park, VramStore};
 use gpusvm_model::kernel::ModelSpace;
 use gpusvm_model::sched::{ModelEnv, ModelMutex};
 use gpusvm_softgpu::{FaultService, GpuConfig, SoftGpu};
@@ -82,15 +82,15 @@ pub(crate) enum Service {
 }
 
 /// One device with its driver and the VM on it, which mirrors the whole process.
-pub(crate) struct Node {
+pub(crate) struct Node<P: Platform = ModelPlatform> {
     pub(crate) gpu: Arc<SoftGpu<ModelMutex>>,
-    pub(crate) device: Arc<Device<ModelPlatform>>,
-    pub(crate) vm: Arc<Vm<ModelPlatform>>,
+    pub(crate) device: Arc<Device<P>>,
+    pub(crate) vm: Arc<Vm<P>>,
     /// What has been written to the device's memory.
     pub(crate) written: Arc<Written>,
 }
 
-impl fmt::Debug for Node {
+impl<P: Platform> fmt::Debug for Node<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Node")
             .field("gpu", &self.gpu)
@@ -106,6 +106,23 @@ impl Node {
         seams: &Seams<ModelPlatform>,
         wires: &Wires,
     ) -> Self {
+        let node = Self::behind(config, n, seams, wires, |device| Arc::new(Port(device)));
+        let inline = Inline(Arc::<Device<ModelPlatform>>::clone(&node.device));
+        node.serve(config.service, Arc::new(inline));
+        node
+    }
+}
+
+impl<P: Platform<Env = ModelEnv, Copy = XeCopy>> Node<P> {
+    /// The same, with the driver behind a port of the caller's, and faults still to be
+    /// [served](Self::serve).
+    pub(crate) fn behind(
+        config: &NodeConfig,
+        n: u16,
+        seams: &Seams<P>,
+        wires: &Wires,
+        port: impl FnOnce(Arc<dyn DevicePort>) -> Arc<dyn DevicePort>,
+    ) -> Self {
         let written = Arc::<Written>::default();
         let gpu = SoftGpu::new(
             config.gpu,
@@ -114,7 +131,7 @@ impl Node {
             Arc::new(ModelEnv) as Arc<dyn Park>,
         );
         let gpu = gpu.expect("a world's device has units, a ring and address spaces");
-        let port = Arc::new(Port(Arc::<SoftGpu<ModelMutex>>::clone(&gpu))) as Arc<dyn DevicePort>;
+        let port = port(Arc::<SoftGpu<ModelMutex>>::clone(&gpu));
         let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
         let id = PagemapId(u32::from(n) + 1);
         let device = Device::new(seams.clone(), id, port, copy);
@@ -125,17 +142,20 @@ impl Node {
             rights: Rights::ReadWrite,
         };
         vm.mirror(area).expect("a fresh VM has no ranges");
-        let inline = Arc::new(Inline(Arc::<Device<ModelPlatform>>::clone(&device)));
-        gpu.set_fault_service(match config.service {
-            Service::Inline => FaultService::Inline(inline),
-            Service::Queue => FaultService::Queue,
-        });
         Self {
             gpu,
             device,
             vm,
             written,
         }
+    }
+
+    /// Lets `handler` serve faults where units do that themselves.
+    pub(crate) fn serve(&self, service: Service, handler: Arc<dyn FaultHandler>) {
+        self.gpu.set_fault_service(match service {
+            Service::Inline => FaultService::Inline(handler),
+            Service::Queue => FaultService::Queue,
+        });
     }
 
     /// Parts device and driver, which refer to each other.

@@ -1,6 +1,7 @@
 //! The rules that hold between any two steps, and at the end.
 
 use gpusvm::addr::PAGE;
+use gpusvm::seam::Platform;
 use gpusvm_model::kernel::{Kernel, bus};
 use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::flags::Bits;
@@ -29,7 +30,7 @@ pub(crate) fn look(
             for page in pages.clone() {
                 let at = mm.shape().address(page).get();
                 if let Some(found) = node.gpu.translation(node.vm.asid(), at) {
-                    entry_agrees(mm, node, page, found)?;
+                    entry_agrees(mm, node.vm.asid(), page, found)?;
                 }
             }
         }
@@ -53,13 +54,12 @@ pub(crate) fn trespasses(kernel: &Kernel<ModelEnv>) -> Result<(), String> {
 /// process does not have: invalidations zap before anything changes.
 pub(crate) fn entry_agrees(
     mm: &Machine,
-    node: &Node,
+    device: u32,
     page: u32,
     found: Translation,
 ) -> Result<(), String> {
     let entry = mm.entry(Pid(0), page);
     let wrong = |why: &str| {
-        let device = node.vm.asid();
         Err(format!(
             "the entry of device {device} for page {page} {why}: {found:?}, the process has {entry:?}"
         ))
@@ -112,9 +112,9 @@ fn vram_of(mm: &Machine, frame: FrameId) -> Option<u64> {
 ///
 /// # Errors
 /// What is left.
-pub(crate) fn nothing_is_left(
+pub(crate) fn nothing_is_left<'a, P: Platform<Env = ModelEnv>>(
     kernel: &Kernel<ModelEnv>,
-    nodes: &[Node],
+    nodes: impl IntoIterator<Item = &'a Node<P>>,
     told: &Told,
 ) -> Result<(), String> {
     kernel.check_quiet().map_err(|broken| broken.to_string())?;

@@ -44,6 +44,9 @@ impl<P: Platform> Pagemap<P> {
         let allocation = self.allocate(wish.span)?;
         let weak: Weak<dyn Evict> = Arc::<Allocation<P>>::downgrade(&allocation);
         let filled = self.fill(&allocation, wish.span);
+        if self.seams.env.mutant(Mutant::AloneNotEvictable) {
+            filled?;
+        }
         // Also where only some pages moved: they stay, and must be able to make room.
         allocation.hold_until(self.seams.env.now().after(wish.timeslice));
         self.vram.make_evictable(&allocation.bo, weak);

@@ -70,6 +70,8 @@ pub struct Kernel<E: Environment> {
     changed: AtomicU32,
     /// Grows with every step that may change what somebody checks.
     generation: Arc<AtomicU64>,
+    /// As [`Memory::refused`](crate::mm::memory::Memory::refused), to be read with no lock.
+    refused: AtomicU32,
     violations: Mutex<E, Vec<Violation>>,
     violated: AtomicBool,
 }
@@ -106,6 +108,7 @@ impl<E: Environment> Kernel<E> {
             allocations: Mutex::<E, _>::new(Vec::new()),
             changed: AtomicU32::new(0),
             generation: Arc::new(AtomicU64::new(0)),
+            refused: AtomicU32::new(0),
             violations: Mutex::<E, _>::new(Vec::new()),
             violated: AtomicBool::new(false),
         })
@@ -148,6 +151,18 @@ impl<E: Environment> Kernel<E> {
     /// The rule that is broken.
     pub fn check(&self) -> Result<(), Broken> {
         self.look(check)
+    }
+
+    /// Refuses one allocation, of host memory, of a device page or for a page table: the `nth` one from
+    /// now, counted from 1; none, where it is 0.
+    pub fn refuse(&self, nth: u32) {
+        self.with(|mm| mm.memory.refuse(nth));
+    }
+
+    /// Allocations of host memory that were refused so far, by [`refuse`](Self::refuse). Takes no lock.
+    #[must_use]
+    pub fn refused(&self) -> u32 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// A number that grows with everything that [`look_at_changes`](Self::look_at_changes) may find,
@@ -222,6 +237,8 @@ impl<E: Environment> Around for Kernel<E> {
             self.generation.fetch_add(1, Ordering::Relaxed);
         }
         let released = core::mem::take(&mut state.released);
+        self.refused
+            .store(state.memory.refused(), Ordering::Relaxed);
         drop(state);
         self.release(released);
         result

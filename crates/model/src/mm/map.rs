@@ -2,6 +2,7 @@
 //! border, emptying a span of page tables.
 
 use gpusvm::addr::{HostVa, PAGE};
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::mm::{Access, InvalidateReason};
 
 use crate::mm::around::{Around, MmapLock};
@@ -155,7 +156,8 @@ pub(crate) fn zap_pages<A: Around>(
         around.step();
         // A fault may have brought a block in meanwhile, of which only a part goes.
         let zapped = around.with(|mm| {
-            let whole = !mm.sticks_out(pid, page, pages);
+            let dropped = mm.mutant == Some(Mutant::LateBlockDropped);
+            let whole = dropped || !mm.sticks_out(pid, page, pages);
             whole.then(|| mm.zap(pid, page, what))
         });
         match zapped {

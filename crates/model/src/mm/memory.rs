@@ -118,6 +118,10 @@ pub struct Memory {
     device_free: Vec<u32>,
     /// Frames that may have changed.
     pub(crate) changed: Marks,
+    /// Allocations until one is refused; 0 where none will be.
+    patience: u32,
+    /// Allocations of host memory that were refused so far.
+    refused: u32,
     /// Heads of large device folios that are free.
     device_free_large: Vec<u32>,
 }
@@ -140,8 +144,29 @@ impl Memory {
             free: host,
             device_free: Vec::new(),
             changed: Marks::default(),
+            patience: 0,
+            refused: 0,
             device_free_large: Vec::new(),
         }
+    }
+
+    /// Refuses one allocation, of host memory, a device page or a page table: the `nth` one from now,
+    /// counted from 1; none, where it is 0.
+    pub(crate) const fn refuse(&mut self, nth: u32) {
+        self.patience = nth;
+    }
+
+    /// Allocations of host memory that were refused so far, by [`refuse`](crate::kernel::Kernel::refuse).
+    #[must_use]
+    pub const fn refused(&self) -> u32 {
+        self.refused
+    }
+
+    /// Whether the allocation that is about to be made is to be refused.
+    pub(crate) const fn is_refused(&mut self) -> bool {
+        let due = self.patience == 1;
+        self.patience = self.patience.saturating_sub(1);
+        due
     }
 
     /// Frames of host memory.
@@ -259,6 +284,10 @@ impl Memory {
     /// A folio of zeros with no references; `None` where memory is exhausted or in pieces.
     pub(crate) fn allocate(&mut self, order: u8, owner: Owner) -> Option<FrameId> {
         let size = 1 << order;
+        if self.is_refused() {
+            self.refused += 1;
+            return None;
+        }
         if self.free < size {
             return None;
         }

@@ -261,6 +261,10 @@ impl Machine {
         if !still || !vma.is_anon() || !vma.pages.covers(block) {
             return false;
         }
+        // For the page table that splitting it will need.
+        if self.memory.is_refused() {
+            return false;
+        }
         self.prepare_anon(pid, start);
         for page in self.memory.pages_of(device) {
             self.memory.frame_mut(page).exclusive = true;
@@ -291,6 +295,10 @@ impl Machine {
             | Entry::HwPoison(_)
             | Entry::Guard
             | Entry::UffdWp => return false,
+        }
+        // For a page table.
+        if self.memory.is_refused() {
+            return false;
         }
         self.prepare_anon(pid, page);
         self.memory.frame_mut(device).exclusive = true;

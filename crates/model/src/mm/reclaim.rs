@@ -4,6 +4,7 @@
 //! page leaves in steps: it is locked and gets a slot, its mappings go one by one, each in a bracket
 //! of its own, and it is free when nobody else had a reference. Otherwise it stays in the swap cache.
 
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::mm::{Access, InvalidateReason};
 
 use crate::mm::around::{Around, MmapLock};
@@ -214,7 +215,7 @@ impl Machine {
             .is_some_and(|vma| vma.flags.has(VmFlags::LOCKED));
         // It may have been pinned since it was chosen: who owns it would lose sight of what the pin writes.
         let pinned = self.memory.folio(frame).pins > 0 && self.memory.frame(frame).exclusive;
-        if locked || pinned {
+        if locked || (pinned && self.mutant != Some(Mutant::PinnedReclaimed)) {
             return Unmapped::Stays;
         }
         let new = match leaves {

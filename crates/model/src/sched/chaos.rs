@@ -2,7 +2,16 @@
 
 use crate::sched::options::Chaos;
 use crate::sched::pick::{Candidates, What};
-use crate::sched::world::{Phase, World};
+use crate::sched::world::World;
+
+/// Whether chaos is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Chaos may strike; nothing bad may happen.
+    Safety,
+    /// Chaos is off; everything good must happen.
+    Liveness,
+}
 
 /// What chaos wants of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

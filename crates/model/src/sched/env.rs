@@ -7,7 +7,7 @@ use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::{Environment, Ns, Point, Work};
 use gpusvm_abi::bus::Park;
 
-use crate::sched::chaos::Fate;
+use crate::sched::chaos::{Fate, Phase};
 use crate::sched::fail::FailureKind;
 use crate::sched::fiber::ModelMutex;
 use crate::sched::lock::Rank;
@@ -16,7 +16,7 @@ use crate::sched::options::Kind;
 use crate::sched::pick::{Candidates, What};
 use crate::sched::rng::Stream;
 use crate::sched::stage::{self, Life};
-use crate::sched::world::{Block, NEVER, Phase, State, World, with};
+use crate::sched::world::{Block, NEVER, State, World, with};
 
 /// The environment of the world that runs on this thread.
 ///
@@ -83,6 +83,12 @@ impl ModelEnv {
         }
     }
 
+    /// Lets chaos fail a call that cannot be delayed: locks may be held.
+    #[must_use]
+    pub fn fails(&self, site: &'static str) -> bool {
+        with(|world| world.chaos(site, 2)) != 0
+    }
+
     /// Lets chaos delay a call that cannot fail.
     pub fn may_delay(&self, site: &'static str) {
         if with(|world| world.chaos(site, 2)) != 0 {
@@ -110,6 +116,21 @@ impl ModelEnv {
     #[inline]
     pub fn touch(&self) {
         with(World::touch);
+    }
+
+    /// Takes note that the world has reached the goal of this number: [`Summary`] counts the worlds
+    /// that did. No part of the world's hash.
+    ///
+    /// [`Summary`]: crate::sched::Summary
+    pub fn reach(&self, goal: u32) {
+        with(|world| world.reach(goal));
+    }
+
+    /// Which actor runs, counted from 0 in the order in which they were made; past the last one where
+    /// none does.
+    #[must_use]
+    pub fn actor(&self) -> usize {
+        with(|world| world.current)
     }
 
     /// Says that a rule is broken: the world has failed. Returns only where the caller is no
@@ -149,6 +170,10 @@ fn address(word: &AtomicU32) -> usize {
 }
 
 fn wait(word: &AtomicU32, seen: u32, deadline: u64, site: Site) {
+    if ModelEnv.fails("wait") {
+        // Whoever waits may wake for no reason.
+        return stage::point(Kind::Wake);
+    }
     let still = |_: &_| word.load(Ordering::Acquire) == seen;
     stage::wait_or_die(Block::Word(address(word), site), deadline, still);
 }

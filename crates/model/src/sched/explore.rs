@@ -41,6 +41,8 @@ pub struct Summary {
     pub steps: u64,
     /// Hash over all of them; the same on any number of threads.
     pub hash: u64,
+    /// How many worlds have reached each goal ([`ModelEnv::reach`](crate::sched::ModelEnv::reach)).
+    pub reached: Vec<u64>,
     /// Time it took.
     pub elapsed: Duration,
     /// The first seed that failed, and how.
@@ -63,10 +65,32 @@ impl Summary {
         self.worlds += other.worlds;
         self.steps += other.steps;
         self.hash = self.hash.wrapping_add(other.hash);
+        self.add_reached(&other.reached);
         if let Some((seed, trouble)) = other.failure
             && self.failure.as_ref().is_none_or(|(known, _)| seed < *known)
         {
             self.failure = Some((seed, trouble));
+        }
+    }
+
+    fn add_reached(&mut self, counts: &[u64]) {
+        if self.reached.len() < counts.len() {
+            self.reached.resize(counts.len(), 0);
+        }
+        for (total, count) in self.reached.iter_mut().zip(counts) {
+            *total += count;
+        }
+    }
+
+    /// One more world has reached the goals of these bits.
+    fn count_reached(&mut self, bits: &[u64]) {
+        if self.reached.len() < 64 * bits.len() {
+            self.reached.resize(64 * bits.len(), 0);
+        }
+        for (counts, word) in self.reached.chunks_mut(64).zip(bits) {
+            for (n, count) in counts.iter_mut().enumerate() {
+                *count += word >> n & 1;
+            }
         }
     }
 }
@@ -178,6 +202,7 @@ impl<B: Fn(&Sim) + Sync> Explorer<B> {
             summary.worlds += 1;
             summary.steps += outcome.steps;
             summary.hash = summary.hash.wrapping_add(mix(seed, outcome.hash));
+            summary.count_reached(&outcome.reached);
             if let Some(trouble) = outcome.trouble {
                 summary.failure = Some((seed, trouble));
                 break;
@@ -205,6 +230,7 @@ impl<B: Fn(&Sim) + Sync> Explorer<B> {
             while summary.worlds < worlds_max {
                 let outcome = run(&self.options, &mut picker, &self.build);
                 summary.hash = mix(summary.hash, outcome.hash);
+                summary.count_reached(&outcome.reached);
                 summary.steps += outcome.steps;
                 summary.worlds += 1;
                 if let Some(trouble) = outcome.trouble {

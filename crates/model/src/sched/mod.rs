@@ -64,7 +64,7 @@ mod tests_locks;
 mod trace;
 mod world;
 
-pub use chaos::Fate;
+pub use chaos::{Fate, Phase};
 pub use dfs::Dfs;
 pub use env::{Busy, ModelEnv};
 pub use explore::{Explorer, Summary};
@@ -80,4 +80,3 @@ pub use sim::{Outcome, Sim, Trouble, keep_panics_quiet, lock_orders, replay, run
 pub use stage::Life;
 pub use tape::{CHOICES_MAX, Tape, TapeError};
 pub use trace::{Entry, timeline};
-pub use world::Phase;

@@ -137,6 +137,8 @@ pub struct Outcome {
     pub choices: usize,
     /// Virtual time.
     pub time: Ns,
+    /// Goals that were reached ([`ModelEnv::reach`]), one bit each.
+    pub reached: Vec<u64>,
     /// What went wrong.
     pub trouble: Option<Box<Trouble>>,
     /// The tape, where it is kept.
@@ -315,6 +317,7 @@ fn conclude(abandoned: usize) -> Outcome {
             switches: world.switches,
             choices: world.tape.len(),
             time: world.now(),
+            reached: std::mem::take(&mut world.reached),
             trouble,
             tape,
         }

@@ -690,3 +690,26 @@ fn points_that_are_off_are_no_choices() {
     });
     assert!(outcome.steps <= 2, "{}", outcome.steps);
 }
+
+#[test]
+fn goals_are_counted_by_worlds_on_any_number_of_threads() {
+    let counts = |threads| {
+        let explorer = Explorer {
+            options: Options::default(),
+            picker: Picker::swarm,
+            threads,
+            build: |sim: &Sim| {
+                let goal = u32::try_from(sim.seed() % 3).expect("small") * 40;
+                sim.spawn("actor", move || {
+                    assert_eq!(ModelEnv.actor(), 0);
+                    ModelEnv.reach(goal);
+                    ModelEnv.reach(goal);
+                });
+            },
+        };
+        let reached = explorer.run_seeds(0..1000, &|_| {}).reached;
+        [0, 40, 80].map(|goal| reached[goal])
+    };
+    assert_eq!(counts(1), [334, 333, 333]);
+    assert_eq!(counts(3), counts(1));
+}

@@ -24,6 +24,7 @@ use corosensei::stack::DefaultStack;
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::{Ns, Point, Work};
 
+use crate::sched::chaos::Phase;
 use crate::sched::fail::{Failure, FailureKind};
 use crate::sched::fiber::Fiber;
 use crate::sched::lock::LockTable;
@@ -41,15 +42,6 @@ pub(super) enum State {
     Building,
     Running,
     Dying,
-}
-
-/// Whether chaos is on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Chaos may strike; nothing bad may happen.
-    Safety,
-    /// Chaos is off; everything good must happen.
-    Liveness,
 }
 
 /// Why an actor does not run.
@@ -141,6 +133,8 @@ pub(super) struct World {
     pub(super) deferred: Vec<Work>,
     random: Stream,
     pub(super) chaos_sites: Vec<(&'static str, u32)>,
+    /// Goals that were reached, one bit each.
+    pub(super) reached: Vec<u64>,
     pub(super) failure: Option<Box<Failure>>,
     pub(super) dying_waits: u32,
     pub(super) panic_site: Option<String>,
@@ -210,6 +204,7 @@ impl World {
             deferred: Vec::new(),
             random: Stream::ZERO,
             chaos_sites: Vec::new(),
+            reached: Vec::new(),
             failure: None,
             dying_waits: 0,
             panic_site: None,
@@ -238,6 +233,7 @@ impl World {
         self.deferred.clear();
         self.counters.clear();
         self.chaos_sites.clear();
+        self.reached.clear();
         (self.ready, self.unfinished, self.steps, self.switches) = (0, 0, 0, 0);
         (self.now, self.earliest, self.streak, self.dying_waits) = (0, NEVER, 0, 0);
         (self.phase, self.calm_since) = (Phase::Safety, options.safety_steps);
@@ -476,6 +472,15 @@ impl World {
 
     pub(super) fn keeps_texts(&self) -> bool {
         self.options.texts == Texts::Kept
+    }
+
+    /// Takes note that the world has reached a goal.
+    pub(super) fn reach(&mut self, goal: u32) {
+        let at = goal as usize / 64;
+        if self.reached.len() <= at {
+            self.reached.resize(at + 1, 0);
+        }
+        self.reached[at] |= 1 << (goal % 64);
     }
 
     pub(super) const fn enter_busy(&mut self) {

@@ -1,0 +1,174 @@
+//! What stands between the driver and the host: it tells what the driver is doing, lets calls fail where
+//! there is [chaos](super::chaos), and sees to it that an invalidation calls nothing. All else is passed on.
+
+use std::sync::Arc;
+
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PageCount};
+use gpusvm::error::{Failed, Interrupted, Stale};
+use gpusvm::mmu::{Interval, Seq};
+use gpusvm::seam::copy::CopyMove;
+use gpusvm::seam::mm::{
+    AddressSpace, FaultIn, InvalidateReason, InvalidationSink, MigrateTo, MigrationSet, PageRun,
+    PagemapId, Placement, Seen, Vma,
+};
+use gpusvm_model::kernel::{ModelMigration, ModelSpace};
+use gpusvm_model::sched::ModelEnv;
+
+use crate::explore::chaos::{Chaos, Site};
+use crate::explore::doing::{Doing, Ends, Watch};
+
+/// What is noted and what goes wrong on the way between the parts of a world.
+#[derive(Debug, Default)]
+pub(super) struct Between {
+    /// What actors are doing.
+    pub(super) watch: Watch,
+    /// What fails.
+    pub(super) chaos: Chaos,
+}
+
+/// The process, as the driver sees it.
+#[derive(Debug)]
+pub(super) struct Space {
+    host: Arc<ModelSpace<ModelEnv>>,
+    between: Arc<Between>,
+}
+
+impl Space {
+    pub(super) const fn new(host: Arc<ModelSpace<ModelEnv>>, between: Arc<Between>) -> Self {
+        Self { host, between }
+    }
+}
+
+/// A subscriber of invalidations.
+struct Sink {
+    driver: Arc<dyn InvalidationSink>,
+    between: Arc<Between>,
+}
+
+impl InvalidationSink for Sink {
+    fn start(&self, interval: &Interval, span: HostSpan, reason: InvalidateReason, seq: Seq) {
+        self.between.watch.open();
+        self.between.chaos.enter();
+        self.driver.start(interval, span, reason, seq);
+        self.between.chaos.leave();
+    }
+
+    fn end(&self, interval: &Interval, span: HostSpan) {
+        self.driver.end(interval, span);
+        self.between.watch.close();
+    }
+}
+
+/// Isolated pages.
+#[derive(Debug)]
+pub(super) struct Migration<'a> {
+    host: ModelMigration<'a, ModelEnv>,
+    _ends: Ends<'a>,
+}
+
+impl MigrationSet for Migration<'_> {
+    fn moves(&self) -> &[CopyMove] {
+        self.host.moves()
+    }
+
+    fn adopted(&self) -> PageCount {
+        self.host.adopted()
+    }
+
+    fn finalize(self) -> PageCount {
+        self.host.finalize()
+    }
+}
+
+impl AddressSpace for Space {
+    type Migration<'a> = Migration<'a>;
+
+    fn find_vma(&self, at: HostVa) -> Option<Vma> {
+        self.between.chaos.must_be_outside("find_vma");
+        self.between.chaos.delays(Site::FindVma);
+        self.host.find_vma(at)
+    }
+
+    fn subscribe(
+        &self,
+        window: HostSpan,
+        sink: Arc<dyn InvalidationSink>,
+    ) -> Result<Arc<Interval>, Interrupted> {
+        self.between.chaos.must_be_outside("subscribe");
+        if self.between.chaos.strikes(Site::Subscribe) {
+            return Err(self.between.chaos.excuse(Failed::OutOfMemory));
+        }
+        let sink = Arc::new(Sink {
+            driver: sink,
+            between: Arc::clone(&self.between),
+        });
+        self.host.subscribe(window, sink)
+    }
+
+    fn unsubscribe(&self, interval: &Arc<Interval>) {
+        self.between.chaos.must_be_outside("unsubscribe");
+        self.host.unsubscribe(interval);
+    }
+
+    fn read_begin(&self, interval: &Interval) -> Seq {
+        self.between.chaos.must_be_outside("read_begin");
+        self.host.read_begin(interval)
+    }
+
+    fn fault_in(&self, request: &FaultIn, runs: &mut Vec<PageRun>) -> Result<(), Interrupted> {
+        self.between.chaos.must_be_outside("fault_in");
+        let _ends = self.between.watch.begin(Doing::LookUp, request.span);
+        if self.between.chaos.strikes(Site::LookUp) {
+            return Err(Stale::PagesBusy.into());
+        }
+        self.host.fault_in(request, runs)
+    }
+
+    fn is_populated(&self, span: HostSpan) -> bool {
+        self.between.chaos.must_be_outside("is_populated");
+        self.host.is_populated(span)
+    }
+
+    fn placement(&self, span: HostSpan) -> Placement {
+        self.between.chaos.must_be_outside("placement");
+        self.host.placement(span)
+    }
+
+    fn migrate_begin(&self, span: HostSpan, to: MigrateTo) -> Result<Migration<'_>, Interrupted> {
+        let doing = match to {
+            MigrateTo::Device { .. } => Doing::ToDevice,
+            MigrateTo::System { .. } => Doing::Home,
+        };
+        self.between.chaos.must_be_outside("migrate_begin");
+        let ends = self.between.watch.begin(doing, span);
+        if self.between.chaos.strikes(Site::Collect) {
+            return Err(self.between.chaos.stale());
+        }
+        let host = self.host.migrate_begin(span, to)?;
+        self.between.watch.isolate();
+        if self.between.chaos.strikes(Site::Isolated) {
+            // The set is dropped: all goes back.
+            return Err(self.between.chaos.stale());
+        }
+        Ok(Migration { host, _ends: ends })
+    }
+
+    fn snapshot(
+        &self,
+        span: HostSpan,
+        keep: Option<PagemapId>,
+        pages: &mut Vec<Seen>,
+    ) -> Result<(), Interrupted> {
+        self.between.chaos.must_be_outside("snapshot");
+        self.host.snapshot(span, keep, pages)
+    }
+
+    fn make_exclusive(
+        &self,
+        at: HostVa,
+        commit: &mut dyn FnMut(BusAddr),
+    ) -> Result<(), Interrupted> {
+        self.between.chaos.must_be_outside("make_exclusive");
+        self.host.make_exclusive(at, commit)
+    }
+}
