@@ -9,11 +9,12 @@ use std::process::Command;
 use gpusvm_tests::{Source, functions, root, skipped, sources, walk};
 
 /// Folder of each crate, and which of ours it may use.
-const CRATES: [(&str, &str, &[&str]); 9] = [
+const CRATES: [(&str, &str, &[&str]); 10] = [
     ("core", "gpusvm", &[]),
     ("abi", "gpusvm-abi", &[]),
     ("softgpu", "gpusvm-softgpu", &["gpusvm-abi"]),
     ("xe", "gpusvm-xe", &["gpusvm", "gpusvm-abi"]),
+    ("dmirror", "gpusvm-dmirror", &["gpusvm", "gpusvm-abi"]),
     ("live", "gpusvm-live", &["gpusvm", "gpusvm-abi"]),
     ("model", "gpusvm-model", &["gpusvm", "gpusvm-abi"]),
     (
@@ -24,6 +25,7 @@ const CRATES: [(&str, &str, &[&str]); 9] = [
             "gpusvm-abi",
             "gpusvm-softgpu",
             "gpusvm-xe",
+            "gpusvm-dmirror",
             "gpusvm-live",
             "gpusvm-model",
         ],
@@ -53,8 +55,8 @@ const CRATES: [(&str, &str, &[&str]); 9] = [
         ],
     ),
 ];
-const NO_STD: [&str; 4] = ["core", "abi", "softgpu", "xe"];
-const NO_UNSAFE: [&str; 5] = ["core", "abi", "softgpu", "xe", "cli"];
+const NO_STD: [&str; 5] = ["core", "abi", "softgpu", "xe", "dmirror"];
+const NO_UNSAFE: [&str; 6] = ["core", "abi", "softgpu", "xe", "dmirror", "cli"];
 /// Where `unsafe` may stand.
 const UNSAFE: [&str; 2] = ["crates/live/src/sys/", "crates/model/src/sched/fiber.rs"];
 const DOCUMENTS: [&str; 5] = [
@@ -155,7 +157,13 @@ fn build_without_std() {
         skipped(&format!("target {TARGET} is not installed"));
         return;
     }
-    let packages = ["gpusvm", "gpusvm-abi", "gpusvm-softgpu", "gpusvm-xe"];
+    let packages = [
+        "gpusvm",
+        "gpusvm-abi",
+        "gpusvm-softgpu",
+        "gpusvm-xe",
+        "gpusvm-dmirror",
+    ];
     let mut build = Command::new("cargo");
     build.args(["build", "--offline", "--target", TARGET, "--target-dir"]);
     build.arg(root().join("target/no-std")).current_dir(root());

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::conformance::ConformanceArgs;
 use crate::machine::{MachineConfig, ServiceMode};
 use crate::size;
 use crate::torture::op::Op;
@@ -40,6 +41,10 @@ pub enum Command {
         gpusvm explore --scenario all\n  gpusvm explore --mutant all     does it find known bugs?\n  \
         gpusvm explore --tape FILE      what failed, again")]
     Explore(ExploreArgs),
+    /// Check a host against what Linux does.
+    #[command(after_help = "Examples:\n  gpusvm conformance hmm --host model\n  \
+        gpusvm conformance hmm --host live --json")]
+    Conformance(ConformanceArgs),
     /// Show what this machine and kernel allow, and what follows for you.
     Info(InfoArgs),
     /// Measure against yardsticks taken in the same run, as ratios.

@@ -6,6 +6,7 @@
 
 pub mod args;
 pub mod bench;
+pub mod conformance;
 mod cpu_time;
 pub mod explore;
 pub mod folder;

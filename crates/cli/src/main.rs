@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
 use gpusvm_cli::args::{self, Cli, Command, RunArgs};
-use gpusvm_cli::{bench, explore, info, run};
+use gpusvm_cli::{bench, conformance, explore, info, run};
 
 /// Keeps the runtime's own memory apart from the memory that migrates.
 #[global_allocator]
@@ -30,6 +30,10 @@ fn main() -> ExitCode {
             Err(error) => fail(&error, 1),
         },
         Command::Explore(args) => match explore::explore(&args, &mut out) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error, error.exit_code()),
+        },
+        Command::Conformance(args) => match conformance::conformance(&args, &mut out) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error, error.exit_code()),
         },

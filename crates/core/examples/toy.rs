@@ -16,8 +16,9 @@ use gpusvm::pagemap::{Pagemap, ToDevice};
 use gpusvm::seam::copy::{CopyEngine, CopyMove, CopyWith};
 use gpusvm::seam::env::{Environment, Ns, Work};
 use gpusvm::seam::mm::{
-    Access, AddressSpace, AllocationRef, FaultIn, InvalidateReason, InvalidationSink, Location,
-    MigrateTo, MigrationSet, PageRun, PagemapId, Placement, Vma, VmaKind,
+    Access, AddressSpace, AllocationRef, CpuFault, FaultIn, InvalidateReason, InvalidationSink,
+    Location, MigrateTo, MigrationSet, PageKind, PageRun, PagemapId, Pager, Placement, Seen,
+    SeenPage, Vma, VmaKind,
 };
 use gpusvm::seam::{Platform, Seams};
 use gpusvm::svm::{Bindings, FindRange, Svm, SvmConfig, SvmOwner, Zapped};
@@ -73,8 +74,8 @@ impl Process {
     /// A load by the processor: a page that is away faults, and comes home.
     fn load(&self, at: HostVa) -> u64 {
         let page = locked(&self.away, |away| away.get(&at).cloned());
-        if let Some((allocation, _)) = page {
-            allocation.migrate_to_ram(at);
+        if let Some((allocation, vram)) = page {
+            allocation.migrate_to_ram(CpuFault { at, vram });
         }
         locked(&self.memories, |m| m.host[&at.get()])
     }
@@ -224,6 +225,43 @@ impl AddressSpace for Process {
             }
         };
         Ok(set)
+    }
+
+    fn snapshot(
+        &self,
+        span: HostSpan,
+        keep: Option<PagemapId>,
+        pages: &mut Vec<Seen>,
+    ) -> Result<(), Interrupted> {
+        let mut runs = Vec::new();
+        let access = Access::Write;
+        let request = FaultIn {
+            span,
+            access,
+            keep,
+            pager: Pager::Wait,
+        };
+        self.fault_in(&request, &mut runs)?;
+        let page = |run: &PageRun| {
+            Seen::Page(SeenPage {
+                at: run.at,
+                access,
+                order: 0,
+                kind: PageKind::Plain,
+            })
+        };
+        pages.clear();
+        pages.extend(runs.iter().map(page));
+        Ok(())
+    }
+
+    /// Nobody asks for it here.
+    fn make_exclusive(
+        &self,
+        at: HostVa,
+        _commit: &mut dyn FnMut(BusAddr),
+    ) -> Result<(), Interrupted> {
+        Err(Failed::NotMigratable(at).into())
     }
 }
 

@@ -32,7 +32,8 @@ use crate::pages::{PageSet, in_one_place};
 use crate::range::{Range, RangeKind, RangeRef, Tree};
 use crate::seam::env::{Environment, Mutex, Ns, Point, Work};
 use crate::seam::mm::{
-    Access, AddressSpace, FaultIn, InvalidateReason, InvalidationSink, PagemapId, Vma, VmaKind,
+    Access, AddressSpace, FaultIn, InvalidateReason, InvalidationSink, PagemapId, Pager, Vma,
+    VmaKind,
 };
 use crate::seam::{Platform, Seams};
 
@@ -185,6 +186,7 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
             span: range.span,
             access,
             keep,
+            pager: Pager::Wait,
         };
         self.seams.space.fault_in(&request, &mut runs)?;
         self.seams.env.yield_point(Point::AfterFaultIn);
@@ -262,6 +264,7 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
             span: range.span,
             access: Access::Read,
             keep: None,
+            pager: Pager::Wait,
         };
         self.seams.space.fault_in(&request, &mut Vec::new())
     }
@@ -393,7 +396,11 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         };
         let kind = match vma.kind {
             VmaKind::Anonymous if find.device_memory => RangeKind::Migratable,
-            VmaKind::Anonymous | VmaKind::InPlace | VmaKind::Special => RangeKind::InPlace,
+            VmaKind::Anonymous
+            | VmaKind::PrivateFile
+            | VmaKind::InPlace
+            | VmaKind::HugePages
+            | VmaKind::Special => RangeKind::InPlace,
         };
         Ok(self.tree.lock().insert(span, kind, interval))
     }

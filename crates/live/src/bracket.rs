@@ -104,6 +104,11 @@ pub(crate) fn enter_service(space: &Arc<LiveSpace>) {
     *SERVICE.space.lock() = Arc::downgrade(space);
 }
 
+/// Brackets work for nobody. The sites stay patched: the next space uses them.
+pub(crate) fn forget_space() {
+    *SERVICE.space.lock() = Weak::new();
+}
+
 /// The space that brackets work for.
 pub(crate) fn current_space() -> Option<Arc<LiveSpace>> {
     SERVICE.space.lock().upgrade()

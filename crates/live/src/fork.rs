@@ -22,6 +22,7 @@ use gpusvm::event::HomeCause;
 use rustix::io::Errno;
 
 use crate::bracket;
+use crate::in_thread;
 use crate::residency::everything;
 use crate::space::LiveSpace;
 use crate::sys::atfork::{self, ForkHook};
@@ -31,6 +32,17 @@ use crate::sys::uffd::Uffd;
 /// Forks that are going on.
 #[derive(Debug, Default)]
 pub(crate) struct Forks(AtomicU32);
+
+/// Lets a child of a process with a live space have one of its own. Elsewhere it does nothing.
+///
+/// Only the thread that forked may be there, and nothing of the parent's space may be used any more:
+/// what the child still has of it is given up as it is.
+pub fn begin_anew() {
+    if atfork::begin_anew() {
+        bracket::forget_space();
+        in_thread::stop();
+    }
+}
 
 struct Hook;
 

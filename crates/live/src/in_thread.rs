@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use crate::bracket;
 use crate::level::{FaultLevel, OpenError};
 use crate::pool;
+use crate::reader::bring;
 use crate::reader::{End, LOST_RETRY, Wanted};
 use crate::residency::{DevicePage, State};
 use crate::space::LiveSpace;
@@ -153,9 +154,9 @@ impl LiveSpace {
         if !heap::contains(at) {
             return self.serve_compute_only(at, fault);
         }
-        let state = self.residency.lock().at(at).map(|at| at.1.clone());
+        let state = self.residency.lock().at(at).map(|at| at.1);
         match state {
-            Some(State::Resident(page)) => self.fetch(&page, at),
+            Some(State::Resident(page)) => self.fetch(page, at),
             Some(State::Transit(_)) => Served::Later(None),
             // Home by now, or never away.
             Some(State::Claimed) | None => match self.vma_around(at) {
@@ -173,15 +174,15 @@ impl LiveSpace {
         };
         let fault = pool::Fault { at, shard };
         match self.look_for(fault) {
-            Wanted::Away { page, from } => self.fetch(&page, from),
+            Wanted::Away { page, from } => self.fetch(page, from),
             Wanted::Travels(End::Told) => Served::Later(None),
             Wanted::Hole if self.fill_hole(fault) => Served::Retry,
             Wanted::Hole | Wanted::Travels(End::Untold) => Served::Later(Some(self.soon().0)),
         }
     }
 
-    fn fetch(&self, page: &DevicePage, at: HostVa) -> Served {
-        match page.allocation.clone().migrate_to_ram(at) {
+    fn fetch(&self, page: DevicePage, at: HostVa) -> Served {
+        match bring(page, at) {
             CpuFaultOutcome::Retry => Served::Retry,
             CpuFaultOutcome::RetryAt(time) => Served::Later(Some(time.0)),
             CpuFaultOutcome::Lost => Served::Later(Some(self.env.now().after(LOST_RETRY).0)),

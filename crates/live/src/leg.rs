@@ -16,6 +16,7 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M, PageCount};
 use gpusvm::event::Event;
 use rustix::io::Errno;
 
+use crate::level::Holes;
 use crate::pool::Fate;
 use crate::shard::ShardId;
 use crate::space::LiveSpace;
@@ -130,6 +131,14 @@ impl Leg {
         match self.road {
             Road::Through(slot) => Some(slot),
             Road::Straight | Road::Closed => None,
+        }
+    }
+
+    /// Where its pages stay while they are on the device, if that is in this process.
+    pub(crate) const fn parked_for_good(&self) -> Option<HostVa> {
+        match self.road {
+            Road::Straight => Some(self.parked),
+            Road::Through(_) | Road::Closed => None,
         }
     }
 
@@ -381,6 +390,14 @@ impl LiveSpace {
 
     fn move_in(&self, from: Mapping, to: HostVa, parked: HostSpan) -> Moved {
         let uffd = self.watch.shards.uffd(from.shard);
+        if self.holes == Holes::Marked
+            && let Err(errno) = uffd.unprotect(HostSpan::at(to, parked.bytes()))
+        {
+            return Moved {
+                bytes: 0,
+                error: Some(errno),
+            };
+        }
         uffd.move_pages(to, parked)
     }
 
@@ -423,6 +440,33 @@ impl LiveSpace {
             Err(_no_mapping) => lost.gone += 1,
         }
         from.plus(PAGE)
+    }
+}
+
+impl LiveSpace {
+    /// Lets a span that is away show as not empty. Where the system refuses, for unread news, it shows
+    /// as empty.
+    pub(crate) fn mark(&self, span: HostSpan, shard: ShardId) {
+        if self.holes == Holes::Marked {
+            let _shows = self.watch.shards.uffd(shard).protect(span);
+        }
+    }
+
+    /// The span is empty, and shows as that. A touch would find a marker, and wait for a reader that
+    /// knows nothing of it.
+    pub(crate) fn unmark(&self, span: HostSpan, shard: ShardId) {
+        if self.holes == Holes::Marked {
+            self.unprotect(span, shard);
+        }
+    }
+
+    /// Takes write protection and markers back. The system wants its news read before: nothing may be
+    /// held that keeps it from being read.
+    pub(crate) fn unprotect(&self, span: HostSpan, shard: ShardId) {
+        let uffd = self.watch.shards.uffd(shard);
+        while uffd.unprotect(span) == Err(Errno::AGAIN) {
+            rustix::thread::sched_yield();
+        }
     }
 }
 

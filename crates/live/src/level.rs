@@ -18,6 +18,20 @@ pub struct LiveConfig {
     pub brackets: BracketChoice,
     /// How watched memory is spread over userfaultfds.
     pub sharding: Sharding,
+    /// What `/proc/self/pagemap` shows of memory that is away.
+    pub holes: Holes,
+}
+
+/// What `/proc/self/pagemap` shows of memory that is away, at level full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Holes {
+    /// Nothing is there.
+    #[default]
+    Empty,
+    /// Something that is not present, as of pages in private device memory. It costs a system call in
+    /// each direction, and huge pages come home as small ones: markers fill a page table. Holes of
+    /// memory that may only be read do not leave then.
+    Marked,
 }
 
 /// How watched memory is spread over userfaultfds.
@@ -359,7 +373,7 @@ impl Descriptors {
             .into_iter()
             .filter(|level| config.level.takes(*level))
         {
-            match Self::at(level, config.sharding) {
+            match Self::at(level, config) {
                 Ok(descriptors) => return Ok(descriptors),
                 // The first refusal names the privilege that helps most.
                 Err(why) => refused = refused.or(Some((level, why))),
@@ -375,10 +389,12 @@ impl Descriptors {
         })
     }
 
-    fn at(level: FaultLevel, sharding: Sharding) -> Result<Self, Refusal> {
+    fn at(level: FaultLevel, config: &LiveConfig) -> Result<Self, Refusal> {
+        let sharding = config.sharding;
+        let full = || open_full(config.holes);
         let user_mode = || Uffd::open(OpenMode::UserModeOnly, Features::EVENTS);
         let (open, mode): (&dyn Fn() -> _, _) = match level {
-            FaultLevel::Full => (&open_full, OpenMode::Full),
+            FaultLevel::Full => (&full, OpenMode::Full),
             FaultLevel::UserModeOnly => (&user_mode, OpenMode::UserModeOnly),
             FaultLevel::Mprotect | FaultLevel::Explicit => {
                 heap::prepare()?;
@@ -428,9 +444,13 @@ impl From<Errno> for Refusal {
 }
 
 /// News of clones needs a privilege more than the mode does.
-fn open_full() -> Result<Uffd, Errno> {
-    Uffd::open(OpenMode::Full, Features::EVENTS.and(Features::FORK))
-        .or_else(|_forbidden| Uffd::open(OpenMode::Full, Features::EVENTS))
+fn open_full(holes: Holes) -> Result<Uffd, Errno> {
+    let wanted = match holes {
+        Holes::Empty => Features::EVENTS,
+        Holes::Marked => Features::EVENTS.and(Features::MARKERS),
+    };
+    Uffd::open(OpenMode::Full, wanted.and(Features::FORK))
+        .or_else(|_forbidden| Uffd::open(OpenMode::Full, wanted))
 }
 
 #[cfg(test)]

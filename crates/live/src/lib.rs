@@ -4,11 +4,13 @@
 //! |---|---|
 //! | [`LiveSpace`] (`space`) | the process as an [`AddressSpace`](gpusvm::seam::mm::AddressSpace) |
 //! | `mappings` | the process's mappings, as the framework sees them |
-//! | `fault_in` | where pages are, for a device |
+//! | `fault_in`, `snapshot` | where pages are, for a device, with and without a fault |
+//! | `exclusive` | pages that a device has for itself |
 //! | `residency` | which pages are away, or on their way |
 //! | `watch` | which mappings raise faults and brackets |
 //! | `stays` | memory that never leaves: control blocks of threads, and their like |
 //! | `migrate`, `leg`, `staging` | pages leave and return, by `UFFDIO_MOVE` or through the migratable heap |
+//! | `read_only` | pages leave mappings that may not be written |
 //! | `shard`, `pool`, `reader` | userfaultfds, and the threads that serve CPU faults |
 //! | `in_thread` | CPU faults that are served where they occur |
 //! | `bracket` | address-space calls, seen before they happen |
@@ -37,6 +39,7 @@ mod attendant;
 mod bracket;
 mod claim;
 mod env;
+mod exclusive;
 mod fault_in;
 mod fork;
 mod in_thread;
@@ -45,9 +48,11 @@ mod level;
 mod mappings;
 mod migrate;
 mod pool;
+mod read_only;
 mod reader;
 mod residency;
 mod shard;
+mod snapshot;
 mod space;
 mod spans;
 mod staging;
@@ -68,10 +73,11 @@ pub mod program {
 }
 
 pub use env::LiveEnv;
+pub use fork::begin_anew;
 pub use in_thread::ComputeOnly;
 pub use level::{
-    BracketChoice, BracketLevel, FaultLevel, Level, LevelChoice, LiveConfig, OpenError, Sharding,
-    allocate_for,
+    BracketChoice, BracketLevel, FaultLevel, Holes, Level, LevelChoice, LiveConfig, OpenError,
+    Sharding, allocate_for,
 };
 pub use migrate::LiveMigration;
 pub use space::LiveSpace;

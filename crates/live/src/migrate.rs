@@ -11,10 +11,12 @@
 //! the invalidation has ended every device access to it: a device unit may be waiting for the
 //! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PageCount, VramAddr, VramSpan};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PageCount, VramAddr, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
-use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrateTo, MigrationSet, VmaKind};
+use gpusvm::seam::mm::{
+    AllocationRef, Folios, InvalidateReason, MigrateTo, MigrationSet, Vma, VmaKind,
+};
 
 use crate::leg::{Leg, Mapping, Refused, Road, blocks};
 use crate::residency::{Busy, DevicePage, Piece};
@@ -40,6 +42,39 @@ pub struct LiveMigration<'a> {
     done: bool,
 }
 
+/// Where pages go, and how.
+#[derive(Clone)]
+struct Goal {
+    allocation: AllocationRef,
+    aperture: Option<HostSpan>,
+    folios: Folios,
+    rights: Stores,
+}
+
+/// Whether the mapping that pages leave may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stores {
+    Allowed,
+    Forbidden,
+}
+
+/// `span` cut at 2 MiB borders, and so that no huge page goes whole where they are to be split: a MOVE
+/// of its first page cuts it.
+fn parts(span: HostSpan, folios: Folios) -> impl Iterator<Item = HostSpan> {
+    blocks(span).flat_map(move |block| {
+        let first = match folios {
+            Folios::Keep => 0,
+            Folios::Split => PAGE.min(block.bytes()),
+        };
+        let border = block.start().plus(first);
+        let both = [
+            HostSpan::new(block.start(), border),
+            HostSpan::new(border, block.end()),
+        ];
+        both.into_iter().filter(|part| !part.is_empty())
+    })
+}
+
 #[derive(Debug)]
 enum Way {
     Out {
@@ -63,33 +98,57 @@ impl LiveSpace {
             MigrateTo::Device {
                 allocation,
                 aperture,
-            } => self.begin_out(span, allocation, aperture),
+                folios,
+            } => self.begin_out(
+                span,
+                &Goal {
+                    allocation,
+                    aperture,
+                    folios,
+                    rights: Stores::Allowed,
+                },
+            ),
             MigrateTo::System {
                 allocation,
+                part,
                 aperture,
-            } => Ok(self.begin_home(&allocation, aperture)),
+                folios,
+            } => {
+                let goal = Goal {
+                    allocation,
+                    aperture,
+                    folios,
+                    rights: Stores::Allowed,
+                };
+                Ok(self.begin_home(&goal, part))
+            }
         }
     }
 
-    fn begin_out(
-        &self,
-        span: HostSpan,
-        allocation: AllocationRef,
-        aperture: Option<HostSpan>,
-    ) -> Result<LiveMigration<'_>, Interrupted> {
+    fn begin_out(&self, span: HostSpan, goal: &Goal) -> Result<LiveMigration<'_>, Interrupted> {
         let vma = self
             .vma_around(span.start())
             .ok_or(Failed::NoVma(span.start()))?;
-        if vma.kind != VmaKind::Anonymous {
+        let read_only = self.is_read_only(&vma, span);
+        let leaves = |vma: &Vma| vma.kind == VmaKind::Anonymous || read_only;
+        if !leaves(&vma) {
             return Err(Failed::NotMigratable(span.start()).into());
         }
         self.watch_mapping(&vma);
         let piece = self.piece_at(vma, span.start());
-        if piece.kind != VmaKind::Anonymous || !piece.span.covers(span) {
+        if !leaves(&piece) || !piece.span.covers(span) {
             return Err(Failed::NotMigratable(span.start()).into());
         }
+        let goal = &Goal {
+            rights: if read_only {
+                Stores::Forbidden
+            } else {
+                Stores::Allowed
+            },
+            ..goal.clone()
+        };
         for _attempt in 0..ATTEMPTS {
-            match self.try_out(span, &allocation, aperture)? {
+            match self.try_out(span, goal)? {
                 Ok(set) => return Ok(set),
                 Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
                 Err(Refused::News) => return Err(Stale::PagesBusy.into()),
@@ -106,8 +165,7 @@ impl LiveSpace {
     fn try_out(
         &self,
         span: HostSpan,
-        allocation: &AllocationRef,
-        aperture: Option<HostSpan>,
+        goal: &Goal,
     ) -> Result<Result<LiveMigration<'_>, Refused>, Interrupted> {
         let Some(shard) = self.shard_of(span) else {
             return Ok(Err(Refused::Mapping));
@@ -119,7 +177,8 @@ impl LiveSpace {
         let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
         self.residency.lock().depart(span);
         let mut from = Mapping { shard, left_at: 0 };
-        let mut legs = self.legs_out(span, from, aperture);
+        let aperture = goal.aperture;
+        let mut legs = self.legs_out(span, from, goal);
         // Threads that are made from now on touch their memory, and wait for this travel.
         let free = self.stays.check(&self.procmap, span);
         let unread = self.watch.shards.hold_settled(shard);
@@ -128,15 +187,27 @@ impl LiveSpace {
         let left = free
             .and_then(|()| self.expect_no_news(span))
             .and_then(|()| self.arm(span, shard).map_err(|CannotArm| Refused::Mapping))
-            .and_then(|()| legs.iter().try_for_each(|leg| self.leave(leg)));
+            .and_then(|()| {
+                let leave = || legs.iter().try_for_each(|leg| self.leave(leg));
+                match goal.rights {
+                    Stores::Allowed => leave(),
+                    Stores::Forbidden => self.with_stores(span, shard, leave),
+                }
+            });
         drop(unread);
+        if goal.rights == Stores::Forbidden {
+            self.unprotect(span, shard);
+        }
+        if left.is_ok() {
+            self.mark(span, shard);
+        }
         self.notifiers.end(&self.env, invalidation);
         let set = LiveMigration {
             space: self,
             moves: if aperture.is_some() {
                 Vec::new()
             } else {
-                moves_out(&legs, allocation)
+                moves_out(&legs, &goal.allocation)
             },
             adopted: if aperture.is_some() {
                 span.pages()
@@ -145,7 +216,7 @@ impl LiveSpace {
             },
             way: Way::Out {
                 span,
-                allocation: allocation.clone(),
+                allocation: goal.allocation.clone(),
                 from,
             },
             legs,
@@ -185,9 +256,9 @@ impl LiveSpace {
         }
     }
 
-    fn legs_out(&self, span: HostSpan, from: Mapping, aperture: Option<HostSpan>) -> Vec<Leg> {
-        blocks(span)
-            .map(|user| match aperture {
+    fn legs_out(&self, span: HostSpan, from: Mapping, goal: &Goal) -> Vec<Leg> {
+        parts(span, goal.folios)
+            .map(|user| match goal.aperture {
                 Some(home) => {
                     let parked = home.start().plus(user.start().offset_from(span.start()));
                     Leg::straight(user, from, parked)
@@ -203,21 +274,22 @@ impl LiveSpace {
         Leg::through(user, from, slot, purpose)
     }
 
-    fn begin_home(
-        &self,
-        allocation: &AllocationRef,
-        aperture: Option<HostSpan>,
-    ) -> LiveMigration<'_> {
+    fn begin_home(&self, goal: &Goal, part: VramSpan) -> LiveMigration<'_> {
+        let (allocation, aperture) = (&goal.allocation, goal.aperture);
+        let part = match goal.folios {
+            Folios::Keep => self.whole_part(allocation, part),
+            Folios::Split => part,
+        };
         let pieces = self
             .residency
             .lock()
-            .recall(allocation.id(), allocation.origin());
+            .recall(allocation.id(), allocation.origin(), part);
         let mut legs = Vec::new();
         let mut moves = Vec::new();
         for piece in &pieces {
             let invalidation = self.notifiers.start(piece.span, InvalidateReason::Migrate);
             self.notifiers.end(&self.env, invalidation);
-            self.legs_home(piece, aperture, &mut legs, &mut moves);
+            self.legs_home(piece, goal, &mut legs, &mut moves);
         }
         let adopted = match aperture {
             Some(_) => pieces.iter().map(|piece| piece.span.pages()).sum(),
@@ -236,7 +308,7 @@ impl LiveSpace {
     fn legs_home(
         &self,
         piece: &Piece,
-        aperture: Option<HostSpan>,
+        goal: &Goal,
         legs: &mut Vec<Leg>,
         moves: &mut Vec<CopyMove>,
     ) {
@@ -244,9 +316,9 @@ impl LiveSpace {
             shard: piece.shard,
             left_at: piece.page.left_at,
         };
-        for user in blocks(piece.span) {
+        for user in parts(piece.span, goal.folios) {
             let offset = piece.page.offset + user.start().offset_from(piece.span.start());
-            if let Some(home) = aperture {
+            if let Some(home) = goal.aperture {
                 legs.push(Leg::straight(user, from, home.start().plus(offset)));
                 continue;
             }
@@ -338,6 +410,7 @@ impl MigrationSet for LiveMigration<'_> {
                     allocation: allocation.clone(),
                     offset: 0,
                     left_at: from.left_at,
+                    parked: self.legs.first().and_then(Leg::parked_for_good),
                 };
                 let closed = |leg: &&Leg| matches!(leg.road, Road::Closed);
                 for leg in self.legs.iter().filter(closed) {

@@ -31,7 +31,7 @@ use std::sync::Arc;
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::event::{Event, HomeCause};
 use gpusvm::seam::env::{Environment, Ns};
-use gpusvm::seam::mm::{CpuFaultOutcome, InvalidateReason};
+use gpusvm::seam::mm::{CpuFault, CpuFaultOutcome, InvalidateReason};
 use rustix::io::Errno;
 
 use crate::pool::{Change, Fault, Job, News, Task};
@@ -166,7 +166,7 @@ fn sort(space: &LiveSpace, fault: Fault) {
 /// A thread of the process waits for a page.
 fn serve_fault(space: &LiveSpace, fault: Fault) {
     match space.look_for(fault) {
-        Wanted::Away { page, from } => match page.allocation.migrate_to_ram(from) {
+        Wanted::Away { page, from } => match bring(page, from) {
             CpuFaultOutcome::Retry => wake(space, fault),
             CpuFaultOutcome::RetryAt(time) => defer(space, fault, time),
             CpuFaultOutcome::Lost => defer(space, fault, space.env.now().after(LOST_RETRY)),
@@ -174,6 +174,12 @@ fn serve_fault(space: &LiveSpace, fault: Fault) {
         Wanted::Travels(end) => wait_for_end(space, fault, end),
         Wanted::Hole => fill(space, fault),
     }
+}
+
+/// Asks the owner of a page to bring it home.
+pub(crate) fn bring(page: DevicePage, at: HostVa) -> CpuFaultOutcome {
+    let vram = page.vram();
+    page.allocation.migrate_to_ram(CpuFault { at, vram })
 }
 
 fn wait_for_end(space: &LiveSpace, fault: Fault, end: End) {
@@ -217,7 +223,6 @@ impl LiveSpace {
                     return Wanted::Travels(if told { End::Told } else { End::Untold });
                 }
                 Some((_, State::Resident(page))) if page.left_at < before => {
-                    let page = page.clone();
                     return Wanted::Away { page, from: at };
                 }
                 Some((_, State::Resident(_) | State::Claimed)) | None => {}

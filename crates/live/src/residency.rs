@@ -19,7 +19,7 @@
 
 use std::collections::BTreeMap;
 
-use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::addr::{HostSpan, HostVa, VramAddr, VramSpan};
 use gpusvm::seam::mm::{AllocationId, AllocationRef};
 
 use crate::shard::ShardId;
@@ -33,15 +33,24 @@ pub(crate) struct DevicePage {
     pub(crate) offset: u64,
     /// Events that its mapping's shard had read when the page left, see [`shard`](crate::shard).
     pub(crate) left_at: u64,
+    /// Where the page lies in this process, if device memory does.
+    pub(crate) parked: Option<HostVa>,
 }
 
 impl DevicePage {
-    fn plus(&self, bytes: u64) -> Self {
+    /// The page `bytes` further on.
+    pub(crate) fn plus(&self, bytes: u64) -> Self {
         Self {
             allocation: self.allocation.clone(),
             offset: self.offset + bytes,
             left_at: self.left_at,
+            parked: self.parked.map(|at| at.plus(bytes)),
         }
+    }
+
+    /// Where it is in device memory.
+    pub(crate) fn vram(&self) -> VramAddr {
+        self.allocation.vram().start().plus(self.offset)
     }
 }
 
@@ -54,6 +63,17 @@ pub(crate) enum State {
     Transit(Option<DevicePage>),
     /// In device memory.
     Resident(DevicePage),
+}
+
+impl State {
+    /// The same for what lies `bytes` further on.
+    fn plus(&self, bytes: u64) -> Self {
+        match self {
+            Self::Resident(page) => Self::Resident(page.plus(bytes)),
+            Self::Transit(Some(page)) => Self::Transit(Some(page.plus(bytes))),
+            other @ (Self::Claimed | Self::Transit(None)) => other.clone(),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -140,19 +160,47 @@ impl Residency {
         self.entries.remove(&span.start()).map(|entry| entry.state)
     }
 
-    /// Sends every resident span of an allocation travelling, and returns them.
-    pub(crate) fn recall(&mut self, id: AllocationId, origin: HostSpan) -> Vec<Piece> {
+    /// Sends every resident span of an allocation travelling whose pages lie in `part` of its memory,
+    /// and returns them.
+    pub(crate) fn recall(
+        &mut self,
+        id: AllocationId,
+        origin: HostSpan,
+        part: VramSpan,
+    ) -> Vec<Piece> {
         let search = if self.moved { everything() } else { origin };
+        for (from, to) in self.borders(id, search, part) {
+            self.cut(from);
+            self.cut(to);
+        }
         let mut pieces = Vec::new();
         for (span, entry) in self.overlapping_mut(search) {
             match &entry.state {
-                State::Resident(page) if page.allocation.id() == id => {
+                State::Resident(page)
+                    if page.allocation.id() == id && part.contains(page.vram()) =>
+                {
                     pieces.push(entry.recall(span, page.clone()));
                 }
                 State::Resident(_) | State::Claimed | State::Transit(_) => {}
             }
         }
         pieces
+    }
+
+    /// Where entries of an allocation reach into `part` of its memory: from and to.
+    fn borders(&self, id: AllocationId, search: HostSpan, part: VramSpan) -> Vec<(HostVa, HostVa)> {
+        let reach = |(span, state): (HostSpan, &State)| {
+            let State::Resident(page) = state else {
+                return None;
+            };
+            let memory = VramSpan::at(page.vram(), span.bytes());
+            let both = memory
+                .intersect(part)
+                .filter(|_| page.allocation.id() == id)?;
+            let from = span.start().plus(both.start().offset_from(memory.start()));
+            Some((from, from.plus(both.bytes())))
+        };
+        self.overlapping(search).filter_map(reach).collect()
     }
 
     /// Sends every resident span inside `span` travelling that left before the event was read whose
@@ -176,6 +224,18 @@ impl Residency {
             }
         }
         Ok(pieces)
+    }
+
+    /// The resident span that holds the page at `vram` of an allocation, and its first page.
+    pub(crate) fn find(&self, id: AllocationId, vram: VramAddr) -> Option<(HostSpan, DevicePage)> {
+        self.overlapping(everything())
+            .find_map(|(span, state)| match state {
+                State::Resident(page) if page.allocation.id() == id => {
+                    let memory = VramSpan::at(page.vram(), span.bytes());
+                    memory.contains(vram).then(|| (span, page.clone()))
+                }
+                State::Resident(_) | State::Claimed | State::Transit(_) => None,
+            })
     }
 
     /// A recalled piece stays in device memory after all.
@@ -220,10 +280,10 @@ impl Residency {
     }
 
     /// What the table says about the page at `at`, and where those wait who touch it.
-    pub(crate) fn at(&self, at: HostVa) -> Option<(ShardId, &State)> {
-        self.entries(HostSpan::at(at, 1))
-            .next()
-            .map(|(_, entry)| (entry.shard, &entry.state))
+    pub(crate) fn at(&self, at: HostVa) -> Option<(ShardId, State)> {
+        let (span, entry) = self.entries(HostSpan::at(at, 1)).next()?;
+        let into = at.offset_from(span.start());
+        Some((entry.shard, entry.state.plus(into)))
     }
 
     /// Named spans that overlap `span`, in order.
@@ -262,11 +322,7 @@ impl Residency {
             return;
         }
         let offset = at.offset_from(start);
-        let state = match &entry.state {
-            State::Resident(page) => State::Resident(page.plus(offset)),
-            State::Transit(Some(page)) => State::Transit(Some(page.plus(offset))),
-            other @ (State::Claimed | State::Transit(None)) => other.clone(),
-        };
+        let state = entry.state.plus(offset);
         let tail = Entry {
             end: entry.end,
             shard: entry.shard,

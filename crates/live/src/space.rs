@@ -9,21 +9,22 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
-use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::{Event, EventSink, HomeCause};
 use gpusvm::mmu::{Interval, IntervalNotifiers, Seq};
 use gpusvm::seam::env::{Environment, Mutex};
 use gpusvm::seam::mm::{
-    AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Vma,
+    AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Seen, Vma,
 };
 
 use crate::attendant::Attendant;
 use crate::bracket;
 use crate::env::LiveEnv;
+use crate::exclusive::Lone;
 use crate::fork::{self, Forks};
 use crate::in_thread;
-use crate::level::{Descriptors, Level, LiveConfig, OpenError};
+use crate::level::{Descriptors, Holes, Level, LiveConfig, OpenError};
 use crate::mappings::Remembered;
 use crate::migrate::LiveMigration;
 use crate::pool::Pool;
@@ -73,6 +74,8 @@ pub struct LiveSpace {
     pub(crate) guards: AtomicBool,
     pub(crate) remembered: Remembered,
     pub(crate) stays: Stays,
+    pub(crate) lone: Lone,
+    pub(crate) holes: Holes,
 }
 
 impl fmt::Debug for LiveSpace {
@@ -133,7 +136,10 @@ impl LiveSpace {
             level,
             remembered: Remembered::default(),
             stays: Stays::open(faults).map_err(OpenError::os("open /proc/self/task"))?,
+            lone: Lone::default(),
+            holes: config.holes,
         });
+        space.lone.belong_to(&space);
         if faults.has_uffd() {
             let reader = reader::start(&space).map_err(OpenError::os("start the fault reader"))?;
             *space.reader.lock() = Some(reader);
@@ -309,6 +315,7 @@ impl LiveSpace {
     /// Ends the travel of recalled pieces by dropping their content.
     pub(crate) fn let_go(&self, pieces: Vec<Piece>) {
         for piece in &pieces {
+            self.unmark(piece.span, piece.shard);
             let released = self.residency.lock().release(piece.span);
             self.arrived(piece.span, piece.shard);
             drop(released);
@@ -400,5 +407,26 @@ impl AddressSpace for LiveSpace {
         to: MigrateTo,
     ) -> Result<LiveMigration<'_>, Interrupted> {
         self.begin(span, to)
+    }
+
+    fn snapshot(
+        &self,
+        span: HostSpan,
+        keep: Option<PagemapId>,
+        pages: &mut Vec<Seen>,
+    ) -> Result<(), Interrupted> {
+        if self.closing.load(Ordering::Acquire) {
+            return Err(Failed::AddressSpaceGone.into());
+        }
+        self.glance(span, keep, pages);
+        Ok(())
+    }
+
+    fn make_exclusive(
+        &self,
+        at: HostVa,
+        commit: &mut dyn FnMut(BusAddr),
+    ) -> Result<(), Interrupted> {
+        self.take_for_device(at, commit)
     }
 }

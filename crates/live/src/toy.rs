@@ -9,8 +9,8 @@ use gpusvm::event::{Event, EventSink, HomeCause};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::env::Ns;
 use gpusvm::seam::mm::{
-    AddressSpace, AllocationId, AllocationRef, CpuFaultOutcome, CpuFaultSink, DeviceAllocation,
-    MigrateTo, MigrationSet, PagemapId,
+    AddressSpace, AllocationId, AllocationRef, CpuFault, CpuFaultOutcome, CpuFaultSink,
+    DeviceAllocation, MigrateTo, MigrationSet, PagemapId,
 };
 use gpusvm_abi::bus::VramStore;
 
@@ -86,10 +86,7 @@ impl Bench {
     pub(crate) fn send(&self, span: HostSpan) -> Result<(), Interrupted> {
         let allocation = self.allocation(span);
         let aperture = allocation.aperture();
-        let to = MigrateTo::Device {
-            allocation,
-            aperture,
-        };
+        let to = MigrateTo::device(allocation, aperture);
         let set = self.space.migrate_begin(span, to)?;
         copy(&self.vram, set.moves());
         set.finalize();
@@ -135,7 +132,7 @@ impl Toy {
 }
 
 impl CpuFaultSink for Toy {
-    fn migrate_to_ram(self: Arc<Self>, _at: HostVa) -> CpuFaultOutcome {
+    fn migrate_to_ram(self: Arc<Self>, _fault: CpuFault) -> CpuFaultOutcome {
         match self.bring_home(HomeCause::CpuFault) {
             Ok(_) => CpuFaultOutcome::Retry,
             Err(_) => CpuFaultOutcome::Lost,
@@ -169,10 +166,7 @@ impl DeviceAllocation for Toy {
         };
         let (origin, aperture) = (self.origin, self.aperture());
         let allocation: AllocationRef = self;
-        let to = MigrateTo::System {
-            allocation,
-            aperture,
-        };
+        let to = MigrateTo::home(allocation, aperture);
         let set = space.migrate_begin(origin, to)?;
         copy(&memory, set.moves());
         Ok(set.finalize())

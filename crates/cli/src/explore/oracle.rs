@@ -9,7 +9,7 @@ use gpusvm_model::mm::changes::Changes;
 use gpusvm_model::mm::checker::Checker;
 use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::flags::Bits;
-use gpusvm_model::mm::memory::{FrameId, Owner};
+use gpusvm_model::mm::memory::FrameId;
 use gpusvm_model::mm::{Machine, Pid};
 use gpusvm_softgpu::{Translation, Walked};
 
@@ -186,10 +186,8 @@ fn entry_agrees(mm: &Machine, node: &Node, page: u32, found: Translation) -> Res
 
 /// Where in device memory a page is.
 fn vram_of(mm: &Machine, frame: FrameId) -> Option<u64> {
-    match mm.memory().folio(frame).owner {
-        Owner::Device(place, n) => Some(mm.device(place).vram + u64::from(n) * PAGE),
-        Owner::Free | Owner::Anon | Owner::Ksm | Owner::File(..) | Owner::Poisoned => None,
-    }
+    let page = mm.memory().device_page(frame)?;
+    Some(mm.device(page.place).vram + u64::from(page.page) * PAGE)
 }
 
 /// When all VMs are closed and everything was evicted.

@@ -1,7 +1,7 @@
 //! What a world is made of, and the worlds that have names.
 
 use gpusvm::addr::{HostVa, PAGE};
-use gpusvm_model::mm::{Shape, Thp};
+use gpusvm_model::mm::{DeviceFolios, Shape, Thp};
 
 use crate::explore::op::Op;
 
@@ -161,6 +161,8 @@ impl Plan {
             pmd_order: 2,
             words: u32::try_from(WORDS).unwrap_or(1),
             thp: Thp::Madvise,
+            device_folios: DeviceFolios::Small,
+            coherent: 0,
         }
     }
 }

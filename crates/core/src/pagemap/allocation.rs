@@ -4,13 +4,15 @@ use alloc::sync::Arc;
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::addr::{HostSpan, HostVa, PageCount, VramSpan};
+use crate::addr::{HostSpan, PageCount, VramSpan};
 use crate::error::{Interrupted, Stale};
 use crate::event::{Event, HomeCause};
 use crate::pagemap::{Pagemap, move_to_system};
 use crate::seam::Platform;
 use crate::seam::env::{Environment, Ns};
-use crate::seam::mm::{AllocationId, CpuFaultOutcome, CpuFaultSink, DeviceAllocation, PagemapId};
+use crate::seam::mm::{
+    AllocationId, CpuFault, CpuFaultOutcome, CpuFaultSink, DeviceAllocation, PagemapId,
+};
 use crate::vram::{Bo, Evict};
 
 /// One allocation. The host holds a counted reference per span of pages; when the last one goes,
@@ -89,8 +91,8 @@ impl<P: Platform> DeviceAllocation for Allocation<P> {
 
 /// The CPU-fault flow: timeslice, then [`move_to_system`].
 impl<P: Platform> CpuFaultSink for Allocation<P> {
-    fn migrate_to_ram(self: Arc<Self>, at: HostVa) -> CpuFaultOutcome {
-        self.pagemap.seams.emit(&Event::CpuFault { at });
+    fn migrate_to_ram(self: Arc<Self>, fault: CpuFault) -> CpuFaultOutcome {
+        self.pagemap.seams.emit(&Event::CpuFault { at: fault.at });
         let until = self.resident_until();
         if self.pagemap.seams.env.now() < until {
             return CpuFaultOutcome::RetryAt(until);

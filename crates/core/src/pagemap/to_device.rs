@@ -12,7 +12,8 @@ use crate::seam::Platform;
 use crate::seam::copy::{CopyEngine, CopyMove, CopyWith};
 use crate::seam::env::{Environment, Ns, Point};
 use crate::seam::mm::{
-    Access, AddressSpace, DeviceAllocation, FaultIn, MigrateTo, MigrationSet, Placement,
+    Access, AddressSpace, AllocationRef, DeviceAllocation, FaultIn, MigrateTo, MigrationSet, Pager,
+    Placement,
 };
 use crate::vram::{BoRequest, Evict, From, Purpose};
 
@@ -63,6 +64,7 @@ impl<P: Platform> Pagemap<P> {
             span,
             access: Access::Read,
             keep: None,
+            pager: Pager::Wait,
         };
         self.seams.space.fault_in(&request, &mut Vec::new())
     }
@@ -85,10 +87,10 @@ impl<P: Platform> Pagemap<P> {
         span: HostSpan,
     ) -> Result<(PageCount, PageCount), Interrupted> {
         let aperture = self.copy.adopt(vram_of(allocation));
-        let to = MigrateTo::Device {
-            allocation: Arc::<Allocation<P>>::clone(allocation),
+        let to = MigrateTo::device(
+            Arc::<Allocation<P>>::clone(allocation) as AllocationRef,
             aperture,
-        };
+        );
         let set = self.seams.space.migrate_begin(span, to)?;
         self.seams.env.yield_point(Point::AfterCollect);
         if self.seams.env.mutant(Mutant::FinalizeBeforeCopyOut) {

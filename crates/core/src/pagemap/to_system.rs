@@ -12,7 +12,7 @@ use crate::pagemap::Allocation;
 use crate::seam::Platform;
 use crate::seam::copy::CopyEngine;
 use crate::seam::env::{Environment, Point};
-use crate::seam::mm::{AddressSpace, DeviceAllocation, MigrateTo, MigrationSet};
+use crate::seam::mm::{AddressSpace, AllocationRef, DeviceAllocation, MigrateTo, MigrationSet};
 
 /// Brings every page that the allocation still holds to host memory and returns how many came.
 /// Takes neither the `vm` lock nor any other that a CPU fault could meet; must not be called with
@@ -28,10 +28,10 @@ pub fn move_to_system<P: Platform>(
     let seams = &pagemap.seams;
     let started = seams.env.now();
     let aperture = pagemap.copy.surrender(allocation.vram());
-    let to = MigrateTo::System {
-        allocation: Arc::<Allocation<P>>::clone(allocation),
+    let to = MigrateTo::home(
+        Arc::<Allocation<P>>::clone(allocation) as AllocationRef,
         aperture,
-    };
+    );
     let set = seams.space.migrate_begin(allocation.origin(), to)?;
     seams.env.yield_point(Point::AfterCollect);
     if seams.env.mutant(Mutant::FinalizeBeforeCopyHome) {

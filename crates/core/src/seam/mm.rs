@@ -27,10 +27,15 @@ pub enum Access {
 /// What backs a CPU mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmaKind {
-    /// Private anonymous memory: the only kind that migrates.
+    /// Private anonymous memory: the kind that migrates.
     Anonymous,
-    /// Private or shared file, shared memory, hugetlb: mapped in place, never migrated.
+    /// A private file mapping: pages that were written are the process's own, the others the
+    /// file's. Drivers of ranges use all of it in place; single pages of its own can migrate.
+    PrivateFile,
+    /// Shared file or shared memory: mapped in place, never migrated.
     InPlace,
+    /// Huge pages of a pool (hugetlb): mapped in place, and a request to migrate is an error.
+    HugePages,
     /// I/O or PFN-mapped, or memory that must stay with the host: no device may map it.
     Special,
 }
@@ -144,13 +149,22 @@ pub enum CpuFaultOutcome {
     Lost,
 }
 
+/// A touch of device memory by the CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuFault {
+    /// The page that was touched.
+    pub at: HostVa,
+    /// Where it is in device memory.
+    pub vram: VramAddr,
+}
+
 /// Brings device pages home when the CPU touches them.
 pub trait CpuFaultSink: Send + Sync {
-    /// Migrates the allocation's pages around `at` to host memory.
+    /// Migrates the allocation's pages around the touched one to host memory.
     ///
     /// Called by the host with none of its locks held. Calls back into
     /// [`AddressSpace::migrate_begin`]. Does not take the `vm` lock.
-    fn migrate_to_ram(self: Arc<Self>, at: HostVa) -> CpuFaultOutcome;
+    fn migrate_to_ram(self: Arc<Self>, fault: CpuFault) -> CpuFaultOutcome;
 }
 
 /// One allocation of device memory that holds pages of a process (`drm_pagemap_devmem` with its
@@ -159,6 +173,12 @@ pub trait CpuFaultSink: Send + Sync {
 pub trait DeviceAllocation: CpuFaultSink {
     /// Identity.
     fn id(&self) -> AllocationId;
+    /// Bus address of its first page where the CPU, too, uses the memory in place
+    /// (`DEVICE_COHERENT`): its pages stay mapped, and no touch brings them home. `None` for memory
+    /// that is the device's alone.
+    fn coherent_at(&self) -> Option<BusAddr> {
+        None
+    }
     /// Device memory it lies in.
     fn pagemap(&self) -> PagemapId;
     /// Where it lies.
@@ -187,6 +207,28 @@ pub struct FaultIn {
     /// Device memory whose pages may be reported as they are; pages in any other device memory
     /// come home first. `None` brings all pages home.
     pub keep: Option<PagemapId>,
+    /// What to do at a page whose faults the program serves.
+    pub pager: Pager,
+}
+
+/// What to do at a missing page whose faults the program itself serves (userfaultfd).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pager {
+    /// Wait until it has served the fault.
+    #[default]
+    Wait,
+    /// Fail, as where nobody may wait: `Failed::BadPage`. A host that does not know of pagers
+    /// waits.
+    Refuse,
+}
+
+/// What becomes of the process's large pages that a migration covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Folios {
+    /// They stay whole, as far as the host can: a part of one that is mapped whole brings all of it.
+    Keep,
+    /// They are split: the other side has small pages only.
+    Split,
 }
 
 /// Where a migration goes.
@@ -199,14 +241,79 @@ pub enum MigrateTo {
         /// Host span that becomes the allocation's memory when pages are placed there
         /// ([`CopyEngine::adopt`](crate::seam::copy::CopyEngine::adopt)).
         aperture: Option<HostSpan>,
+        /// What becomes of large pages.
+        folios: Folios,
     },
-    /// From this allocation to host memory, whatever part of the span still belongs to it.
+    /// From this allocation to host memory, whatever the process still has of it.
     System {
         /// The allocation.
         allocation: AllocationRef,
-        /// Host span of the allocation's memory, where pages can be taken back without a copy.
+        /// The part of the allocation's memory whose pages come home.
+        part: VramSpan,
+        /// Host span of all of the allocation's memory, where pages can be taken back without a
+        /// copy.
         aperture: Option<HostSpan>,
+        /// What becomes of large pages.
+        folios: Folios,
     },
+}
+
+impl MigrateTo {
+    /// To a fresh allocation, large pages as they are.
+    #[must_use]
+    pub const fn device(allocation: AllocationRef, aperture: Option<HostSpan>) -> Self {
+        Self::Device {
+            allocation,
+            aperture,
+            folios: Folios::Keep,
+        }
+    }
+
+    /// Home with all of an allocation, large pages as they are.
+    #[must_use]
+    pub fn home(allocation: AllocationRef, aperture: Option<HostSpan>) -> Self {
+        Self::System {
+            part: allocation.vram(),
+            allocation,
+            aperture,
+            folios: Folios::Keep,
+        }
+    }
+}
+
+/// What a device finds at a page without a fault (`hmm_range_fault` without a request).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Nothing that it could use as it is; a fault may help.
+    Absent,
+    /// Nothing that it could ever use: no mapping, a mapping that may not be read, raw pages.
+    Never,
+    /// A page.
+    Page(SeenPage),
+}
+
+/// A page that a device could use without a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SeenPage {
+    /// Where it is.
+    pub at: Location,
+    /// The right that the CPU's entry gives.
+    pub access: Access,
+    /// Pages that the CPU's entry maps, as a power of two.
+    pub order: u8,
+    /// What kind of page it is.
+    pub kind: PageKind,
+}
+
+/// What kind of page a device found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageKind {
+    /// One of the process, or of a file, or of the device's own memory.
+    Plain,
+    /// The page of zeros that nobody owns.
+    Zero,
+    /// One in device memory that the CPU, too, uses in place: in this one.
+    Coherent(PagemapId),
 }
 
 impl core::fmt::Debug for dyn DeviceAllocation {
@@ -283,8 +390,9 @@ pub trait AddressSpace: Send + Sync + 'static {
     /// lock but `vm` may be held.
     ///
     /// To a device: the pages of `span`, which must lie in one mapping; all or nothing. To host
-    /// memory: every page that the allocation still holds, wherever the process has it mapped
-    /// (`span` is where they were when they came); an allocation without pages gives an empty set.
+    /// memory: every page that the allocation still holds in `part`, wherever the process has it
+    /// mapped (`span` is where all of the allocation's pages were when they came); an allocation
+    /// without pages gives an empty set.
     ///
     /// # Errors
     /// `Stale` when pages are busy or refuse; `Failed` when the mapping cannot migrate.
@@ -293,4 +401,35 @@ pub trait AddressSpace: Send + Sync + 'static {
         span: HostSpan,
         to: MigrateTo,
     ) -> Result<Self::Migration<'_>, Interrupted>;
+
+    /// Tells page by page what a device finds in `span` without a fault; nothing is faulted in
+    /// (`hmm_range_fault` without a request). Pages in private device memory other than `keep` are
+    /// absent. Old when it arrives, unless the caller's sequence says otherwise. May sleep; only
+    /// `vm` may be held.
+    ///
+    /// # Errors
+    /// The process is gone.
+    fn snapshot(
+        &self,
+        span: HostSpan,
+        keep: Option<PagemapId>,
+        pages: &mut Vec<Seen>,
+    ) -> Result<(), Interrupted>;
+
+    /// Takes the page at `at` away from the CPU and gives it, where it is, to a device alone, for
+    /// atomics on host memory (`make_device_exclusive`). The page is faulted in for writing first;
+    /// the next access by the CPU takes it back, inside an invalidation.
+    ///
+    /// `commit` enters the page's bus address in the device's table. Meanwhile the page is locked:
+    /// neither the CPU nor a change of the address space gets at it. `commit` takes the notifier lock
+    /// and leaves, nothing else. It is called at most once, and not where this fails.
+    ///
+    /// # Errors
+    /// `Failed::NotMigratable` where the page is not private anonymous memory (`-EOPNOTSUPP`),
+    /// otherwise as [`fault_in`](Self::fault_in); `Stale` when the page is busy or refuses.
+    fn make_exclusive(
+        &self,
+        at: HostVa,
+        commit: &mut dyn FnMut(BusAddr),
+    ) -> Result<(), Interrupted>;
 }

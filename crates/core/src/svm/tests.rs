@@ -7,7 +7,7 @@ use super::*;
 use crate::addr::{BusAddr, PAGE_2M, PageCount};
 use crate::mmu::IntervalNotifiers;
 use crate::seam::copy::{CopyEngine, CopyMove};
-use crate::seam::mm::{Location, MigrateTo, MigrationSet, PageRun, Placement};
+use crate::seam::mm::{Location, MigrateTo, MigrationSet, PageRun, PagemapId, Placement, Seen};
 use crate::test_env::TestEnv;
 
 /// One mapping of plain host memory, which never migrates.
@@ -72,6 +72,25 @@ impl AddressSpace for Host {
     }
 
     fn migrate_begin(&self, _span: HostSpan, _to: MigrateTo) -> Result<NoSet, Interrupted> {
+        Err(Stale::PagesRefused.into())
+    }
+
+    fn snapshot(
+        &self,
+        span: HostSpan,
+        _keep: Option<PagemapId>,
+        pages: &mut Vec<Seen>,
+    ) -> Result<(), Interrupted> {
+        pages.clear();
+        pages.extend((0..span.pages().get()).map(|_| Seen::Absent));
+        Ok(())
+    }
+
+    fn make_exclusive(
+        &self,
+        _at: HostVa,
+        _commit: &mut dyn FnMut(BusAddr),
+    ) -> Result<(), Interrupted> {
         Err(Stale::PagesRefused.into())
     }
 }

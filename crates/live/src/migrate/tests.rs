@@ -107,10 +107,7 @@ fn set_that_is_dropped_puts_everything_back() {
         };
         let (map, span) = filled(Huge::Advise);
         let allocation: AllocationRef = bench.allocation(span);
-        let to = MigrateTo::Device {
-            allocation,
-            aperture: None,
-        };
+        let to = MigrateTo::device(allocation, None);
         drop(bench.space.begin(span, to).expect("plain memory migrates"));
         assert!(intact(&map));
         assert!(
@@ -199,10 +196,7 @@ fn what_was_copied_home_is_not_left_for_the_next_one_to_leave() {
     assert!(intact(&map), "home again after the first touch");
     // The same slot, given back in the middle of the way home of others.
     bench.send(pages(8, 2)).expect("plain memory migrates");
-    let home = MigrateTo::System {
-        allocation: bench.allocation(pages(8, 2)),
-        aperture: None,
-    };
+    let home = MigrateTo::home(bench.allocation(pages(8, 2)), None);
     drop(bench.space.begin(pages(8, 2), home).expect("they are away"));
     // Holes leave through it.
     advise::drop_pages(HostSpan::at(span.start().plus(PAGE_2M), PAGE_2M));

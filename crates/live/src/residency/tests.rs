@@ -16,11 +16,17 @@ fn pages(start: u64, end: u64) -> HostSpan {
     HostSpan::new(va(start), va(end))
 }
 
+/// All memory of any allocation.
+fn all() -> VramSpan {
+    VramSpan::new(VramAddr::new(0), VramAddr::new(u64::MAX))
+}
+
 fn device_page(id: u64, origin: HostSpan) -> DevicePage {
     DevicePage {
         allocation: Arc::new(Toy::loose(id, origin)),
         offset: 0,
         left_at: 0,
+        parked: None,
     }
 }
 
@@ -115,9 +121,21 @@ fn recall_cuts_at_the_borders_and_keeps_offsets() {
             .is_err(),
         "a part travels"
     );
-    let rest = table.recall(AllocationId(1), pages(0, 8));
+    let rest = table.recall(AllocationId(1), pages(0, 8), all());
     let spans: Vec<_> = rest.iter().map(|piece| piece.span).collect();
     assert_eq!(spans, [pages(0, 2), pages(5, 8)]);
+}
+
+#[test]
+fn part_of_an_allocation_comes_alone() {
+    let mut table = resident(1, 0, 8);
+    let part = VramSpan::new(VramAddr::new(2 * PAGE), VramAddr::new(5 * PAGE));
+    let pieces = table.recall(AllocationId(1), pages(0, 8), part);
+    let spans: Vec<_> = pieces.iter().map(|piece| piece.span).collect();
+    assert_eq!(spans, [pages(2, 5)]);
+    assert_eq!(pieces[0].page.offset, 2 * PAGE);
+    let found = table.find(AllocationId(1), VramAddr::new(6 * PAGE));
+    assert!(found.is_some_and(|(span, page)| span == pages(5, 8) && page.offset == 5 * PAGE));
 }
 
 #[test]
@@ -128,9 +146,9 @@ fn moved_mapping_takes_its_pages_along_and_recall_finds_them() {
     let Some((_, State::Resident(page))) = table.at(va(101)) else {
         panic!("the page is at its new place");
     };
-    // An entry's page is the one of its start: 100 is page 2 of the allocation.
-    assert_eq!(page.offset, 2 * PAGE);
-    let spans = table.recall(AllocationId(1), pages(0, 8));
+    // 100 is page 2 of the allocation.
+    assert_eq!(page.offset, 3 * PAGE);
+    let spans = table.recall(AllocationId(1), pages(0, 8), all());
     assert_eq!(spans.len(), 3);
 }
 
@@ -276,7 +294,7 @@ impl Both {
         let Some(origin) = usize::try_from(id).ok().and_then(|n| self.origins.get(n)) else {
             return;
         };
-        let pieces = self.table.recall(AllocationId(id), *origin);
+        let pieces = self.table.recall(AllocationId(id), *origin, all());
         for page in &mut self.model {
             if let Page::Resident(owner, offset) = *page
                 && owner == id

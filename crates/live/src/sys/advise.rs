@@ -29,6 +29,26 @@ pub(crate) fn grows_down(mapping: &Vma) -> bool {
     unsafe { mprotect(pointer(page), length(page), rights) }.is_ok()
 }
 
+/// Gives the right to store to a mapping that may be read.
+///
+/// # Errors
+/// The system's: too many mappings, or no memory.
+pub(crate) fn allow_stores(span: HostSpan) -> Result<(), Errno> {
+    let rights = MprotectFlags::READ | MprotectFlags::WRITE;
+    // SAFETY: no access becomes an error by it. The caller has write-protected the span, so that no
+    // store that was one goes through.
+    unsafe { mprotect(pointer(span), length(span), rights) }
+}
+
+/// Takes back what [`allow_stores`] gave.
+///
+/// # Errors
+/// As for [`allow_stores`].
+pub(crate) fn forbid_stores(span: HostSpan) -> Result<(), Errno> {
+    // SAFETY: these are the rights that the program gave the mapping.
+    unsafe { mprotect(pointer(span), length(span), MprotectFlags::READ) }
+}
+
 /// Drops the pages of `span`, which lies in memory of the runtime's own.
 pub(crate) fn drop_pages(span: HostSpan) {
     // SAFETY: the callers own the memory and expect zeros there afterwards. An error leaves the

@@ -70,10 +70,15 @@ extern "C" fn child() {
 }
 
 /// Whether this process was forked from one with a live space: then it has none, and cannot open
-/// one.
+/// one before it [begins anew](crate::begin_anew).
 #[must_use]
 pub fn is_child() -> bool {
     IS_CHILD.load(Ordering::Relaxed)
+}
+
+/// The process may have a live space again. Whether it was a child.
+pub(crate) fn begin_anew() -> bool {
+    IS_CHILD.swap(false, Ordering::Relaxed)
 }
 
 /// Gives the runtime up. Async-signal-safe: takes no lock and allocates nothing.

@@ -2,14 +2,14 @@
 
 use std::os::fd::OwnedFd;
 
-use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 
 /// `struct pm_scan_arg`.
 #[repr(C)]
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Scan {
     size: u64,
     flags: u64,
@@ -39,10 +39,46 @@ const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 /// The page is the one that all untouched memory reads as.
 const ZERO_PAGE: u64 = 1 << 5;
+/// A huge entry maps the page.
+const HUGE: u64 = 1 << 6;
 /// Every access is refused.
 const GUARD: u64 = 1 << 8;
 /// The page has content, in memory or in swap.
 const CONTENT: u64 = PRESENT | SWAPPED;
+
+/// What the page map says of a page.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Look {
+    word: u64,
+    categories: u64,
+}
+
+impl Look {
+    /// It is in memory.
+    pub(crate) const fn is_present(self) -> bool {
+        self.word >> 63 & 1 == 1
+    }
+
+    /// It belongs to a file, or is shared.
+    pub(crate) const fn is_file(self) -> bool {
+        self.word >> 61 & 1 == 1
+    }
+
+    /// Only one entry maps it.
+    pub(crate) const fn is_exclusive(self) -> bool {
+        self.word >> 56 & 1 == 1
+    }
+
+    /// It is the page of zeros.
+    pub(crate) const fn is_zero(self) -> bool {
+        self.categories & ZERO_PAGE != 0
+    }
+
+    /// A huge entry maps it.
+    pub(crate) const fn is_huge(self) -> bool {
+        self.categories & HUGE != 0
+    }
+}
 
 /// The process's page map.
 #[derive(Debug)]
@@ -116,8 +152,59 @@ impl PageMap {
         self.first(span, wanted).is_ok_and(|found| found.is_some())
     }
 
+    /// What the page map says of every page of `span`: its word, and the categories of a scan. A page
+    /// that cannot be looked at has none.
+    pub(crate) fn looks(&self, span: HostSpan) -> Vec<Look> {
+        let pages = usize::try_from(span.pages().get()).unwrap_or(0);
+        let mut looks = vec![Look::default(); pages];
+        let mut words = vec![0_u8; pages * 8];
+        let offset = span.start().get() / PAGE * 8;
+        let read = rustix::io::pread(&self.0, &mut words, offset).unwrap_or(0);
+        for (look, word) in looks.iter_mut().zip(words[..read].chunks_exact(8)) {
+            look.word = u64::from_ne_bytes(word.try_into().unwrap_or_default());
+        }
+        let wanted = Scan {
+            category_anyof_mask: ZERO_PAGE | HUGE,
+            return_mask: ZERO_PAGE | HUGE,
+            ..Scan::default()
+        };
+        let mut rest = span;
+        while let Ok(Some((found, categories))) = self.first_region(rest, wanted) {
+            let number = |at: HostVa| {
+                let pages = at.offset_from(span.start()) / PAGE;
+                usize::try_from(pages).unwrap_or(usize::MAX)
+            };
+            for look in &mut looks[number(found.start())..number(found.end())] {
+                look.categories = categories;
+            }
+            rest = HostSpan::new(found.end(), span.end());
+        }
+        looks
+    }
+
+    /// Whether all of `span` is mapped by huge entries.
+    pub(crate) fn is_huge(&self, span: HostSpan) -> bool {
+        let wanted = Scan {
+            category_mask: HUGE,
+            return_mask: HUGE,
+            ..Scan::default()
+        };
+        self.first(span, wanted)
+            .is_ok_and(|found| found == Some(span))
+    }
+
     /// The first stretch of `span` that `wanted` describes.
     fn first(&self, span: HostSpan, wanted: Scan) -> Result<Option<HostSpan>, Errno> {
+        let return_mask = wanted.return_mask | CONTENT;
+        let wanted = Scan {
+            return_mask,
+            ..wanted
+        };
+        Ok(self.first_region(span, wanted)?.map(|(found, _)| found))
+    }
+
+    /// The same, with the categories that were asked for.
+    fn first_region(&self, span: HostSpan, wanted: Scan) -> Result<Option<(HostSpan, u64)>, Errno> {
         let mut region = [Region::default(); 1];
         let mut arg = Scan {
             size: u64::try_from(size_of::<Scan>()).unwrap_or(0),
@@ -125,7 +212,6 @@ impl PageMap {
             end: span.end().get(),
             vec: region.as_mut_ptr().expose_provenance() as u64,
             vec_len: 1,
-            return_mask: CONTENT,
             ..wanted
         };
         // SAFETY: PAGEMAP_SCAN reads and writes `struct pm_scan_arg`, whose layout `Scan` has.
@@ -134,8 +220,8 @@ impl PageMap {
         // call.
         unsafe { ioctl(&self.0, call) }?;
         let [found] = region;
-        let found = HostSpan::new(HostVa::new(found.start), HostVa::new(found.end));
-        Ok((!found.is_empty()).then_some(found))
+        let span = HostSpan::new(HostVa::new(found.start), HostVa::new(found.end));
+        Ok((!span.is_empty()).then_some((span, found.categories)))
     }
 }
 

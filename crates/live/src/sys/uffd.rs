@@ -63,12 +63,20 @@ struct ZeroPage {
     done: i64,
 }
 
+/// `struct uffdio_writeprotect`.
+#[repr(C)]
+struct WriteProtect {
+    range: RawRange,
+    mode: u64,
+}
+
 const OP_API: Opcode = opcode::read_write::<Handshake>(TYPE, 0x3F);
 const OP_REGISTER: Opcode = opcode::read_write::<Register>(TYPE, 0);
 const OP_UNREGISTER: Opcode = opcode::read::<RawRange>(TYPE, 1);
 const OP_WAKE: Opcode = opcode::read::<RawRange>(TYPE, 2);
 const OP_COPY: Opcode = opcode::read_write::<Transfer>(TYPE, 3);
 const OP_ZEROPAGE: Opcode = opcode::read_write::<ZeroPage>(TYPE, 4);
+const OP_WRITEPROTECT: Opcode = opcode::read_write::<WriteProtect>(TYPE, 6);
 const OP_MOVE: Opcode = opcode::read_write::<Transfer>(TYPE, 5);
 
 const REGISTER_MISSING: u64 = 1;
@@ -97,6 +105,8 @@ impl Features {
     pub(crate) const EVENTS: Self = Self(1 << 2 | 1 << 3 | 1 << 6);
     /// News of clones, with a descriptor of the child's memory.
     pub(crate) const FORK: Self = Self(1 << 1);
+    /// Write protection also of what is missing: as markers.
+    pub(crate) const MARKERS: Self = Self(1 << 13);
     /// `UFFDIO_MOVE`.
     pub(crate) const MOVE: Self = Self(1 << 16);
 
@@ -249,6 +259,27 @@ impl Uffd {
         // SAFETY: UFFDIO_WAKE reads `struct uffdio_range`, whose layout `RawRange` has.
         let call = unsafe { Setter::<OP_WAKE, _>::new(raw(span)) };
         // SAFETY: a woken thread repeats its access; memory is unchanged.
+        unsafe { ioctl(&self.fd, call) }
+    }
+
+    /// Write-protects a span; with [`Features::MARKERS`] its missing pages, too, which from then on show
+    /// as not empty in the page map.
+    pub(crate) fn protect(&self, span: HostSpan) -> Result<(), Errno> {
+        self.write_protect(span, 1)
+    }
+
+    /// Takes write protection and markers back. Nobody is woken.
+    pub(crate) fn unprotect(&self, span: HostSpan) -> Result<(), Errno> {
+        self.write_protect(span, 2)
+    }
+
+    fn write_protect(&self, span: HostSpan, mode: u64) -> Result<(), Errno> {
+        let range = raw(span);
+        let mut arg = WriteProtect { range, mode };
+        // SAFETY: UFFDIO_WRITEPROTECT reads and writes `struct uffdio_writeprotect`, whose layout
+        // `WriteProtect` has.
+        let call = unsafe { Updater::<OP_WRITEPROTECT, _>::new(&mut arg) };
+        // SAFETY: stores to the span wait or go on; its content is unchanged.
         unsafe { ioctl(&self.fd, call) }
     }
 

@@ -117,6 +117,12 @@ pub fn address_of(frame: FrameId) -> BusAddr {
     BusAddr::new(FIRST + u64::from(frame.0) * PAGE)
 }
 
+/// The frame that an address of the bus would be.
+pub(super) fn frame_of(at: BusAddr) -> Option<FrameId> {
+    let offset = at.get().checked_sub(FIRST)?;
+    u32::try_from(offset / PAGE).ok().map(FrameId)
+}
+
 /// The frame at a bus address; `None` for the page of zeros.
 fn frame_at(mm: &Machine, address: u64, access: Access) -> Result<Option<FrameId>, Violation> {
     let at = BusAddr::new(address);
@@ -129,7 +135,7 @@ fn frame_at(mm: &Machine, address: u64, access: Access) -> Result<Option<FrameId
     let none = Violation::NoMemory(at);
     let offset = address.checked_sub(FIRST).ok_or(none)?;
     let frame = u32::try_from(offset / PAGE).map_err(|_far| none)?;
-    if frame >= mm.memory().host_frames() {
+    if frame >= mm.memory().host_frames() + mm.memory().coherent_frames() {
         return Err(none);
     }
     if mm.memory().is_free(FrameId(frame)) {

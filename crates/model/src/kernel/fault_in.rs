@@ -4,19 +4,20 @@
 //! held, and the walk goes on where it stopped. What it found before may be old by then: the
 //! caller's sequence tells.
 
-use gpusvm::addr::{HostVa, PageCount, VramAddr};
+use gpusvm::addr::{HostVa, PageCount};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::env::Environment;
-use gpusvm::seam::mm::{Access, AllocationId, FaultIn, Location, PageRun, PagemapId};
+use gpusvm::seam::mm::{Access, FaultIn, Location, PageRun, PagemapId, Pager};
 
 use crate::kernel::bus::{ZERO_PAGE, address_of};
+use crate::kernel::snapshot::own_location;
 use crate::kernel::space::{ModelSpace, alive};
 use crate::mm::around::{Around, MmapLock};
 use crate::mm::entry::Entry;
 use crate::mm::errno::Signal;
 use crate::mm::fault::fault;
 use crate::mm::flags::{Bits, VmFlags};
-use crate::mm::memory::{FrameId, Owner};
+use crate::mm::memory::FrameId;
 use crate::mm::vma::Backing;
 use crate::mm::{Machine, Pages, Pid};
 
@@ -60,7 +61,14 @@ impl<E: Environment> ModelSpace<E> {
                 Some(Found::Wait) => {
                     self.kernel.wait(seen);
                 }
-                Some(Found::Fault | Found::At(_)) => self.fault_page(at, request.access)?,
+                Some(Found::Fault | Found::At(_)) => {
+                    let served = self.kernel.look(|mm| mm.is_served(self.pid, at));
+                    if served && request.pager == Pager::Refuse {
+                        let at = self.kernel.look(|mm| mm.shape().address(at));
+                        return Err(Failed::BadPage(at).into());
+                    }
+                    self.fault_page(at, request.access)?;
+                }
             }
         }
         Err(Stale::PagesBusy.into())
@@ -140,19 +148,7 @@ fn check_mapping(
 /// A page in the device memory that the caller knows is reported as it is, whatever right the
 /// entry gives; any other comes home.
 fn find_device(mm: &Machine, frame: FrameId, keep: Option<PagemapId>) -> Found {
-    let Owner::Device(place, page) = mm.memory().folio(frame).owner else {
-        return Found::Fault;
-    };
-    let device = mm.device(place);
-    if keep != Some(PagemapId(device.pagemap)) {
-        return Found::Fault;
-    }
-    let offset = PageCount::new(u64::from(page)).bytes();
-    Found::At(Location::Device {
-        pagemap: PagemapId(device.pagemap),
-        allocation: AllocationId(device.id),
-        vram: VramAddr::new(device.vram + offset),
-    })
+    own_location(mm, frame, keep).map_or(Found::Fault, Found::At)
 }
 
 /// Enters a page, as part of the last run where it goes on there.

@@ -5,23 +5,25 @@
 //! `drm_pagemap` does: mappings do not change under it, pages may. A migration home finds the pages
 //! by their frames, wherever they are mapped, and holds no lock.
 
+mod home;
+
 use core::fmt;
 
-use gpusvm::addr::{HostSpan, PageCount, VramAddr, VramSpan};
+use gpusvm::addr::{HostSpan, PAGE, PageCount, VramAddr, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::env::Environment;
-use gpusvm::seam::mm::{AllocationRef, InvalidateReason, MigrationSet};
+use gpusvm::seam::mm::{AllocationRef, Folios, InvalidateReason, MigrationSet};
 
 use crate::kernel::Kernel;
-use crate::kernel::bus::address_of;
+use crate::kernel::bus::{address_of, frame_of};
 use crate::kernel::space::{ModelSpace, alive};
 use crate::mm::around::{Around, MmapLock};
 use crate::mm::map::split_blocks;
 use crate::mm::memory::FrameId;
-use crate::mm::migrate::{Collected, Device, Taken};
+use crate::mm::migrate::{Collected, Device};
 use crate::mm::reclaim::unmap_all;
-use crate::mm::{Machine, Pages, Pid};
+use crate::mm::{DeviceFolios, Machine, Pages, Pid};
 
 /// Pages isolated for a migration.
 pub struct ModelMigration<'a, E: Environment> {
@@ -44,18 +46,22 @@ enum Way<'a, E: Environment> {
     },
 }
 
-/// A page on its way to a device.
+/// A folio on its way to a device.
 struct Out {
     page: u32,
+    order: u8,
     /// Where it is; a hole has no frame.
     from: Option<FrameId>,
     to: FrameId,
 }
 
-/// A page on its way home.
+/// A folio on its way home.
 struct Home {
     from: FrameId,
     to: FrameId,
+    order: u8,
+    /// Where it is in device memory.
+    at: VramAddr,
 }
 
 impl<E: Environment> fmt::Debug for ModelMigration<'_, E> {
@@ -71,6 +77,7 @@ impl<E: Environment> ModelSpace<E> {
         &self,
         span: HostSpan,
         allocation: &AllocationRef,
+        folios: Folios,
     ) -> Result<ModelMigration<'_, E>, Interrupted> {
         let kernel = &*self.kernel;
         let mmap = MmapLock::read(kernel, self.pid);
@@ -89,7 +96,7 @@ impl<E: Environment> ModelSpace<E> {
             moves: Vec::new(),
             done: false,
         };
-        set.collect(place)?;
+        set.collect(place, folios)?;
         set.isolate()?;
         set.plan_out(allocation.vram().start());
         Ok(set)
@@ -116,12 +123,17 @@ fn identity(allocation: &AllocationRef) -> Device {
         id: allocation.id().0,
         pagemap: allocation.pagemap().0,
         vram: allocation.vram().start().get(),
+        frames: (0, 0),
+        coherent: allocation
+            .coherent_at()
+            .and_then(frame_of)
+            .map(|frame| frame.0),
     }
 }
 
 impl<E: Environment> ModelMigration<'_, E> {
     /// Puts migration entries into the mapping, inside one bracket; all or nothing.
-    fn collect(&mut self, place: u32) -> Result<(), Stale> {
+    fn collect(&mut self, place: u32, folios: Folios) -> Result<(), Stale> {
         let Way::Out {
             pid, pages, legs, ..
         } = &mut self.way
@@ -130,26 +142,17 @@ impl<E: Environment> ModelMigration<'_, E> {
         };
         let open = self.kernel.open(*pid, *pages, InvalidateReason::Migrate);
         let mut result = Ok(());
-        for (n, page) in (0..).zip(pages.iter()) {
+        let mut page = pages.start;
+        while page < pages.end && result.is_ok() {
             self.kernel.step();
-            let (found, to) = self.kernel.with(|mm| {
-                // Made first: the allocation's reference goes with its last page.
-                let to = mm.new_device_page(place, n);
-                (mm.collect(*pid, page), to)
+            let into = page - pages.start;
+            let found = self
+                .kernel
+                .with(|mm| mm.collect_leg(*pid, (page, *pages), (place, into), folios));
+            result = found.map(|leg| {
+                page += 1 << leg.order;
+                legs.push(leg);
             });
-            let from = match found {
-                Collected::Page(frame) => Some(frame),
-                Collected::Hole | Collected::Busy | Collected::Refused => None,
-            };
-            legs.push(Out { page, from, to });
-            match found {
-                Collected::Page(_) | Collected::Hole => {}
-                Collected::Busy => result = Err(Stale::PagesBusy),
-                Collected::Refused => result = Err(Stale::PagesRefused),
-            }
-            if result.is_err() {
-                break;
-            }
         }
         self.kernel.close(*pid, open);
         result
@@ -160,10 +163,13 @@ impl<E: Environment> ModelMigration<'_, E> {
         let Way::Out { legs, .. } = &self.way else {
             return Ok(());
         };
-        for frame in legs.iter().filter_map(|leg| leg.from) {
-            unmap_all(self.kernel, frame, |mm, mapping| {
-                mm.unmap_migrating(frame, mapping)
-            });
+        for leg in legs {
+            let Some(frame) = leg.from else { continue };
+            for frame in (0..1 << leg.order).map(|n| frame.plus(n)) {
+                unmap_all(self.kernel, frame, |mm, mapping| {
+                    mm.unmap_migrating(frame, mapping)
+                });
+            }
             if !self.kernel.with(|mm| mm.is_isolated(frame)) {
                 return Err(Stale::PagesRefused);
             }
@@ -175,13 +181,16 @@ impl<E: Environment> ModelMigration<'_, E> {
         let Way::Out { legs, .. } = &self.way else {
             return;
         };
-        for (n, leg) in (0..).zip(legs) {
-            let with = match leg.from {
-                Some(frame) => CopyWith::From(address_of(frame)),
-                None => CopyWith::Hole,
-            };
-            let at = vram.plus(PageCount::new(n).bytes());
-            push(&mut self.moves, at, with);
+        let mut at = vram;
+        for leg in legs {
+            for n in 0..1 << leg.order {
+                let with = match leg.from {
+                    Some(frame) => CopyWith::From(address_of(frame.plus(n))),
+                    None => CopyWith::Hole,
+                };
+                push(&mut self.moves, at, with);
+                at = at.plus(PAGE);
+            }
         }
     }
 
@@ -194,147 +203,27 @@ impl<E: Environment> ModelMigration<'_, E> {
                 kernel.step();
                 // In one step: what was filled may be home again, and free, in the next.
                 let filled = kernel.with(|mm| {
-                    let filled = mm.fill_hole(pid, leg.page, leg.to);
+                    let filled = match leg.order {
+                        0 => mm.fill_hole(pid, leg.page, leg.to),
+                        _ => mm.fill_hole_block(pid, leg.page, leg.to),
+                    };
                     mm.drop_device_page(leg.to);
                     filled
                 });
-                moved += u64::from(filled);
+                moved += u64::from(filled) << leg.order;
             }
             kernel.close(pid, open);
         }
         for leg in legs {
             let Some(from) = leg.from else { continue };
             kernel.step();
-            let settled = kernel.with(|mm| mm.arrive(from, leg.to));
-            moved += u64::from(settled > 0);
+            moved += u64::from(kernel.with(|mm| mm.arrive(from, leg.to)));
         }
         moved
-    }
-}
-
-impl<E: Environment> Kernel<E> {
-    pub(super) fn begin_home(
-        &self,
-        allocation: &AllocationRef,
-    ) -> Result<ModelMigration<'_, E>, Interrupted> {
-        let mut set = ModelMigration {
-            kernel: self,
-            way: Way::Home { legs: Vec::new() },
-            moves: Vec::new(),
-            done: false,
-        };
-        let id = allocation.id().0;
-        let pages = self.look(|mm| mm.place_of(id).map(|place| mm.device_pages(place)));
-        for (frame, page) in pages.unwrap_or_default() {
-            set.take_home(frame, page, allocation)?;
-        }
-        set.recall();
-        set.drop_unmapped();
-        Ok(set)
-    }
-
-    /// The span of one process around `page` in which pages of the set follow each other.
-    fn runs(mut mappings: Vec<(Pid, u32)>) -> Vec<(Pid, Pages)> {
-        mappings.sort_unstable();
-        let mut runs: Vec<(Pid, Pages)> = Vec::new();
-        for (pid, page) in mappings {
-            match runs.last_mut() {
-                Some((last, pages)) if *last == pid && pages.end == page => pages.end += 1,
-                Some(_) | None => runs.push((pid, Pages::one(page))),
-            }
-        }
-        runs
     }
 }
 
 impl<E: Environment> ModelMigration<'_, E> {
-    /// Locks a device page and gets a page for it. One that was freed since it was looked up needs
-    /// none.
-    fn take_home(
-        &mut self,
-        frame: FrameId,
-        page: u32,
-        allocation: &AllocationRef,
-    ) -> Result<(), Interrupted> {
-        let id = allocation.id().0;
-        let taken = self
-            .kernel
-            .with(|mm| match mm.take_device_page(frame, id, page) {
-                Taken::Gone => Ok(None),
-                Taken::Busy => Err(Interrupted::from(Stale::PagesBusy)),
-                Taken::Yes => match mm.new_home() {
-                    Some(to) => Ok(Some(to)),
-                    None => {
-                        mm.let_go(frame);
-                        Err(Failed::OutOfMemory.into())
-                    }
-                },
-            });
-        let Some(to) = taken? else { return Ok(()) };
-        if let Way::Home { legs } = &mut self.way {
-            legs.push(Home { from: frame, to });
-        }
-        let first = allocation.vram().start();
-        let at = first.plus(PageCount::new(u64::from(page)).bytes());
-        push(&mut self.moves, at, CopyWith::To(address_of(to)));
-        Ok(())
-    }
-
-    /// Takes the pages from all mappings, in brackets over runs of pages. A child may get new ones
-    /// meanwhile: until there are none.
-    fn recall(&self) {
-        let Way::Home { legs } = &self.way else {
-            return;
-        };
-        loop {
-            let mapped = self.kernel.look(|mm| {
-                let all = legs.iter().flat_map(|leg| mm.mapped_at(leg.from));
-                all.collect::<Vec<_>>()
-            });
-            if mapped.is_empty() {
-                return;
-            }
-            for (pid, pages) in Kernel::<E>::runs(mapped) {
-                let open = self.kernel.open(pid, pages, InvalidateReason::Migrate);
-                for page in pages.iter() {
-                    self.kernel.step();
-                    self.kernel.with(|mm| mm.recall(pid, page));
-                }
-                self.kernel.close(pid, open);
-            }
-        }
-    }
-
-    /// Pages that lost their last mapping meanwhile need no copy.
-    fn drop_unmapped(&mut self) {
-        let Way::Home { legs } = &mut self.way else {
-            return;
-        };
-        let mut kept = Vec::with_capacity(legs.len());
-        let mut moves = Vec::with_capacity(self.moves.len());
-        let single = core::mem::take(&mut self.moves);
-        for (leg, step) in legs.drain(..).zip(each_page(&single)) {
-            if self.kernel.look(|mm| mm.mappings(leg.from).is_empty()) {
-                self.kernel
-                    .with(|mm| mm.return_device_page(leg.from, leg.to));
-            } else {
-                push(&mut moves, step.0, step.1);
-                kept.push(leg);
-            }
-        }
-        *legs = kept;
-        self.moves = moves;
-    }
-
-    fn finish_home(kernel: &Kernel<E>, legs: &[Home]) -> u64 {
-        let mut moved = 0;
-        for leg in legs {
-            kernel.step();
-            moved += u64::from(kernel.with(|mm| mm.arrive(leg.from, leg.to)) > 0);
-        }
-        moved
-    }
-
     /// Puts everything back where it was.
     fn undo(&self) {
         let back = |mm: &mut Machine, from: Option<FrameId>, to: FrameId| {
@@ -361,8 +250,8 @@ impl<E: Environment> ModelMigration<'_, E> {
 }
 
 impl Machine {
-    /// Ends the move of a page: entries for the new one, the old one goes. Returns the number of
-    /// entries; where there are none, the new page goes, too.
+    /// Ends the move of a folio: entries for the new one, the old one goes. Returns the number of
+    /// pages that have entries; where none has, the new folio goes, too.
     fn arrive(&mut self, from: FrameId, to: FrameId) -> u32 {
         let settled = self.settle(from, to);
         self.let_go(from);
@@ -370,32 +259,56 @@ impl Machine {
         settled
     }
 
-    /// Where a page is mapped, without entries of migrations.
-    fn mapped_at(&self, frame: FrameId) -> impl Iterator<Item = (Pid, u32)> + use<'_> {
-        let all = self.rmaps().of(self.memory(), frame);
-        let mapped = move |at: &(Pid, u32)| self.entry(at.0, at.1).mapped_frame() == Some(frame);
-        all.map(|mapping| (mapping.pid, mapping.page))
-            .filter(mapped)
-    }
-
-    /// Puts a migration entry over a device page that a set has taken.
-    fn recall(&mut self, pid: Pid, page: u32) {
-        let mapping = crate::mm::rmap::Mapping {
-            pid,
-            page,
-            level: crate::mm::rmap::Level::Page,
-        };
-        if let Some(frame) = self.entry(pid, page).mapped_frame()
-            && self.memory().is_device(frame)
-            && self.is_locked(frame)
-        {
-            self.unmap_migrating(frame, mapping);
+    /// One leg of a move to a device: the folio at `page`, or the hole there, and device memory for it.
+    fn collect_leg(
+        &mut self,
+        pid: Pid,
+        (page, pages): (u32, Pages),
+        (place, into): (u32, u32),
+        folios: Folios,
+    ) -> Result<Out, Stale> {
+        let block = self.shape().block_around(page);
+        let large = folios == Folios::Keep
+            && self.shape().device_folios == DeviceFolios::Large
+            && self.device(place).coherent.is_none()
+            && block.start == page
+            && pages.covers(block);
+        let order = if large { self.shape().pmd_order } else { 0 };
+        // Made first: the allocation's reference goes with its last page.
+        let to = self.new_device_page(place, into, order);
+        let to = to.ok_or(Stale::PagesBusy)?;
+        let whole = large.then(|| self.collect_block(pid, page)).flatten();
+        if large && whole.is_none() {
+            let small = self.new_device_page(place, into, 0);
+            self.drop_device_page(to);
+            let to = small.ok_or(Stale::PagesBusy)?;
+            let found = self.collect(pid, page);
+            return self.leg(page, 0, found, to);
         }
+        let found = whole.unwrap_or_else(|| self.collect(pid, page));
+        self.leg(page, order, found, to)
     }
 
-    fn return_device_page(&mut self, device: FrameId, home: FrameId) {
-        self.let_go(device);
-        self.drop_device_page(home);
+    fn leg(&mut self, page: u32, order: u8, found: Collected, to: FrameId) -> Result<Out, Stale> {
+        let from = match found {
+            Collected::Page(frame) => Some(frame),
+            Collected::Hole => None,
+            Collected::Busy | Collected::Refused => {
+                self.drop_device_page(to);
+                return Err(match found {
+                    Collected::Busy => Stale::PagesBusy,
+                    Collected::Page(_) | Collected::Hole | Collected::Refused => {
+                        Stale::PagesRefused
+                    }
+                });
+            }
+        };
+        Ok(Out {
+            page,
+            order,
+            from,
+            to,
+        })
     }
 }
 
@@ -417,21 +330,6 @@ fn push(moves: &mut Vec<CopyMove>, at: VramAddr, with: CopyWith) {
         }
     }
     moves.push(CopyMove { vram: page, with });
-}
-
-/// The moves page by page.
-fn each_page(moves: &[CopyMove]) -> impl Iterator<Item = (VramAddr, CopyWith)> + '_ {
-    moves.iter().flat_map(|step| {
-        (0..step.vram.pages().get()).map(|n| {
-            let bytes = PageCount::new(n).bytes();
-            let with = match step.with {
-                CopyWith::From(bus) => CopyWith::From(bus.plus(bytes)),
-                CopyWith::To(bus) => CopyWith::To(bus.plus(bytes)),
-                CopyWith::Hole => CopyWith::Hole,
-            };
-            (step.vram.start().plus(bytes), with)
-        })
-    })
 }
 
 impl<E: Environment> MigrationSet for ModelMigration<'_, E> {

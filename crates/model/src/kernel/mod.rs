@@ -20,7 +20,9 @@ pub mod bus;
 mod fault_in;
 mod lock;
 mod migrate;
+mod pager;
 mod program;
+mod snapshot;
 mod space;
 
 #[cfg(test)]
@@ -30,10 +32,11 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
+use gpusvm::addr::PageCount;
 use gpusvm::mmu::{IntervalNotifiers, Invalidation};
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::{Environment, Mutex, Point};
-use gpusvm::seam::mm::{AllocationRef, CpuFaultOutcome, InvalidateReason};
+use gpusvm::seam::mm::{AllocationRef, CpuFault, CpuFaultOutcome, InvalidateReason};
 
 use crate::kernel::bus::Violation;
 use crate::kernel::lock::MmapWord;
@@ -41,6 +44,7 @@ use crate::mm::around::{Around, Hold, Waited};
 use crate::mm::changes::Changes;
 use crate::mm::check::{Broken, check, check_quiet};
 use crate::mm::errno::Signal;
+use crate::mm::memory::DevicePage;
 use crate::mm::{Machine, Pages, Pid, Shape};
 
 pub use migrate::ModelMigration;
@@ -58,6 +62,8 @@ pub struct Kernel<E: Environment> {
     shape: Shape,
     state: Mutex<E, Machine>,
     processes: Vec<Sync<E>>,
+    /// Faults that a program has to serve.
+    faults: Mutex<E, pager::Faults>,
     /// Device allocations, in the places by which the state knows them.
     allocations: Mutex<E, Vec<Option<AllocationRef>>>,
     /// What waits for pages sleeps on this.
@@ -96,6 +102,7 @@ impl<E: Environment> Kernel<E> {
             shape: machine.shape().clone(),
             processes: machine.pids().map(process).collect(),
             state: Mutex::<E, _>::new(machine),
+            faults: Mutex::<E, _>::new(pager::Faults::default()),
             allocations: Mutex::<E, _>::new(Vec::new()),
             changed: AtomicU32::new(0),
             generation: Arc::new(AtomicU64::new(0)),
@@ -265,16 +272,31 @@ impl<E: Environment> Around for Kernel<E> {
         Waited::Again
     }
 
-    fn device_fault(&self, _pid: Pid, place: u32, page: u32, _seen: u32) -> Result<(), Signal> {
-        let Some(allocation) = self.allocation(place) else {
+    fn device_fault(
+        &self,
+        _pid: Pid,
+        device: DevicePage,
+        page: u32,
+        _seen: u32,
+    ) -> Result<(), Signal> {
+        let Some(allocation) = self.allocation(device.place) else {
             return Ok(());
         };
-        let at = self.shape.address(page);
-        match allocation.migrate_to_ram(at) {
+        let offset = PageCount::new(device.page.into()).bytes();
+        let fault = CpuFault {
+            at: self.shape.address(page),
+            vram: allocation.vram().start().plus(offset),
+        };
+        match allocation.migrate_to_ram(fault) {
             CpuFaultOutcome::Retry => self.env.yield_point(Point::Retry),
             CpuFaultOutcome::RetryAt(time) => self.env.sleep_until(time),
             CpuFaultOutcome::Lost => return Err(Signal::Bus),
         }
+        Ok(())
+    }
+
+    fn pager_fault(&self, pid: Pid, page: u32, seen: u32) -> Result<(), Signal> {
+        self.raise(pid, page, seen);
         Ok(())
     }
 }

@@ -4,21 +4,21 @@
 use std::sync::Arc;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
-use gpusvm::error::Failed;
 use gpusvm::seam::env::Environment;
-use gpusvm::seam::mm::{Access, InvalidateReason};
+use gpusvm::seam::mm::Access;
 use gpusvm_abi::bus::AtomicOp;
 
 use crate::kernel::space::ModelSpace;
-use crate::mm::around::{Around, MmapLock};
+use crate::mm::around::Around;
 use crate::mm::entry::Entry;
 use crate::mm::errno::{Errno, Signal};
 use crate::mm::fault::{Hit, fault};
+use crate::mm::file::FileId;
 use crate::mm::flags::Prot;
-use crate::mm::map::{Map, split_blocks};
+use crate::mm::map::Map;
 use crate::mm::memory::FrameId;
 use crate::mm::remap::Remap;
-use crate::mm::{Pages, advise, fork, ksm, map, protect, reclaim, remap};
+use crate::mm::{advise, fork, ksm, map, protect, reclaim, remap};
 
 impl<E: Environment> ModelSpace<E> {
     /// `mmap`.
@@ -27,6 +27,12 @@ impl<E: Environment> ModelSpace<E> {
     /// As the system call.
     pub fn mmap(&self, map: &Map) -> Result<HostVa, Errno> {
         map::mmap(&*self.kernel, self.pid, map)
+    }
+
+    /// A new memory file of so many pages of zeros.
+    #[must_use]
+    pub fn create_file(&self, pages: u32) -> FileId {
+        self.kernel.with(|mm| mm.create_file(pages))
     }
 
     /// `munmap`.
@@ -207,24 +213,6 @@ impl<E: Environment> ModelSpace<E> {
                 .mapped_frame()
                 .filter(|frame| !mm.memory().is_device(*frame))
         })
-    }
-
-    /// Gives the page at `at` to a device alone, for atomics on host memory; the next access by a
-    /// CPU takes it back. Returns whether it worked: the page must be private anonymous memory.
-    ///
-    /// # Errors
-    /// The page cannot be written.
-    pub fn make_device_exclusive(&self, at: HostVa) -> Result<bool, Failed> {
-        let page = self.kernel.shape().page(at).ok_or(Failed::NoVma(at))?;
-        let kernel = &*self.kernel;
-        fault(kernel, self.pid, page, Access::Write).map_err(|_signal| Failed::BadPage(at))?;
-        let _lock = MmapLock::read(kernel, self.pid);
-        split_blocks(kernel, self.pid, Pages::one(page));
-        let open = kernel.open(self.pid, Pages::one(page), InvalidateReason::Clear);
-        kernel.step();
-        let made = kernel.with(|mm| mm.make_exclusive(self.pid, page));
-        kernel.close(self.pid, open);
-        Ok(made)
     }
 
     /// The entry of the page at `at`.

@@ -3,12 +3,13 @@
 use core::fmt;
 use std::sync::Arc;
 
-use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa};
 use gpusvm::error::{Failed, Interrupted};
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{
-    AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Vma, VmaKind,
+    AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Seen, Vma,
+    VmaKind,
 };
 
 use crate::kernel::Kernel;
@@ -16,7 +17,7 @@ use crate::kernel::migrate::ModelMigration;
 use crate::mm::around::MmapLock;
 use crate::mm::entry::Entry;
 use crate::mm::flags::VmFlags;
-use crate::mm::memory::{FrameId, Owner};
+use crate::mm::memory::FrameId;
 use crate::mm::vma::{self, Backing};
 use crate::mm::{Machine, Pid};
 
@@ -75,10 +76,8 @@ pub(super) fn alive(mm: &Machine, pid: Pid) -> Result<(), Failed> {
 
 /// The device memory that a device page is in.
 pub(super) fn pagemap_of(mm: &Machine, frame: FrameId) -> Option<PagemapId> {
-    match mm.memory().folio(frame).owner {
-        Owner::Device(place, _) => Some(PagemapId(mm.device(place).pagemap)),
-        Owner::Free | Owner::Anon | Owner::Ksm | Owner::File(..) | Owner::Poisoned => None,
-    }
+    let device = mm.memory().device_page(frame)?;
+    Some(PagemapId(mm.device(device.place).pagemap))
 }
 
 /// A mapping as the framework knows it.
@@ -89,7 +88,9 @@ fn seam_vma(mm: &Machine, vma: &vma::Vma) -> Vma {
         write: vma.flags.has(VmFlags::WRITE),
         kind: match vma.backing {
             Backing::Anon => VmaKind::Anonymous,
+            Backing::File(_) if vma.is_private() => VmaKind::PrivateFile,
             Backing::File(_) => VmaKind::InPlace,
+            Backing::HugePages => VmaKind::HugePages,
             Backing::Special => VmaKind::Special,
         },
     }
@@ -197,8 +198,35 @@ impl<E: Environment> AddressSpace for ModelSpace<E> {
         to: MigrateTo,
     ) -> Result<ModelMigration<'_, E>, Interrupted> {
         match to {
-            MigrateTo::Device { allocation, .. } => self.begin_out(span, &allocation),
-            MigrateTo::System { allocation, .. } => self.kernel.begin_home(&allocation),
+            MigrateTo::Device {
+                allocation, folios, ..
+            } => self.begin_out(span, &allocation, folios),
+            MigrateTo::System {
+                allocation,
+                part,
+                folios,
+                ..
+            } => self.kernel.begin_home(&allocation, part, folios),
         }
+    }
+
+    fn snapshot(
+        &self,
+        span: HostSpan,
+        keep: Option<PagemapId>,
+        pages: &mut Vec<Seen>,
+    ) -> Result<(), Interrupted> {
+        self.alive()?;
+        self.glance(span, keep, pages);
+        Ok(())
+    }
+
+    fn make_exclusive(
+        &self,
+        at: HostVa,
+        commit: &mut dyn FnMut(BusAddr),
+    ) -> Result<(), Interrupted> {
+        self.alive()?;
+        self.take_for_device(at, commit)
     }
 }

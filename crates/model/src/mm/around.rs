@@ -5,6 +5,7 @@ use core::cell::RefCell;
 use gpusvm::seam::mm::InvalidateReason;
 
 use crate::mm::errno::Signal;
+use crate::mm::memory::DevicePage;
 use crate::mm::{Machine, Pages, Pid};
 
 /// How a lock is held.
@@ -57,12 +58,24 @@ pub trait Around {
     /// Waits while [`changes`](Self::changes) is still `seen`. No lock may be held.
     fn wait(&self, seen: u32) -> Waited;
 
-    /// Brings a device page home that a CPU access met, or waits until that may be tried again.
-    /// `place` is the place of its allocation. No lock may be held.
+    /// Brings a device page home that a CPU access at `page` met, or waits until that may be tried
+    /// again. No lock may be held.
     ///
     /// # Errors
     /// The content is lost.
-    fn device_fault(&self, pid: Pid, place: u32, page: u32, seen: u32) -> Result<(), Signal>;
+    fn device_fault(
+        &self,
+        pid: Pid,
+        device: DevicePage,
+        page: u32,
+        seen: u32,
+    ) -> Result<(), Signal>;
+
+    /// Tells the program of a missing page whose faults it serves, and waits. No lock may be held.
+    ///
+    /// # Errors
+    /// Nobody serves it.
+    fn pager_fault(&self, pid: Pid, page: u32, seen: u32) -> Result<(), Signal>;
 }
 
 /// The mmap lock of a process, held until dropped.
@@ -134,7 +147,17 @@ impl Around for Solo<'_> {
         Waited::Hopeless
     }
 
-    fn device_fault(&self, _pid: Pid, _place: u32, _page: u32, _seen: u32) -> Result<(), Signal> {
+    fn device_fault(
+        &self,
+        _pid: Pid,
+        _device: DevicePage,
+        _page: u32,
+        _seen: u32,
+    ) -> Result<(), Signal> {
+        Err(Signal::Bus)
+    }
+
+    fn pager_fault(&self, _pid: Pid, _page: u32, _seen: u32) -> Result<(), Signal> {
         Err(Signal::Bus)
     }
 }

@@ -181,11 +181,12 @@ fn check_named(
 ) -> Result<(), Broken> {
     let at = At::Page(pid, page);
     let device = mm.memory.is_device(frame);
+    let private = device && !mm.memory.is_coherent(frame);
     match entry {
         Entry::Present(..) | Entry::DeviceExclusive(..) => {
-            rule!(!device, "a present page is in host memory", at)?;
+            rule!(!private, "a present page is where the CPU can use it", at)?;
         }
-        Entry::DevicePrivate(..) => rule!(device, "a device page is in device memory", at)?,
+        Entry::DevicePrivate(..) => rule!(private, "a device page is in device memory", at)?,
         Entry::Migration(..) => {
             let held = mm.memory.folio(frame).held > 0;
             rule!(held, "a page that is being moved is held", at)?;
@@ -251,7 +252,12 @@ fn in_cache(mm: &Machine, frame: FrameId) -> bool {
             let pages = mm.files.get(file as usize).map(|file| &file.pages);
             pages.and_then(|pages| pages.get(index as usize)) == Some(&Some(frame))
         }
-        Owner::Free | Owner::Anon | Owner::Ksm | Owner::Device(..) | Owner::Poisoned => false,
+        Owner::Free
+        | Owner::Anon
+        | Owner::Ksm
+        | Owner::HugePages
+        | Owner::Device(..)
+        | Owner::Poisoned => false,
     }
 }
 
@@ -270,7 +276,7 @@ fn check_page(mm: &Machine, head: FrameId, page: FrameId) -> Result<u32, Broken>
             Level::Block => {
                 blocks += 1;
                 let found = mm.block(mapping.pid, mapping.page);
-                let here = matches!(found, Block::Huge(found, _) if found == page);
+                let here = matches!(found, Block::Huge(found, _) | Block::Device(found, _) if found == page);
                 rule!(here, "a chain names block entries that are there", at)?;
             }
             Level::Page => {
@@ -336,8 +342,9 @@ fn check_devices(mm: &Machine) -> Result<(), Broken> {
     let mut owners = Vec::new();
     for frame in &mm.memory.frames[first..] {
         if let Owner::Device(place, page) = frame.owner {
-            counts[place as usize] += 1;
-            owners.push((place, page));
+            let pages = 1 << frame.order;
+            counts[place as usize] += pages;
+            owners.extend((page..page + pages).map(|page| (place, page)));
         }
     }
     owners.sort_unstable();

@@ -78,7 +78,7 @@ impl Machine {
     /// Whether a process that maps an anonymous page may write it without a copy.
     fn may_reuse(&mut self, frame: FrameId) -> bool {
         let folio = *self.memory.folio(frame);
-        if folio.owner != Owner::Anon {
+        if !matches!(folio.owner, Owner::Anon | Owner::Device(..)) {
             return false;
         }
         if self.memory.frame(frame).exclusive {
@@ -133,6 +133,15 @@ impl Machine {
             Source::Block(_) => {}
         }
         self.discard_new(copied.new);
+    }
+
+    /// A copy of a whole block is ready.
+    pub(crate) fn copied_block(&self, page: u32, old: Block, new: FrameId) -> Faulted {
+        Faulted::Copy(Copied {
+            old: Source::Block(old),
+            new,
+            pages: self.shape.block_around(page),
+        })
     }
 
     pub(crate) fn copy_zero_block(&mut self, pid: Pid, page: u32, old: Block) -> Faulted {

@@ -122,6 +122,8 @@ pub enum Block {
     Table,
     /// All pages of a large folio.
     Huge(FrameId, Bits),
+    /// All pages of a large folio in private device memory.
+    Device(FrameId, Bits),
     /// The large page of zeros.
     Zero(Bits),
 }

@@ -12,7 +12,7 @@ use crate::mm::entry::{Block, Entry, SlotId};
 use crate::mm::errno::Signal;
 use crate::mm::file::{FileId, NoFrame};
 use crate::mm::flags::{Bits, VmFlags};
-use crate::mm::memory::{FolioFlags, FrameId, Owner};
+use crate::mm::memory::{DevicePage, FolioFlags, FrameId, Owner};
 use crate::mm::vma::{Backing, Vma};
 use crate::mm::{Machine, Pages, Pid, Thp};
 
@@ -32,8 +32,10 @@ pub enum Faulted {
     Retry,
     /// An operation has the page: wait until something changes.
     Wait,
-    /// The page is in device memory; its allocation has this place.
-    Device(u32),
+    /// The page is in device memory.
+    Device(DevicePage),
+    /// The page is missing, and the program serves such faults.
+    Pager,
     /// A copy is ready to replace the entry, inside a bracket.
     Copy(Copied),
     /// A device has the page for itself; it has to give it up, inside a bracket.
@@ -61,9 +63,14 @@ pub fn fault<A: Around>(around: &A, pid: Pid, page: u32, access: Access) -> Resu
                 }
                 continue;
             }
-            Faulted::Device(place) => {
+            Faulted::Pager => {
                 drop(lock);
-                around.device_fault(pid, place, page, seen)?;
+                around.pager_fault(pid, page, seen)?;
+                continue;
+            }
+            Faulted::Device(device) => {
+                drop(lock);
+                around.device_fault(pid, device, page, seen)?;
                 continue;
             }
             Faulted::Retry => {}
@@ -161,19 +168,19 @@ impl Machine {
     /// Whoever finds the page locked waits for it and does not call in: many readers would keep
     /// the migration from ever getting the page.
     fn fault_device(&self, frame: FrameId) -> Faulted {
-        match self.memory.folio(frame).owner {
+        match self.memory.device_page(frame) {
             _ if self.is_locked(frame) => Faulted::Wait,
-            Owner::Device(place, _) => Faulted::Device(place),
-            Owner::Free | Owner::Anon | Owner::Ksm | Owner::File(..) | Owner::Poisoned => {
-                Faulted::Refused(Signal::Bus)
-            }
+            Some(device) => Faulted::Device(device),
+            None => Faulted::Refused(Signal::Bus),
         }
     }
 
     fn fault_none(&mut self, pid: Pid, page: u32, access: Access, vma: &Vma) -> Faulted {
         match vma.backing {
             Backing::Special => Faulted::Refused(Signal::Bus),
+            Backing::HugePages => self.fault_huge_page(pid, page, vma),
             Backing::File(file) => self.fault_file(pid, page, access, vma, file),
+            Backing::Anon if vma.flags.has(VmFlags::UFFD_MISSING) => Faulted::Pager,
             Backing::Anon if self.wants_block(pid, page, vma) => {
                 self.fault_anon_block(pid, page, access, vma)
             }
@@ -199,7 +206,7 @@ impl Machine {
     }
 
     /// Whether a fault at `page` may bring a whole block in.
-    fn wants_block(&self, pid: Pid, page: u32, vma: &Vma) -> bool {
+    pub(crate) fn wants_block(&self, pid: Pid, page: u32, vma: &Vma) -> bool {
         let wanted = match self.shape.thp {
             Thp::Never => false,
             Thp::Madvise => vma.flags.has(VmFlags::HUGE),
@@ -229,9 +236,24 @@ impl Machine {
         }
     }
 
+    /// A first touch of the pool's memory gets a page of its own, for reading, too.
+    fn fault_huge_page(&mut self, pid: Pid, page: u32, vma: &Vma) -> Faulted {
+        self.prepare_anon(pid, page);
+        let Some(head) = self.new_folio(Owner::HugePages) else {
+            return Faulted::Refused(Signal::Bus);
+        };
+        let start = self.shape.block_around(page).start;
+        self.map_block(pid, start, head, Self::fresh_bits(vma.flags));
+        Faulted::Retry
+    }
+
     /// A large folio of zeros that is not mapped yet.
     pub(crate) fn new_block(&mut self) -> Option<FrameId> {
-        let head = self.memory.allocate(self.shape.pmd_order, Owner::Anon)?;
+        self.new_folio(Owner::Anon)
+    }
+
+    fn new_folio(&mut self, owner: Owner) -> Option<FrameId> {
+        let head = self.memory.allocate(self.shape.pmd_order, owner)?;
         for page in self.memory.pages_of(head) {
             self.memory.frame_mut(page).exclusive = true;
         }
@@ -265,17 +287,20 @@ impl Machine {
 
     fn fault_block(&mut self, pid: Pid, page: u32, access: Access, block: Block) -> Faulted {
         match (block, access) {
+            (Block::Device(head, _), _) => self.fault_device(head.plus(page % self.shape.block())),
             (_, Access::Read) => Faulted::Retry,
             (Block::Table, Access::Write) => Faulted::Retry,
             (Block::Zero(_), Access::Write) => self.copy_zero_block(pid, page, block),
             (Block::Huge(head, bits), Access::Write) => {
-                let folio = self.memory.frame(head);
+                let folio = *self.memory.frame(head);
                 let alone = folio.exclusive || (folio.refs == 1 && folio.entire == 1);
                 if alone {
                     for page in self.memory.pages_of(head) {
                         self.memory.frame_mut(page).exclusive = true;
                     }
                     self.set_bits(pid, page, bits.with(Bits::WRITE).with(Bits::DIRTY));
+                } else if folio.owner == Owner::HugePages {
+                    return self.copy_huge_page(page, head, block);
                 } else {
                     // Copied page by page: a large copy is rarely worth its time.
                     self.split_block(pid, page);
@@ -283,6 +308,17 @@ impl Machine {
                 Faulted::Retry
             }
         }
+    }
+
+    /// A write to a page of the pool that a child has, too.
+    fn copy_huge_page(&mut self, page: u32, head: FrameId, old: Block) -> Faulted {
+        let Some(new) = self.new_folio(Owner::HugePages) else {
+            return Faulted::Refused(Signal::Bus);
+        };
+        for n in 0..self.shape.block() {
+            self.memory.copy_content(head.plus(n), new.plus(n));
+        }
+        self.copied_block(page, old, new)
     }
 
     fn fault_swap(&mut self, pid: Pid, page: u32, slot: SlotId, bits: Bits) -> Faulted {

@@ -112,6 +112,8 @@ flags! {
         HUGETLB = 1 << 20;
         /// Its memory is accounted for: it is private and may be or was written.
         ACCOUNT = 1 << 21;
+        /// The program serves faults of missing pages (userfaultfd).
+        UFFD_MISSING = 1 << 22;
     }
 }
 

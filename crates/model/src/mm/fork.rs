@@ -100,7 +100,7 @@ impl Machine {
 
     fn pinned_block(&self, pid: Pid, page: u32) -> bool {
         match self.block(pid, page) {
-            Block::Table | Block::Zero(_) => false,
+            Block::Table | Block::Zero(_) | Block::Device(..) => false,
             Block::Huge(head, _) => self.memory.frame(head).pins > 0,
         }
     }
@@ -110,7 +110,7 @@ impl Machine {
         match self.block(parent, page) {
             Block::Table => {}
             Block::Zero(bits) => self.set_block(child, page, Block::Zero(bits)),
-            Block::Huge(head, bits) => {
+            Block::Huge(head, bits) | Block::Device(head, bits) => {
                 for page in self.memory.pages_of(head) {
                     self.memory.frame_mut(page).exclusive = false;
                 }

@@ -50,7 +50,11 @@ pub(crate) fn unmerge<A: Around>(around: &A, pid: Pid, pages: Pages) -> Result<(
         match around.with(|mm| mm.unshare_merged(pid, page)) {
             Faulted::Copy(copied) => commit(around, pid, copied),
             Faulted::Refused(_) => return Err(Errno::NoMem),
-            Faulted::Retry | Faulted::Wait | Faulted::Device(_) | Faulted::Exclusive => {}
+            Faulted::Retry
+            | Faulted::Wait
+            | Faulted::Device(_)
+            | Faulted::Pager
+            | Faulted::Exclusive => {}
         }
     }
     Ok(())

@@ -87,6 +87,7 @@ pub fn munmap<A: Around>(around: &A, pid: Pid, at: HostVa, len: u64) -> Result<(
         return Err(Errno::Invalid);
     }
     let _lock = MmapLock::write(around, pid);
+    around.with(|mm| mm.check_huge_pages(pid, pages))?;
     unmap_locked(around, pid, pages);
     Ok(())
 }
@@ -184,6 +185,19 @@ pub(crate) fn populate<A: Around>(around: &A, pid: Pid, page: u32) -> Result<(),
 }
 
 impl Machine {
+    /// Calls do not cut pages of the pool of huge pages.
+    pub(crate) fn check_huge_pages(&self, pid: Pid, pages: Pages) -> Result<(), Errno> {
+        let cut = |page: u32| {
+            let inside = !page.is_multiple_of(self.shape.block());
+            let vma = self.process(pid).vmas.at(page);
+            inside && vma.is_some_and(|vma| vma.backing == Backing::HugePages)
+        };
+        if cut(pages.start) || cut(pages.end) {
+            return Err(Errno::Invalid);
+        }
+        Ok(())
+    }
+
     /// Whether something is mapped in `pages`.
     pub(crate) fn is_mapped(&self, pid: Pid, pages: Pages) -> bool {
         self.process(pid).vmas.overlapping(pages).next().is_some()
@@ -194,10 +208,11 @@ impl Machine {
         if map.len == 0 {
             return Err(Errno::Invalid);
         }
-        if map.what == What::Hugetlb {
-            return Err(Errno::NotSupported);
-        }
         let len = u32::try_from(map.len.div_ceil(PAGE)).map_err(|_large| Errno::NoMem)?;
+        let len = match map.what {
+            What::Hugetlb => len.next_multiple_of(self.shape.block()),
+            _any_size => len,
+        };
         match map.place {
             Place::Hint(at) => self.near(pid, at, len, map.what).ok_or(Errno::NoMem),
             Place::Fixed(at) => self.exactly(at, len),
@@ -231,7 +246,8 @@ impl Machine {
             return Some(pages);
         }
         let block = self.shape.block();
-        let huge = at.get() == 0 && what == What::Private && len.is_multiple_of(block);
+        let large = matches!(what, What::Private | What::Hugetlb);
+        let huge = at.get() == 0 && large && len.is_multiple_of(block);
         let aligned = huge.then(|| self.gap(pid, len + block)).flatten();
         match aligned {
             Some(gap) => {
@@ -270,7 +286,10 @@ impl Machine {
                 let flags = VmFlags::PFN_MAP.with(VmFlags::DONT_EXPAND);
                 (Backing::Special, pages.start, flags.with(VmFlags::SHARED))
             }
-            What::Hugetlb => return Err(Errno::NotSupported),
+            What::Hugetlb => {
+                let flags = VmFlags::HUGETLB.with(VmFlags::DONT_EXPAND);
+                (Backing::HugePages, pages.start, flags)
+            }
         };
         let mut rights = map.prot.common(VmFlags::RIGHTS).with(VmFlags::MAY);
         if rights.has(VmFlags::WRITE) && !shared.has(VmFlags::SHARED) {

@@ -1,4 +1,5 @@
-//! Page frames and folios: a fixed number of frames of host memory, then device pages.
+//! Page frames and folios: a fixed number of frames of host memory, then as many of coherent device
+//! memory, which the CPU uses in place, then pages of private device memory.
 //!
 //! A folio is a naturally aligned run of frames with one reference count, kept at its first frame,
 //! the *head*. A frame with reference count zero is free. Host frames are handed out in turn, so
@@ -36,12 +37,23 @@ pub enum Owner {
     Anon,
     /// Identical pages that were merged.
     Ksm,
+    /// Private memory in a page of the pool of huge pages.
+    HugePages,
     /// Page `1` of file `0`.
     File(u32, u32),
     /// Anonymous memory in page `1` of the device allocation in place `0` of the table.
     Device(u32, u32),
     /// Withdrawn after a memory error; never handed out again.
     Poisoned,
+}
+
+/// A page of a device allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DevicePage {
+    /// Place of the allocation in the table.
+    pub place: u32,
+    /// Which of its pages.
+    pub page: u32,
 }
 
 flags! {
@@ -97,29 +109,36 @@ pub struct Memory {
     pub(crate) frames: Vec<Frame>,
     words: Vec<u64>,
     host: u32,
+    coherent: u32,
     per_page: u32,
     next: u32,
     free: u32,
     device_free: Vec<u32>,
     /// Frames that may have changed.
     pub(crate) changed: Marks,
+    /// Heads of large device folios that are free.
+    device_free_large: Vec<u32>,
 }
 
 impl Memory {
-    pub(crate) fn new(host: u32, per_page: u32) -> Self {
-        let mut frames = vec![Frame::default(); host as usize];
+    pub(crate) fn new(host: u32, coherent: u32, per_page: u32) -> Self {
+        let frames = host + coherent;
+        let words = vec![0; (frames * per_page) as usize];
+        let mut frames = vec![Frame::default(); frames as usize];
         for (frame, n) in frames.iter_mut().zip(0..) {
             frame.head = n;
         }
         Self {
             frames,
-            words: vec![0; (host * per_page) as usize],
+            words,
             host,
+            coherent,
             per_page,
             next: 0,
             free: host,
             device_free: Vec::new(),
             changed: Marks::default(),
+            device_free_large: Vec::new(),
         }
     }
 
@@ -127,6 +146,12 @@ impl Memory {
     #[must_use]
     pub const fn host_frames(&self) -> u32 {
         self.host
+    }
+
+    /// Frames of coherent device memory, behind those of host memory.
+    #[must_use]
+    pub const fn coherent_frames(&self) -> u32 {
+        self.coherent
     }
 
     /// Frames of host memory that are free.
@@ -178,6 +203,30 @@ impl Memory {
     #[must_use]
     pub const fn is_device(&self, frame: FrameId) -> bool {
         frame.0 >= self.host
+    }
+
+    /// Whether the frame is in device memory that the CPU uses in place.
+    #[must_use]
+    pub const fn is_coherent(&self, frame: FrameId) -> bool {
+        frame.0 >= self.host && frame.0 < self.host + self.coherent
+    }
+
+    /// The place of the device allocation that has the frame, and its page there.
+    #[must_use]
+    pub fn device_page(&self, frame: FrameId) -> Option<DevicePage> {
+        let head = self.head(frame);
+        match self.frame(head).owner {
+            Owner::Device(place, page) => Some(DevicePage {
+                place,
+                page: page + (frame.0 - head.0),
+            }),
+            Owner::Free
+            | Owner::Anon
+            | Owner::Ksm
+            | Owner::HugePages
+            | Owner::File(..)
+            | Owner::Poisoned => None,
+        }
     }
 
     /// Whether nobody has the frame.
@@ -247,18 +296,38 @@ impl Memory {
         folio.owner = owner;
     }
 
-    /// A device page with no references.
-    pub(crate) fn allocate_device(&mut self, owner: Owner) -> FrameId {
-        let at = self.device_free.pop().unwrap_or_else(|| {
-            self.frames.push(Frame::default());
-            index32(self.frames.len() - 1)
+    /// A folio of private device memory with no references. Large ones are all of one order.
+    pub(crate) fn allocate_device(&mut self, order: u8, owner: Owner) -> FrameId {
+        let free = match order {
+            0 => self.device_free.pop(),
+            _ => self.device_free_large.pop(),
+        };
+        let at = free.unwrap_or_else(|| {
+            let at = index32(self.frames.len());
+            self.frames
+                .extend(core::iter::repeat_n(Frame::default(), 1 << order));
+            at
         });
-        self.make_folio(FrameId(at), 0, owner);
+        self.make_folio(FrameId(at), order, owner);
         FrameId(at)
+    }
+
+    /// A page of coherent device memory with no references; `None` where somebody has it.
+    pub(crate) fn take_coherent(&mut self, frame: FrameId, owner: Owner) -> Option<FrameId> {
+        let free = self.is_coherent(frame) && self.is_free(frame);
+        free.then(|| {
+            self.make_folio(frame, 0, owner);
+            frame
+        })
     }
 
     /// Gives the frames of a folio back that nobody references.
     pub(crate) fn release(&mut self, head: FrameId) {
+        let large = self.frame(head).order > 0;
+        let private = self.is_device(head) && !self.is_coherent(head);
+        if private && large {
+            self.device_free_large.push(head.0);
+        }
         for page in self.pages_of(head) {
             let poisoned = self.frame(page).poisoned;
             *self.frame_mut(page) = Frame {
@@ -272,7 +341,9 @@ impl Memory {
                 ..Frame::default()
             };
             if self.is_device(page) {
-                self.device_free.push(page.0);
+                if private && !large {
+                    self.device_free.push(page.0);
+                }
             } else if !poisoned {
                 self.free += 1;
             }

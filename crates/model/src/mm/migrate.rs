@@ -8,9 +8,10 @@ use gpusvm::mutant::Mutant;
 
 use crate::mm::entry::{Block, Entry};
 use crate::mm::flags::{Bits, VmFlags};
-use crate::mm::memory::{FrameId, Owner};
+use crate::mm::memory::{DevicePage, Frame, FrameId, Owner};
 use crate::mm::reclaim::Unmapped;
 use crate::mm::rmap::Mapping;
+use crate::mm::vma::Vma;
 use crate::mm::{Machine, Pages, Pid};
 
 /// What collecting a page for a move to a device found.
@@ -46,6 +47,10 @@ pub struct Device {
     pub pagemap: u32,
     /// Where in it the allocation begins.
     pub vram: u64,
+    /// Frame of its first page, in coherent memory.
+    pub coherent: Option<u32>,
+    /// Frames among which its pages are.
+    pub frames: (u32, u32),
 }
 
 impl Machine {
@@ -54,7 +59,10 @@ impl Machine {
         if !self.single_out(pid, page) {
             return Collected::Refused;
         }
+        let anon = |vma: &Vma| vma.is_anon();
         match self.entry(pid, page) {
+            // The holes of a file are its own content.
+            Entry::None if !self.process(pid).vmas.at(page).is_some_and(anon) => Collected::Refused,
             Entry::None | Entry::Zero(_) => Collected::Hole,
             Entry::Present(frame, bits) => self.collect_present(pid, page, frame, bits),
             Entry::Migration(..) => Collected::Busy,
@@ -65,6 +73,33 @@ impl Machine {
             | Entry::HwPoison(_)
             | Entry::Guard
             | Entry::UffdWp => Collected::Refused,
+        }
+    }
+
+    /// Collects a large page whole for a move to a device that takes large pages, or a block of holes
+    /// that would become one; `None` where the pages of the block go one by one. Its entries become
+    /// small ones meanwhile. Devices must have let go of the block.
+    pub fn collect_block(&mut self, pid: Pid, start: u32) -> Option<Collected> {
+        let vma = *self.process(pid).vmas.at(start)?;
+        match self.block(pid, start) {
+            Block::Zero(_) => Some(Collected::Hole),
+            Block::Table if self.wants_block(pid, start, &vma) => Some(Collected::Hole),
+            Block::Table | Block::Device(..) => None,
+            Block::Huge(head, _) => {
+                let folio = *self.memory.frame(head);
+                let alone = folio.refs == 1 && folio.pins == 0 && folio.owner == Owner::Anon;
+                let poisoned = |page| self.memory.frame(page).poisoned;
+                if !alone || self.memory.pages_of(head).any(poisoned) || !self.try_lock(head) {
+                    return None;
+                }
+                self.hold(head);
+                self.split_block(pid, start);
+                for (n, page) in (0..).zip(self.shape.block_around(start).iter()) {
+                    let bits = self.entry(pid, page).bits();
+                    self.put_migration_entry(pid, page, head.plus(n), bits);
+                }
+                Some(Collected::Page(head))
+            }
         }
     }
 
@@ -116,12 +151,9 @@ impl Machine {
     /// Locks and holds the device page that was page `page` of the allocation `id` when it was looked
     /// up.
     pub fn take_device_page(&mut self, frame: FrameId, id: u64, page: u32) -> Taken {
-        let folio = self.memory.folio(frame);
-        let still = match folio.owner {
-            Owner::Device(place, of) => of == page && self.device(place).id == id && folio.refs > 0,
-            Owner::Free | Owner::Anon | Owner::Ksm | Owner::File(..) | Owner::Poisoned => false,
-        };
-        if !still {
+        let refs = self.memory.folio(frame).refs;
+        let still = |device: DevicePage| device.page == page && self.device(device.place).id == id;
+        if refs == 0 || !self.memory.device_page(frame).is_some_and(still) {
             return Taken::Gone;
         }
         if !self.try_lock(frame) {
@@ -131,26 +163,25 @@ impl Machine {
         Taken::Yes
     }
 
-    /// The device pages of the allocation in `place`, and where they are in it.
-    pub fn device_pages(&self, place: u32) -> Vec<(FrameId, u32)> {
-        let mut pages = Vec::new();
-        self.device_pages_into(place, &mut pages);
-        pages
-    }
-
-    fn device_pages_into(&self, place: u32, out: &mut Vec<(FrameId, u32)>) {
-        let first = self.memory.host_frames();
-        let frames = (first..).zip(&self.memory.frames[first as usize..]);
-        out.extend(frames.filter_map(|(at, frame)| match frame.owner {
-            Owner::Device(of, page) if of == place && frame.refs > 0 => Some((FrameId(at), page)),
+    /// The folios of the allocation in `place`, and where they begin in it.
+    pub fn device_folios(&self, place: u32) -> Vec<(FrameId, Pages)> {
+        let (first, end) = self.device(place).frames;
+        let frames = (first..).zip(&self.memory.frames[first as usize..end as usize]);
+        let folio = |(at, frame): (u32, &Frame)| match frame.owner {
+            Owner::Device(of, page) if of == place && frame.refs > 0 => {
+                Some((FrameId(at), Pages::new(page, page + (1 << frame.order))))
+            }
             Owner::Device(..)
             | Owner::Free
             | Owner::Anon
             | Owner::Ksm
+            | Owner::HugePages
             | Owner::File(..)
             | Owner::Poisoned => None,
-        }));
-        out.sort_unstable_by_key(|(_, page)| *page);
+        };
+        let mut folios: Vec<_> = frames.filter_map(folio).collect();
+        folios.sort_unstable_by_key(|(_, pages)| pages.start);
+        folios
     }
 
     /// Where a page is mapped or has migration entries.
@@ -158,13 +189,27 @@ impl Machine {
         self.rmaps.of(&self.memory, frame).collect()
     }
 
-    /// Replaces the migration entries of `from` by entries for `to`, which may be the same page.
-    /// Returns their number.
+    /// Replaces the migration entries of the folio `from` by entries for `to`, which may be the same
+    /// folio; a large one is mapped by block entries again where it can. Returns the number of pages
+    /// that have entries now.
     pub fn settle(&mut self, from: FrameId, to: FrameId) -> u32 {
         let mut settled = 0;
-        while let Some((mapping, bits)) = self.migration_entry(from) {
-            self.settle_one(mapping, bits, to);
-            settled += 1;
+        let mut firsts = Vec::new();
+        for n in 0..1 << self.memory.frame(from).order {
+            let mut mapped = 0;
+            while let Some((mapping, bits)) = self.migration_entry(from.plus(n)) {
+                self.settle_one(mapping, bits, to.plus(n));
+                if n == 0 {
+                    firsts.push(mapping);
+                }
+                mapped += 1;
+            }
+            settled += u32::from(mapped > 0);
+        }
+        if self.memory.folio(to).order > 0 {
+            for Mapping { pid, page, .. } in firsts {
+                self.join_block(pid, page, to);
+            }
         }
         settled
     }
@@ -189,12 +234,40 @@ impl Machine {
     fn settle_one(&mut self, mapping: Mapping, bits: Bits, to: FrameId) {
         self.memory.frame_mut(to).exclusive = bits.has(Bits::EXCLUSIVE);
         let bits = bits.without(Bits::EXCLUSIVE);
-        let entry = if self.memory.is_device(to) {
-            Entry::DevicePrivate(to, bits)
-        } else {
-            Entry::Present(to, bits)
-        };
+        let entry = self.entry_for(to, bits);
         self.replace(mapping.pid, mapping.page, entry);
+    }
+
+    /// The entry that maps a page where it is.
+    fn entry_for(&self, frame: FrameId, bits: Bits) -> Entry {
+        if self.memory.is_device(frame) && !self.memory.is_coherent(frame) {
+            Entry::DevicePrivate(frame, bits)
+        } else {
+            Entry::Present(frame, bits)
+        }
+    }
+
+    /// Puts a large device page into a block of holes, as [`fill_hole`](Self::fill_hole).
+    pub fn fill_hole_block(&mut self, pid: Pid, start: u32, device: FrameId) -> bool {
+        let Some(vma) = self.process(pid).vmas.at(start).copied() else {
+            return false;
+        };
+        let block = self.shape.block_around(start);
+        let still = match self.block(pid, start) {
+            Block::Zero(_) => true,
+            Block::Table => self.next_used(pid, block.start, block).is_none(),
+            Block::Huge(..) | Block::Device(..) => false,
+        };
+        if !still || !vma.is_anon() || !vma.pages.covers(block) {
+            return false;
+        }
+        self.prepare_anon(pid, start);
+        for page in self.memory.pages_of(device) {
+            self.memory.frame_mut(page).exclusive = true;
+        }
+        self.unmap_block(pid, start);
+        self.map_block(pid, start, device, hole_bits(vma.flags));
+        true
     }
 
     /// Puts a device page into a hole, if it still is one in memory that may have it. Returns
@@ -221,16 +294,8 @@ impl Machine {
         }
         self.prepare_anon(pid, page);
         self.memory.frame_mut(device).exclusive = true;
-        let right = if vma.flags.has(VmFlags::WRITE) {
-            Bits::WRITE
-        } else {
-            Bits::NONE
-        };
-        self.replace(
-            pid,
-            page,
-            Entry::DevicePrivate(device, right.with(Bits::SOFT_DIRTY)),
-        );
+        let entry = self.entry_for(device, hole_bits(vma.flags));
+        self.replace(pid, page, entry);
         true
     }
 
@@ -270,15 +335,28 @@ impl Machine {
             .unwrap_or_default()
     }
 
-    /// A page of device memory for page `page` of the allocation in `place`. It has no references:
-    /// [`drop_device_page`](Self::drop_device_page) gives it back if it gets none.
-    pub fn new_device_page(&mut self, place: u32, page: u32) -> FrameId {
+    /// A folio of device memory for the pages of the allocation in `place` from `page` on. It has no
+    /// references: [`drop_device_page`](Self::drop_device_page) gives it back if it gets none.
+    /// `None` where somebody has that page of coherent memory.
+    pub fn new_device_page(&mut self, place: u32, page: u32, order: u8) -> Option<FrameId> {
         if self.devices.len() <= place as usize {
             self.name_place(place, Device::default());
         }
-        self.device_pages[place as usize] += 1;
         self.changes.places.add(place);
-        self.memory.allocate_device(Owner::Device(place, page))
+        let owner = Owner::Device(place, page);
+        let frame = match self.device(place).coherent {
+            None => self.memory.allocate_device(order, owner),
+            Some(first) => self.memory.take_coherent(FrameId(first + page), owner)?,
+        };
+        self.device_pages[place as usize] += 1 << order;
+        let frames = &mut self.devices[place as usize].frames;
+        let (first, end) = *frames;
+        let behind = frame.0 + (1 << order);
+        *frames = match end {
+            0 => (frame.0, behind),
+            _ => (first.min(frame.0), end.max(behind)),
+        };
+        Some(frame)
     }
 
     /// Gives back a device page that was never mapped.
@@ -286,24 +364,25 @@ impl Machine {
         self.discard_new(frame);
     }
 
-    /// A page of host memory that content comes home to.
-    pub fn new_home(&mut self) -> Option<FrameId> {
-        self.memory.allocate(0, Owner::Anon)
+    /// A folio of host memory that content comes home to.
+    pub fn new_home(&mut self, order: u8) -> Option<FrameId> {
+        self.memory.allocate(order, Owner::Anon)
     }
 
-    /// Makes a page exclusive to a device: the CPU loses access, the page stays mapped.
-    pub fn make_exclusive(&mut self, pid: Pid, page: u32) -> bool {
+    /// Makes a page exclusive to a device: the CPU loses access, the page stays mapped, and is
+    /// locked. Returns it where that worked.
+    pub fn make_exclusive(&mut self, pid: Pid, page: u32) -> Option<FrameId> {
         if !self.single_out(pid, page) {
-            return false;
+            return None;
         }
         match self.entry(pid, page) {
             Entry::Present(frame, bits)
                 if bits.has(Bits::WRITE)
                     && self.memory.folio(frame).owner == Owner::Anon
-                    && !self.is_locked(frame) =>
+                    && self.try_lock(frame) =>
             {
                 self.replace(pid, page, Entry::DeviceExclusive(frame, bits));
-                true
+                Some(frame)
             }
             Entry::Present(..)
             | Entry::None
@@ -314,13 +393,22 @@ impl Machine {
             | Entry::DeviceExclusive(..)
             | Entry::HwPoison(_)
             | Entry::Guard
-            | Entry::UffdWp => false,
+            | Entry::UffdWp => None,
         }
     }
 
-    /// Whether a span lies in one private anonymous mapping.
+    /// Whether a span lies in one private mapping, anonymous or of a file.
     pub(crate) fn is_migratable(&self, pid: Pid, pages: Pages) -> bool {
         let vma = self.process(pid).vmas.at(pages.start);
-        vma.is_some_and(|vma| vma.is_anon() && vma.pages.covers(pages))
+        vma.is_some_and(|vma| vma.is_private() && vma.pages.covers(pages))
+    }
+}
+
+/// Bits of an entry for what was a hole.
+const fn hole_bits(flags: VmFlags) -> Bits {
+    if flags.has(VmFlags::WRITE) {
+        Bits::WRITE.with(Bits::SOFT_DIRTY)
+    } else {
+        Bits::SOFT_DIRTY
     }
 }

@@ -21,8 +21,10 @@
 //!
 //! # What is not modelled
 //!
-//! * Huge page files (`MAP_HUGETLB` answers `EOPNOTSUPP`), mappings that grow down, userfaultfd
-//!   registrations (only the entry kinds exist), limits on counts and sizes, NUMA.
+//! * Huge pages (`MAP_HUGETLB`) are private, of the size of a block, taken at the first touch, not
+//!   reserved; calls that would cut one answer `EINVAL`. `mremap` and advice for them are left out.
+//! * Mappings that grow down, userfaultfd beyond the service of missing pages, limits on counts and
+//!   sizes, NUMA.
 //! * `mremap` with an old length of zero answers `EOPNOTSUPP` for shared memory.
 //! * Faults take the mmap lock, never a lock of one mapping; `munmap` keeps it for writing to the end;
 //!   `process_madvise` takes it once per span.
@@ -32,8 +34,8 @@
 //!   there is not kept.
 //! * Reads of present pages by system calls have no events of their own; pins are for a device or a
 //!   call that stays.
-//! * Large folios are of the order of a block only; device pages are small, as before 6.19; large
-//!   folios are split before they are swapped out.
+//! * Large folios are of the order of a block only; device pages are small, as before 6.19, unless
+//!   [`Shape::device_folios`] says otherwise; large folios are split before they are swapped out.
 //! * `MADV_HWPOISON` and `MADV_SOFT_OFFLINE` answer `EPERM`, as for a process without privileges;
 //!   [`poison`](reclaim::poison) is the memory error itself.
 
@@ -161,6 +163,16 @@ pub enum Thp {
     Always,
 }
 
+/// What becomes of large pages in private device memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DeviceFolios {
+    /// They are split on their way: as before 6.19.
+    #[default]
+    Small,
+    /// They stay whole.
+    Large,
+}
+
 /// Sizes of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
@@ -180,6 +192,10 @@ pub struct Shape {
     pub words: u32,
     /// When there are large pages.
     pub thp: Thp,
+    /// What becomes of them in device memory.
+    pub device_folios: DeviceFolios,
+    /// Frames of coherent device memory.
+    pub coherent: u32,
 }
 
 impl Default for Shape {
@@ -193,6 +209,8 @@ impl Default for Shape {
             pmd_order: 2,
             words: 1,
             thp: Thp::Madvise,
+            device_folios: DeviceFolios::Small,
+            coherent: 0,
         }
     }
 }
@@ -296,7 +314,7 @@ impl Machine {
         }
         Self {
             processes,
-            memory: Memory::new(shape.frames, shape.words),
+            memory: Memory::new(shape.frames, shape.coherent, shape.words),
             rmaps: Rmaps::default(),
             swap: Swap::new(shape.slots, shape.words),
             files: Vec::new(),
@@ -352,6 +370,9 @@ impl Machine {
             Block::Table => self.process(pid).entries[page as usize],
             Block::Huge(head, bits) => {
                 Entry::Present(head.plus(page & (self.shape.block() - 1)), bits)
+            }
+            Block::Device(head, bits) => {
+                Entry::DevicePrivate(head.plus(page & (self.shape.block() - 1)), bits)
             }
             Block::Zero(bits) => Entry::Zero(bits),
         }

@@ -88,7 +88,7 @@ impl Machine {
         };
         let huge = match self.block(pid, page) {
             Block::Table => 0,
-            Block::Huge(..) | Block::Zero(_) => PAGE_IS_HUGE,
+            Block::Huge(..) | Block::Device(..) | Block::Zero(_) => PAGE_IS_HUGE,
         };
         kind | huge
             | (u64::from(!bits.has(Bits::UFFD_WP)) * PAGE_IS_WRITTEN)
@@ -98,7 +98,12 @@ impl Machine {
     fn file_bit(&self, frame: FrameId, bit: u64) -> u64 {
         match self.memory.folio(frame).owner {
             Owner::File(..) => bit,
-            Owner::Free | Owner::Anon | Owner::Ksm | Owner::Device(..) | Owner::Poisoned => 0,
+            Owner::Free
+            | Owner::Anon
+            | Owner::Ksm
+            | Owner::HugePages
+            | Owner::Device(..)
+            | Owner::Poisoned => 0,
         }
     }
 

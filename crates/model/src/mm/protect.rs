@@ -28,6 +28,7 @@ pub fn mprotect<A: Around>(
     }
     let mut locked = Vec::new();
     let lock = MmapLock::write(around, pid);
+    around.with(|mm| mm.check_huge_pages(pid, pages))?;
     let result = for_each_part(around, pid, pages, |part| {
         let may = part.flags.common(VmFlags::MAY);
         let allowed = [
@@ -190,7 +191,9 @@ impl Machine {
     pub(crate) fn after(&self, pid: Pid, page: u32) -> u32 {
         match self.block(pid, page) {
             Block::Table => page + 1,
-            Block::Huge(..) | Block::Zero(_) => self.shape.block_around(page).end,
+            Block::Huge(..) | Block::Device(..) | Block::Zero(_) => {
+                self.shape.block_around(page).end
+            }
         }
     }
 

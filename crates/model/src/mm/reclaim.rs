@@ -13,7 +13,7 @@ use crate::mm::errno::Signal;
 use crate::mm::fault::{Faulted, Hit, fault};
 use crate::mm::flags::{Bits, VmFlags};
 use crate::mm::map::split_block;
-use crate::mm::memory::{FolioFlags, FrameId, Owner};
+use crate::mm::memory::{DevicePage, FolioFlags, FrameId, Owner};
 use crate::mm::rmap::{Level, Mapping};
 use crate::mm::thp::Split;
 use crate::mm::{Machine, Pages, Pid};
@@ -53,7 +53,10 @@ pub fn reclaim<A: Around>(around: &A, frame: FrameId) -> bool {
 }
 
 /// Splits a large folio, entries first.
-fn make_small<A: Around>(around: &A, frame: FrameId) {
+pub(crate) fn make_small<A: Around>(around: &A, frame: FrameId) {
+    if around.with(|mm| mm.memory.folio(frame).owner == Owner::HugePages) {
+        return;
+    }
     let block = |mm: &mut Machine| {
         let mut mappings = mm.rmaps.of(&mm.memory, mm.memory.head(frame));
         mappings.find(|mapping| mapping.level == Level::Block)
@@ -118,15 +121,24 @@ pub fn poison<A: Around>(around: &A, frame: FrameId) {
 /// The signal that the access would raise; `SIGBUS` for the page of zeros, which has no owner.
 pub fn pin<A: Around>(around: &A, pid: Pid, page: u32, access: Access) -> Result<FrameId, Signal> {
     loop {
+        let seen = around.changes();
         fault(around, pid, page, access)?;
-        let _lock = MmapLock::read(around, pid);
+        let lock = MmapLock::read(around, pid);
         match around.with(|mm| mm.pin(pid, page, access)) {
             Pinned::Yes(frame) => return Ok(frame),
             Pinned::Shared(entry) => match around.with(|mm| mm.copy_page(pid, page, entry)) {
                 Faulted::Copy(copied) => commit(around, pid, copied),
                 Faulted::Refused(signal) => return Err(signal),
-                Faulted::Retry | Faulted::Wait | Faulted::Device(_) | Faulted::Exclusive => {}
+                Faulted::Retry
+                | Faulted::Wait
+                | Faulted::Device(_)
+                | Faulted::Pager
+                | Faulted::Exclusive => {}
             },
+            Pinned::Device(device) => {
+                drop(lock);
+                around.device_fault(pid, device, page, seen)?;
+            }
             Pinned::Zero => return Err(Signal::Bus),
             Pinned::Gone => {}
         }
@@ -138,6 +150,8 @@ enum Pinned {
     Yes(FrameId),
     /// Others have it, too: it must be copied first.
     Shared(Entry),
+    /// It is in coherent device memory, where nothing stays for long.
+    Device(DevicePage),
     /// Nobody owns it.
     Zero,
     /// It has gone meanwhile.
@@ -248,6 +262,9 @@ impl Machine {
             None => Pinned::Gone,
             Some(Hit::Zero) => Pinned::Zero,
             Some(Hit::Frame(frame)) => {
+                if let Some(device) = self.memory.device_page(frame) {
+                    return Pinned::Device(device);
+                }
                 let anon = matches!(self.memory.folio(frame).owner, Owner::Anon | Owner::Ksm);
                 if anon && !self.memory.frame(frame).exclusive {
                     return Pinned::Shared(self.entry(pid, page));

@@ -235,6 +235,9 @@ impl Machine {
         if !shrinks && !vma.pages.covers(plan.old) {
             return Err(Errno::Fault);
         }
+        if vma.backing == Backing::HugePages {
+            return Err(Errno::NotSupported);
+        }
         let rigid = vma.flags.any(VmFlags::DONT_EXPAND.with(VmFlags::PFN_MAP));
         if plan.new_len > plan.old.len() && rigid {
             return Err(Errno::Fault);
@@ -301,7 +304,7 @@ impl Machine {
                 self.replace(pid, from, Entry::None);
                 return from + 1;
             }
-            Block::Huge(head, bits) => {
+            Block::Huge(head, bits) | Block::Device(head, bits) => {
                 self.hold(head);
                 self.unmap_block(pid, from);
                 self.map_block(pid, to, head, bits.with(Bits::SOFT_DIRTY));

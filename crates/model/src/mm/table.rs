@@ -5,6 +5,7 @@ use crate::mm::entry::{Block, Entry, SlotId};
 use crate::mm::flags::{Bits, VmFlags};
 use crate::mm::memory::{FolioFlags, FrameId, Owner};
 use crate::mm::rmap::{Level, Mapping};
+use crate::mm::vma::Vma;
 use crate::mm::{Machine, Pages, Pid};
 
 /// What a zap leaves in place.
@@ -48,7 +49,7 @@ impl Machine {
         if let Owner::Device(place, _) = self.memory.frame(head).owner {
             self.changes.places.add(place);
             let pages = &mut self.device_pages[place as usize];
-            *pages -= 1;
+            *pages -= 1 << self.memory.frame(head).order;
             if *pages == 0 {
                 self.released.push(place);
             }
@@ -179,6 +180,7 @@ impl Machine {
                 self.set_entry(pid, page, entry.with_bits(bits));
             }
             Block::Huge(head, _) => self.set_block(pid, page, Block::Huge(head, bits)),
+            Block::Device(head, _) => self.set_block(pid, page, Block::Device(head, bits)),
             Block::Zero(_) => self.set_block(pid, page, Block::Zero(bits)),
         }
     }
@@ -188,7 +190,12 @@ impl Machine {
         self.memory.frame_mut(head).entire += 1;
         self.get(head);
         self.link(head, pid, start, Level::Block);
-        self.set_block(pid, start, Block::Huge(head, bits));
+        let block = if self.memory.is_device(head) {
+            Block::Device(head, bits)
+        } else {
+            Block::Huge(head, bits)
+        };
+        self.set_block(pid, start, block);
     }
 
     /// Empties the block that holds `page` and returns what was there.
@@ -196,7 +203,7 @@ impl Machine {
         let start = self.shape.block_around(page).start;
         let old = self.block(pid, page);
         self.set_block(pid, page, Block::Table);
-        if let Block::Huge(head, bits) = old {
+        if let Block::Huge(head, bits) | Block::Device(head, bits) = old {
             self.note_dirty(head, bits);
             self.unlink(head, pid, start, Level::Block);
             self.memory.frame_mut(head).entire -= 1;
@@ -209,7 +216,7 @@ impl Machine {
     pub(crate) fn split_block(&mut self, pid: Pid, page: u32) {
         let block = self.shape.block_around(page);
         let old = self.block(pid, page);
-        if let Block::Huge(head, _) = old {
+        if let Block::Huge(head, _) | Block::Device(head, _) = old {
             self.hold(head);
         }
         self.unmap_block(pid, page);
@@ -219,14 +226,41 @@ impl Machine {
                 Block::Huge(head, bits) => {
                     self.replace(pid, page, Entry::Present(head.plus(n), bits));
                 }
+                Block::Device(head, bits) => {
+                    self.replace(pid, page, Entry::DevicePrivate(head.plus(n), bits));
+                }
                 Block::Zero(bits) => {
                     self.replace(pid, page, Entry::Zero(bits.without(Bits::WRITE)));
                 }
             }
         }
-        if let Block::Huge(head, _) = old {
+        if let Block::Huge(head, _) | Block::Device(head, _) = old {
             self.unhold(head);
         }
+    }
+
+    /// Maps a large folio by one block entry again where small entries map all of it, alike.
+    pub(crate) fn join_block(&mut self, pid: Pid, page: u32, head: FrameId) {
+        let block = self.shape.block_around(page);
+        let whole = self.memory.frame(head).order == self.shape.pmd_order;
+        if !whole || self.block(pid, page) != Block::Table {
+            return;
+        }
+        let bits = self.entry(pid, block.start).bits();
+        let alike = (0..).zip(block.iter()).all(|(n, page)| {
+            let entry = self.entry(pid, page);
+            entry.mapped_frame() == Some(head.plus(n)) && entry.bits() == bits
+        });
+        let mapped = |vma: &Vma| vma.pages.covers(block);
+        if !alike || !self.process(pid).vmas.at(page).is_some_and(mapped) {
+            return;
+        }
+        self.hold(head);
+        for page in block.iter() {
+            self.replace(pid, page, Entry::None);
+        }
+        self.map_block(pid, block.start, head, bits);
+        self.unhold(head);
     }
 
     /// Whether `page` lies in a block entry that `pages` does not cover.

@@ -178,7 +178,15 @@ impl Machine {
             let folio = self.memory.frame_mut(first);
             folio.order = part;
             folio.flags = whole.flags;
-            folio.owner = whole.owner;
+            folio.owner = match whole.owner {
+                Owner::Device(place, page) => Owner::Device(place, page + start),
+                other @ (Owner::Free
+                | Owner::Anon
+                | Owner::Ksm
+                | Owner::HugePages
+                | Owner::File(..)
+                | Owner::Poisoned) => other,
+            };
             folio.refs = refs;
         }
     }

@@ -20,6 +20,8 @@ pub enum Backing {
     Anon,
     /// A file; shared anonymous memory is a nameless one.
     File(FileId),
+    /// Pages of the pool of huge pages.
+    HugePages,
     /// Raw pages that belong to no folio.
     Special,
 }
@@ -80,6 +82,16 @@ impl Vma {
     #[must_use]
     pub fn is_anon(&self) -> bool {
         self.backing == Backing::Anon
+    }
+
+    /// Whether pages that were written in it are the process's own.
+    #[must_use]
+    pub fn is_private(&self) -> bool {
+        match self.backing {
+            Backing::Anon => true,
+            Backing::File(_) => !self.flags.has(VmFlags::SHARED),
+            Backing::HugePages | Backing::Special => false,
+        }
     }
 
     /// The part inside `pages`.

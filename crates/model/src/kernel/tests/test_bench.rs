@@ -3,23 +3,25 @@
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use gpusvm::addr::{HostSpan, HostVa, PAGE, PageCount, VramAddr, VramSpan};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PageCount, VramAddr, VramSpan};
 use gpusvm::error::Interrupted;
 use gpusvm::event::HomeCause;
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::env::{Environment, Ns, Point, Work};
 use gpusvm::seam::mm::{
-    AddressSpace, AllocationId, AllocationRef, CpuFaultOutcome, CpuFaultSink, DeviceAllocation,
-    InvalidateReason, InvalidationSink, MigrateTo, MigrationSet, PagemapId,
+    AddressSpace, AllocationId, AllocationRef, CpuFault, CpuFaultOutcome, CpuFaultSink,
+    DeviceAllocation, Folios, InvalidateReason, InvalidationSink, MigrateTo, MigrationSet,
+    PagemapId,
 };
 use gpusvm_abi::bus::SystemBus;
 
-use crate::kernel::bus::Bus;
+use crate::kernel::bus::{Bus, address_of};
 use crate::kernel::{Kernel, ModelSpace};
 use crate::mm::Shape;
 use crate::mm::flags::VmFlags;
 use crate::mm::map::{Map, Place, What};
+use crate::mm::memory::FrameId;
 
 pub(super) const RW: VmFlags = VmFlags::READ.with(VmFlags::WRITE);
 
@@ -100,8 +102,12 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn new() -> Self {
+        Self::of(Shape::default())
+    }
+
+    pub(super) fn of(shape: Shape) -> Self {
         let env = Arc::new(TestEnv::default());
-        let kernel = Kernel::new(Arc::clone(&env), Shape::default());
+        let kernel = Kernel::new(Arc::clone(&env), shape);
         Self {
             space: ModelSpace::first(&kernel),
             env,
@@ -146,7 +152,61 @@ impl Bench {
             vram: Arc::clone(&self.vram),
             id,
             origin: span,
+            coherent_at: None,
         })
+    }
+
+    /// One at the start of coherent memory.
+    pub(super) fn coherent(&self, span: HostSpan) -> Arc<Toy> {
+        let first = FrameId(Shape::default().frames);
+        Arc::new(Toy {
+            kernel: Arc::downgrade(&self.kernel),
+            vram: Arc::clone(&self.vram),
+            id: 1 << 32,
+            origin: span,
+            coherent_at: Some(address_of(first)),
+        })
+    }
+
+    /// Brings part of an allocation home; large pages are split.
+    pub(super) fn bring(&self, toy: &Arc<Toy>, part: VramSpan) -> PageCount {
+        let to = MigrateTo::System {
+            allocation: Arc::clone(toy) as AllocationRef,
+            part,
+            aperture: None,
+            folios: Folios::Split,
+        };
+        let set = self.space.migrate_begin(toy.origin, to).expect("free");
+        self.copy(set.moves());
+        set.finalize()
+    }
+
+    /// Word at a bus address.
+    pub(super) fn read(&self, at: BusAddr) -> u64 {
+        let mut word = [0; 8];
+        let bus = Bus::new(Arc::clone(&self.kernel));
+        bus.read(at.get(), &mut word).expect("somebody's");
+        u64::from_ne_bytes(word)
+    }
+
+    pub(super) fn copy(&self, moves: &[CopyMove]) {
+        copy(&self.kernel, &self.vram, moves);
+    }
+
+    /// Copies to or from the start of coherent memory.
+    pub(super) fn copy_coherent(kernel: &Arc<Kernel<TestEnv>>, moves: &[CopyMove]) {
+        let bus = Bus::new(Arc::clone(kernel));
+        let device = address_of(FrameId(Shape::default().frames)).get();
+        let mut word = [0; 8];
+        for step in moves {
+            let (from, to) = match step.with {
+                CopyWith::From(at) => (at.get(), device),
+                CopyWith::To(at) => (device, at.get()),
+                CopyWith::Hole => continue,
+            };
+            bus.read(from, &mut word).expect("held by the set");
+            bus.write(to, &word).expect("held by the set");
+        }
     }
 
     /// Sends a span to the device. Returns the pages that moved, and the allocation.
@@ -162,14 +222,10 @@ impl Bench {
     ) -> Result<(PageCount, Weak<Toy>), Interrupted> {
         let toy = self.allocation(span);
         let weak = Arc::downgrade(&toy);
-        let set = self.space.migrate_begin(
-            span,
-            MigrateTo::Device {
-                allocation: toy,
-                aperture: None,
-            },
-        )?;
-        copy(&self.kernel, &self.vram, set.moves());
+        let set = self
+            .space
+            .migrate_begin(span, MigrateTo::device(toy, None))?;
+        self.copy(set.moves());
         between();
         Ok((set.finalize(), weak))
     }
@@ -187,10 +243,11 @@ pub(super) struct Toy {
     vram: Arc<Mutex<Vec<u64>>>,
     id: u64,
     origin: HostSpan,
+    coherent_at: Option<BusAddr>,
 }
 
 impl CpuFaultSink for Toy {
-    fn migrate_to_ram(self: Arc<Self>, _at: HostVa) -> CpuFaultOutcome {
+    fn migrate_to_ram(self: Arc<Self>, _fault: CpuFault) -> CpuFaultOutcome {
         match self.bring_home(HomeCause::CpuFault) {
             Ok(_) | Err(Interrupted::Stale(_)) => CpuFaultOutcome::Retry,
             Err(Interrupted::Failed(_)) => CpuFaultOutcome::Lost,
@@ -205,6 +262,10 @@ impl DeviceAllocation for Toy {
 
     fn pagemap(&self) -> PagemapId {
         PagemapId(1)
+    }
+
+    fn coherent_at(&self) -> Option<BusAddr> {
+        self.coherent_at
     }
 
     fn vram(&self) -> VramSpan {
@@ -223,14 +284,14 @@ impl DeviceAllocation for Toy {
             return Ok(PageCount::ZERO);
         };
         let (origin, vram) = (self.origin, Arc::clone(&self.vram));
+        let coherent = self.coherent_at;
         let allocation: AllocationRef = self;
         let space = ModelSpace::first(&kernel);
-        let to = MigrateTo::System {
-            allocation,
-            aperture: None,
-        };
-        let set = space.migrate_begin(origin, to)?;
-        copy(&kernel, &vram, set.moves());
+        let set = space.migrate_begin(origin, MigrateTo::home(allocation, None))?;
+        match coherent {
+            Some(_in_place) => Bench::copy_coherent(&kernel, set.moves()),
+            None => copy(&kernel, &vram, set.moves()),
+        }
         Ok(set.finalize())
     }
 }

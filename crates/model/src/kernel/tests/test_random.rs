@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 
 use gpusvm::addr::PAGE;
 use gpusvm::error::Interrupted;
+use gpusvm::seam::mm::AddressSpace;
 use gpusvm_abi::bus::AtomicOp;
 use proptest::prelude::*;
 
 use super::test_bench::Bench;
 use crate::mm::errno::Errno;
 use crate::mm::remap::{Remap, Target};
+use crate::mm::{DeviceFolios, Shape};
 
 const PAGES: u32 = 12;
 
@@ -113,7 +115,7 @@ fn run(bench: &Bench, values: &mut BTreeMap<u32, u64>, op: &Op) {
             }
             child.exit();
         }
-        Op::Exclusive(page) => drop(bench.space.make_device_exclusive(bench.at(page))),
+        Op::Exclusive(page) => drop(bench.space.make_exclusive(bench.at(page), &mut |_bus| ())),
     }
 }
 
@@ -158,8 +160,11 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_write_is_lost_whatever_moves(ops in prop::collection::vec(op(), 1..50)) {
-        let bench = Bench::new();
+    fn no_write_is_lost_whatever_moves(
+        large in prop_oneof![Just(DeviceFolios::Small), Just(DeviceFolios::Large)],
+        ops in prop::collection::vec(op(), 1..50),
+    ) {
+        let bench = Bench::of(Shape { device_folios: large, ..Shape::default() });
         bench.env.watch(&bench.kernel);
         let mut values = BTreeMap::new();
         bench.map(0, 8);

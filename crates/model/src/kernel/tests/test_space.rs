@@ -2,20 +2,23 @@
 
 use std::sync::Arc;
 
-use gpusvm::addr::{PAGE, PageCount};
+use gpusvm::addr::{HostSpan, HostVa, PAGE, PageCount, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::env::Point;
 use gpusvm::seam::mm::{
-    Access, AddressSpace, FaultIn, InvalidateReason, Location, MigrateTo, PagemapId, Placement,
+    Access, AddressSpace, DeviceAllocation, FaultIn, InvalidateReason, Location, MigrateTo,
+    MigrationSet, PagemapId, Pager, Placement, Seen, VmaKind,
 };
 use gpusvm_abi::bus::{AtomicOp, SystemBus};
 
-use super::test_bench::{Bench, Notes};
+use super::test_bench::{Bench, Notes, RW};
 use crate::kernel::bus::{Bus, Violation};
 use crate::mm::entry::Entry;
-use crate::mm::errno::Signal;
+use crate::mm::errno::{Errno, Signal};
 use crate::mm::flags::VmFlags;
+use crate::mm::map::{Map, Place, What};
 use crate::mm::remap::{Remap, Target};
+use crate::mm::{DeviceFolios, Machine, Shape};
 
 fn placement(bench: &Bench, page: u32, pages: u32) -> Placement {
     bench.space.placement(bench.span(page, pages))
@@ -52,10 +55,7 @@ fn a_dropped_migration_leaves_everything_as_it_was() {
     bench.store(0, 1);
     let before = bench.space.entry(bench.at(0)).and_then(Entry::named_frame);
     let allocation = bench.allocation(bench.span(0, 2));
-    let to = MigrateTo::Device {
-        allocation: allocation.clone(),
-        aperture: None,
-    };
+    let to = MigrateTo::device(allocation.clone(), None);
     drop(
         bench
             .space
@@ -196,6 +196,7 @@ fn fault_in_reports_runs_and_brings_foreign_pages_home() {
         span: bench.span(0, 4),
         access: Access::Write,
         keep: Some(PagemapId(1)),
+        pager: Pager::Wait,
     };
     bench.space.fault_in(&request, &mut runs).expect("mapped");
     let total: PageCount = runs.iter().map(|run| run.pages).sum();
@@ -224,6 +225,7 @@ fn fault_in_tells_why_a_page_cannot_be_used() {
         span: bench.span(0, 3),
         access: Access::Read,
         keep: None,
+        pager: Pager::Wait,
     };
     let bad = |page: u32| Err(Interrupted::Failed(Failed::BadPage(bench.at(page))));
     assert_eq!(bench.space.fault_in(&request, &mut runs), bad(2));
@@ -303,6 +305,7 @@ fn a_change_between_reading_and_using_is_seen() {
         span: bench.span(0, 1),
         access: Access::Read,
         keep: None,
+        pager: Pager::Wait,
     };
     bench.space.fault_in(&request, &mut runs).expect("mapped");
     bench
@@ -361,7 +364,12 @@ fn an_exclusive_page_comes_back_when_the_cpu_touches_it() {
     let bench = Bench::new();
     bench.map(0, 1);
     bench.store(0, 4);
-    assert_eq!(bench.space.make_device_exclusive(bench.at(0)), Ok(true));
+    let mut given = None;
+    let made = bench
+        .space
+        .make_exclusive(bench.at(0), &mut |bus| given = Some(bus));
+    made.expect("private memory");
+    assert_eq!(bench.read(given.expect("committed")), 4);
     assert!(matches!(
         bench.space.entry(bench.at(0)),
         Some(Entry::DeviceExclusive(..))
@@ -372,6 +380,161 @@ fn an_exclusive_page_comes_back_when_the_cpu_touches_it() {
         bench.space.entry(bench.at(0)),
         Some(Entry::Present(..))
     ));
+}
+
+/// A machine whose device memory has large pages of four, with two of coherent memory.
+fn large() -> Bench {
+    let bench = Bench::of(Shape {
+        device_folios: DeviceFolios::Large,
+        coherent: 2,
+        ..Shape::default()
+    });
+    bench.map(0, 8);
+    let huge = bench.space.madvise(bench.at(0), 8 * PAGE, 14);
+    huge.expect("anonymous");
+    bench
+}
+
+fn order_at(bench: &Bench, page: u32) -> Option<u8> {
+    let mut seen = Vec::new();
+    let looked = bench
+        .space
+        .snapshot(bench.span(page, 1), Some(PagemapId(1)), &mut seen);
+    looked.expect("alive");
+    match seen[..] {
+        [Seen::Page(page)] => Some(page.order),
+        _ => None,
+    }
+}
+
+#[test]
+fn large_pages_go_and_come_whole() {
+    let bench = large();
+    bench.store(1, 4);
+    // A block that was written, and one of holes.
+    let (moved, allocation) = bench.send(bench.span(0, 8)).expect("free");
+    assert_eq!(moved, pages(8));
+    assert_eq!(
+        (order_at(&bench, 0), order_at(&bench, 5)),
+        (Some(2), Some(2))
+    );
+    bench.check();
+    assert_eq!((bench.load(0), bench.load(1), bench.load(7)), (0, 4, 0));
+    assert_eq!(order_at(&bench, 1), Some(2), "home in one piece");
+    assert!(allocation.upgrade().is_none());
+    bench.check();
+}
+
+#[test]
+fn part_of_a_large_device_page_comes_home_alone() {
+    let bench = large();
+    bench.store(1, 4);
+    bench.store(2, 5);
+    let (_, allocation) = bench.send(bench.span(0, 4)).expect("free");
+    let allocation = allocation.upgrade().expect("it has pages");
+    let part = VramSpan::at(allocation.vram().start().plus(PAGE), PAGE);
+    assert_eq!(bench.bring(&allocation, part), pages(1));
+    assert_eq!(order_at(&bench, 0), Some(0), "cut");
+    assert!(matches!(
+        bench.space.entry(bench.at(2)),
+        Some(Entry::DevicePrivate(..))
+    ));
+    bench.check();
+    drop(allocation);
+    assert_eq!((bench.load(1), bench.load(2)), (4, 5));
+    bench.check();
+}
+
+#[test]
+fn half_of_a_large_device_page_can_be_unmapped_moved_and_inherited() {
+    let bench = large();
+    bench.store(1, 4);
+    bench.store(6, 9);
+    bench.send(bench.span(0, 8)).expect("free");
+    bench.space.munmap(bench.at(2), 2 * PAGE).expect("mapped");
+    bench.check();
+    let child = bench.space.fork().expect("room");
+    bench.check();
+    assert_eq!(child.load(bench.at(6)), Ok(9));
+    assert_eq!((bench.load(1), bench.load(6)), (4, 9));
+    child.exit();
+    bench.check();
+}
+
+#[test]
+fn coherent_pages_are_used_where_they_are() {
+    let bench = large();
+    bench.store(1, 4);
+    let toy = bench.coherent(bench.span(1, 1));
+    let to = MigrateTo::device(toy, None);
+    let set = bench.space.migrate_begin(bench.span(1, 1), to);
+    let set = set.expect("free");
+    Bench::copy_coherent(&bench.kernel, set.moves());
+    assert_eq!(set.finalize(), pages(1));
+    bench.check();
+    bench.store(1, bench.load(1) + 1);
+    let present = bench.space.entry(bench.at(1)).and_then(Entry::mapped_frame);
+    let coherent = |mm: &Machine| present.is_some_and(|frame| mm.memory().is_coherent(frame));
+    assert!(bench.kernel.look(coherent), "no touch brings it home");
+    // What stays long is not in device memory.
+    let pinned = bench.space.pin(bench.at(1), Access::Write).expect("mapped");
+    assert!(!bench.kernel.look(|mm| mm.memory().is_device(pinned)));
+    assert_eq!(bench.load(1), 5);
+    bench.space.unpin(pinned);
+    bench.check();
+}
+
+#[test]
+fn pages_of_the_pool_come_whole_and_are_not_cut() {
+    let bench = Bench::new();
+    let map = Map {
+        place: Place::Hint(HostVa::new(0)),
+        len: PAGE,
+        prot: RW,
+        what: What::Hugetlb,
+        extra: VmFlags::NONE,
+    };
+    let at = bench.space.mmap(&map).expect("room");
+    bench.space.store(at.plus(PAGE), 7).expect("writable");
+    let kind = bench.space.find_vma(at).map(|vma| (vma.kind, vma.span));
+    assert_eq!(kind, Some((VmaKind::HugePages, HostSpan::at(at, 4 * PAGE))));
+    assert_eq!(bench.space.munmap(at, PAGE), Err(Errno::Invalid));
+    let child = bench.space.fork().expect("room");
+    child.store(at.plus(PAGE), 8).expect("writable");
+    assert_eq!(bench.space.load(at.plus(PAGE)), Ok(7));
+    child.exit();
+    bench.space.munmap(at, 4 * PAGE).expect("whole");
+    bench.check();
+}
+
+#[test]
+fn missing_pages_are_filled_by_the_program() {
+    let bench = Bench::new();
+    bench.map(0, 2);
+    bench.space.serve_missing(bench.span(0, 2)).expect("mapped");
+    let mut request = FaultIn {
+        span: bench.span(0, 2),
+        access: Access::Read,
+        keep: None,
+        pager: Pager::Refuse,
+    };
+    let mut runs = Vec::new();
+    let refused = bench.space.fault_in(&request, &mut runs);
+    assert_eq!(refused, Err(Failed::BadPage(bench.at(0)).into()));
+    request.pager = Pager::Wait;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _page in 0..2 {
+                let at = bench.space.next_fault();
+                bench.space.fill_missing(at, &[7]).expect("missing");
+            }
+        });
+        bench.space.fault_in(&request, &mut runs).expect("filled");
+    });
+    assert_eq!((bench.load(0), bench.load(1)), (7, 7));
+    let full = bench.space.fill_missing(bench.at(0), &[8]);
+    assert_eq!(full, Err(Errno::Exist));
+    bench.check();
 }
 
 #[test]

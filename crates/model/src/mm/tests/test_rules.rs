@@ -314,7 +314,7 @@ fn device_pages_are_shared_by_fork_and_freed_with_the_last_mapping() {
         panic!("refused");
     };
     assert!(mm.is_isolated(frame));
-    let device = mm.new_device_page(0, 0);
+    let device = mm.new_device_page(0, 0, 0).expect("private memory");
     mm.settle(frame, device);
     mm.let_go(frame);
     assert!(mm.memory().is_free(frame));

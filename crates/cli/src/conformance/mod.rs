@@ -1,0 +1,192 @@
+//! `gpusvm conformance`: whether a host does what Linux and its drivers do.
+//!
+//! Each suite makes [`Row`]s; here they become a table that ends with `N passed, N failed, N skipped`,
+//! or one JSON object.
+
+mod hmm;
+
+use std::fmt;
+use std::io::Write;
+
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::{Value, json};
+
+use crate::args::OutputArgs;
+
+/// Options of `conformance`.
+#[derive(Args, Clone, Debug)]
+pub struct ConformanceArgs {
+    /// Which suite.
+    #[command(subcommand)]
+    pub suite: Suite,
+}
+
+/// The suites.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Suite {
+    /// The HMM test device: 39 cases, on private and on coherent device memory, against what Linux
+    /// 7.3.4 answered.
+    Hmm(HmmArgs),
+}
+
+/// Options of `conformance hmm`.
+#[derive(Args, Clone, Debug)]
+pub struct HmmArgs {
+    /// The host on which the cases run.
+    #[arg(long, value_enum, default_value_t = HmmHost::Model)]
+    pub host: HmmHost,
+    /// Only the cases with these names.
+    pub cases: Vec<String>,
+    /// Leave out what takes long: the sizes of the benchmark above 16 MiB.
+    #[arg(long)]
+    pub short: bool,
+    /// How results are shown.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// A host on which the cases of the HMM test device run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum HmmHost {
+    /// A Linux mm in memory.
+    Model,
+    /// This process.
+    Live,
+}
+
+/// Why `conformance` failed.
+#[derive(Debug)]
+pub enum ConformanceError {
+    /// This many checks failed.
+    Failed(usize),
+    /// There is no such case.
+    NoCase(String),
+    /// Nobody reads the output.
+    Output(std::io::Error),
+}
+
+impl ConformanceError {
+    /// Exit code of the command.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoCase(_) => 2,
+            Self::Failed(_) | Self::Output(_) => 1,
+        }
+    }
+}
+
+impl fmt::Display for ConformanceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Failed(n) => write!(f, "{n} checks failed; the table says which and why"),
+            Self::NoCase(name) => write!(
+                f,
+                "there is no case {name}; without a name all are run, and shown with theirs"
+            ),
+            Self::Output(why) => write!(f, "standard output: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for ConformanceError {}
+
+impl From<std::io::Error> for ConformanceError {
+    fn from(why: std::io::Error) -> Self {
+        Self::Output(why)
+    }
+}
+
+/// How a check ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// As it should.
+    Passed,
+    /// Why it failed.
+    Failed(String),
+    /// Why it cannot be told here.
+    Skipped(String),
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Passed => f.write_str("passed"),
+            Self::Failed(why) => write!(f, "FAILED: {why}"),
+            Self::Skipped(why) => write!(f, "skipped: {why}"),
+        }
+    }
+}
+
+/// One check, and how it ended.
+#[derive(Clone, Debug)]
+pub(crate) struct Row {
+    /// Number or name.
+    pub(crate) name: String,
+    /// What it is about.
+    pub(crate) what: String,
+    pub(crate) verdict: Verdict,
+}
+
+/// Runs a suite and prints what came out.
+///
+/// # Errors
+/// [`ConformanceError`]; [`Failed`](ConformanceError::Failed) where a check failed.
+pub fn conformance(args: &ConformanceArgs, out: &mut dyn Write) -> Result<(), ConformanceError> {
+    match &args.suite {
+        Suite::Hmm(args) => {
+            let rows = hmm::rows(args, out)?;
+            finish("hmm", args.output, &rows, out)
+        }
+    }
+}
+
+/// One line of the text form.
+pub(crate) fn show(row: &Row, out: &mut dyn Write) -> std::io::Result<()> {
+    let Row {
+        name,
+        what,
+        verdict,
+    } = row;
+    writeln!(out, "{name:>4}  {what}: {verdict}")
+}
+
+/// Counts, as the last line or as a JSON object.
+fn finish(
+    suite: &str,
+    output: OutputArgs,
+    rows: &[Row],
+    out: &mut dyn Write,
+) -> Result<(), ConformanceError> {
+    let count = |of: fn(&Verdict) -> bool| rows.iter().filter(|row| of(&row.verdict)).count();
+    let passed = count(|verdict| matches!(verdict, Verdict::Passed));
+    let failed = count(|verdict| matches!(verdict, Verdict::Failed(_)));
+    let skipped = count(|verdict| matches!(verdict, Verdict::Skipped(_)));
+    if output.json {
+        let object = json!({
+            "schema": 1,
+            "suite": suite,
+            "verified": failed == 0,
+            "passed": passed,
+            "failed": failed,
+            "skipped": skipped,
+            "rows": rows.iter().map(row_json).collect::<Vec<_>>(),
+        });
+        writeln!(out, "{object:#}")?;
+    } else {
+        writeln!(out, "{passed} passed, {failed} failed, {skipped} skipped")?;
+    }
+    if failed > 0 {
+        return Err(ConformanceError::Failed(failed));
+    }
+    Ok(())
+}
+
+fn row_json(row: &Row) -> Value {
+    let (result, why) = match &row.verdict {
+        Verdict::Passed => ("passed", None),
+        Verdict::Failed(why) => ("failed", Some(why)),
+        Verdict::Skipped(why) => ("skipped", Some(why)),
+    };
+    json!({ "name": row.name, "what": row.what, "result": result, "why": why })
+}

@@ -1,0 +1,134 @@
+//! Faults that a program serves itself: what there is of userfaultfd.
+
+use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::seam::env::Environment;
+
+use crate::kernel::Kernel;
+use crate::kernel::space::ModelSpace;
+use crate::mm::around::{Around, MmapLock};
+use crate::mm::entry::{Block, Entry};
+use crate::mm::errno::Errno;
+use crate::mm::flags::VmFlags;
+use crate::mm::protect::{change_flags, for_each_part};
+use crate::mm::{Machine, Pid};
+
+/// Faults that wait, and whether they were read.
+#[derive(Debug, Default)]
+pub(super) struct Faults(Vec<Fault>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Fault {
+    pid: Pid,
+    page: u32,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Raised,
+    Read,
+}
+
+impl<E: Environment> Kernel<E> {
+    /// Tells of a fault, or waits where that is done.
+    pub(super) fn raise(&self, pid: Pid, page: u32, seen: u32) {
+        let mut faults = self.faults.lock();
+        let same = |fault: &Fault| fault.pid == pid && fault.page == page;
+        if faults.0.iter().any(same) {
+            drop(faults);
+            self.wait(seen);
+            return;
+        }
+        let state = State::Raised;
+        faults.0.push(Fault { pid, page, state });
+        drop(faults);
+        self.announce();
+    }
+}
+
+impl<E: Environment> ModelSpace<E> {
+    /// From now on the program serves faults at missing pages of `span` (`UFFDIO_REGISTER`).
+    ///
+    /// # Errors
+    /// `EINVAL` where not all of it is private anonymous memory.
+    pub fn serve_missing(&self, span: HostSpan) -> Result<(), Errno> {
+        let kernel = &*self.kernel;
+        let pages = kernel.look(|mm| mm.argument(span.start(), span.bytes()))?;
+        let _lock = MmapLock::write(kernel, self.pid);
+        for_each_part(kernel, self.pid, pages, |part| {
+            if !part.is_anon() {
+                return Err(Errno::Invalid);
+            }
+            let flags = part.flags.with(VmFlags::UFFD_MISSING);
+            change_flags(kernel, self.pid, part.pages, flags);
+            Ok(())
+        })
+        .map_err(|_hole| Errno::Invalid)
+    }
+
+    /// Waits for a fault that nobody has read, and reads it.
+    pub fn next_fault(&self) -> HostVa {
+        loop {
+            let seen = self.kernel.changes();
+            let mut faults = self.kernel.faults.lock();
+            let raised = |fault: &&mut Fault| {
+                let mine = fault.pid == self.pid;
+                mine && fault.state == State::Raised
+            };
+            if let Some(fault) = faults.0.iter_mut().find(raised) {
+                fault.state = State::Read;
+                let page = fault.page;
+                drop(faults);
+                return self.kernel.look(|mm| mm.shape().address(page));
+            }
+            drop(faults);
+            self.kernel.wait(seen);
+        }
+    }
+
+    /// Fills a missing page with `words`, zeros behind them, and wakes whoever waits for it
+    /// (`UFFDIO_COPY`).
+    ///
+    /// # Errors
+    /// `EEXIST` where there is a page, `ENOMEM`; `EINVAL` where nothing is mapped.
+    pub fn fill_missing(&self, at: HostVa, words: &[u64]) -> Result<(), Errno> {
+        let kernel = &*self.kernel;
+        let page = kernel.look(|mm| mm.shape().page(at));
+        let page = page.ok_or(Errno::Invalid)?;
+        let lock = MmapLock::read(kernel, self.pid);
+        let filled = kernel.with(|mm| mm.fill_missing(self.pid, page, words));
+        drop(lock);
+        let mut faults = kernel.faults.lock();
+        faults
+            .0
+            .retain(|fault| fault.pid != self.pid || fault.page != page);
+        drop(faults);
+        kernel.announce();
+        filled
+    }
+}
+
+impl Machine {
+    fn fill_missing(&mut self, pid: Pid, page: u32, words: &[u64]) -> Result<(), Errno> {
+        let vma = self.process(pid).vmas.at(page).copied();
+        let vma = vma.ok_or(Errno::Invalid)?;
+        if self.block(pid, page) != Block::Table || self.entry(pid, page) != Entry::None {
+            return Err(Errno::Exist);
+        }
+        self.prepare_anon(pid, page);
+        let frame = self.new_page().ok_or(Errno::NoMem)?;
+        for (word, value) in self.memory.content_mut(frame).iter_mut().zip(words) {
+            *word = *value;
+        }
+        let bits = Self::fresh_bits(vma.flags);
+        self.replace(pid, page, Entry::Present(frame, bits));
+        Ok(())
+    }
+
+    /// Whether the program serves the fault that an access of `page` would be.
+    pub(super) fn is_served(&self, pid: Pid, page: u32) -> bool {
+        let served = |flags: VmFlags| flags.has(VmFlags::UFFD_MISSING);
+        let vma = self.process(pid).vmas.at(page);
+        self.entry(pid, page) == Entry::None && vma.is_some_and(|vma| served(vma.flags))
+    }
+}
