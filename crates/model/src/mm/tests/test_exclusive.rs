@@ -74,9 +74,11 @@ fn device_adds(mm: &mut Machine, page: u32) -> bool {
     frame.is_some()
 }
 
-/// Makes the page exclusive.
+/// Gives the page to a device, where it is not a device's already.
 fn exclusive(mm: &mut Machine, page: u32) -> Option<FrameId> {
-    let _made = mm.make_exclusive(P0, page);
+    if let Some(frame) = mm.make_exclusive(P0, page) {
+        mm.unlock(frame);
+    }
     let Entry::DeviceExclusive(frame, _) = mm.entry(P0, page) else {
         return None;
     };
