@@ -59,12 +59,14 @@ const NO_STD: [&str; 5] = ["core", "abi", "softgpu", "xe", "dmirror"];
 const NO_UNSAFE: [&str; 6] = ["core", "abi", "softgpu", "xe", "dmirror", "cli"];
 /// Where `unsafe` may stand.
 const UNSAFE: [&str; 2] = ["crates/live/src/sys/", "crates/model/src/sched/fiber.rs"];
-const DOCUMENTS: [&str; 5] = [
+const DOCUMENTS: [&str; 7] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/differences-from-linux.md",
+    "docs/model.md",
+    "docs/scenarios.md",
 ];
 
 fn read(path: &str) -> String {

@@ -41,9 +41,11 @@ pub enum Command {
         gpusvm explore --scenario all\n  gpusvm explore --mutant all     does it find known bugs?\n  \
         gpusvm explore --tape FILE      what failed, again")]
     Explore(ExploreArgs),
-    /// Check a host against what Linux does.
-    #[command(after_help = "Examples:\n  gpusvm conformance hmm --host model\n  \
-        gpusvm conformance hmm --host live --json")]
+    /// Check that a host does what Linux and its drivers do. The last line counts.
+    #[command(
+        after_help = "Examples:\n  gpusvm conformance scenarios --host live\n  \
+        gpusvm conformance hmm --host model --json"
+    )]
     Conformance(ConformanceArgs),
     /// Show what this machine and kernel allow, and what follows for you.
     Info(InfoArgs),

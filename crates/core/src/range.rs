@@ -286,6 +286,11 @@ impl<B: Default> Tree<B> {
             .sum()
     }
 
+    /// Number of windows.
+    pub(crate) fn windows(&self) -> usize {
+        self.windows.len()
+    }
+
     /// Whether any range object overlaps `span` (`drm_gpusvm_has_mapping`).
     pub(crate) fn overlaps(&self, span: HostSpan) -> bool {
         let first = self.key(span.start());

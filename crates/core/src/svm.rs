@@ -303,16 +303,6 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         self.tree.lock().any()
     }
 
-    /// Number of ranges.
-    pub fn range_count(&self) -> usize {
-        self.tree.lock().len()
-    }
-
-    /// Whether any range object overlaps `span` (`drm_gpusvm_has_mapping`).
-    pub fn has_mapping(&self, span: HostSpan) -> bool {
-        self.tree.lock().overlaps(span)
-    }
-
     /// From now on dead ranges are not queued: the VM is closed and removes all of them itself.
     pub fn close(&self, _owner: &mut SvmOwner) {
         let _under_the_notifier_lock = self.tree.lock();
@@ -494,6 +484,7 @@ fn unmap_pages<B: Default>(tree: &mut Tree<B>, span: HostSpan) {
         .for_each(|range: &mut Range<B>| range.pages.mapped = false);
 }
 
+mod look;
 mod planted;
 #[cfg(test)]
 mod tests;

@@ -128,6 +128,7 @@ impl LiveSpace {
     fn begin_out(&self, span: HostSpan, goal: &Goal) -> Result<LiveMigration<'_>, Interrupted> {
         let vma = self
             .vma_around(span.start())
+            .filter(|vma| vma.span.contains(span.start()))
             .ok_or(Failed::NoVma(span.start()))?;
         let read_only = self.is_read_only(&vma, span);
         let leaves = |vma: &Vma| vma.kind == VmaKind::Anonymous || read_only;

@@ -56,6 +56,8 @@ pub enum Planted {
     WalkOutsideGate,
     /// A unit whose fault was answered is not woken.
     AnswerWakesNobody,
+    /// No acknowledgement of a TLB invalidation arrives.
+    LosesTlbAnswers,
 }
 
 /// A device cannot be made.
@@ -116,6 +118,8 @@ pub enum Translation {
         offset: u64,
         /// Stores are allowed.
         write: bool,
+        /// Bytes of the block that one entry maps, or 16 entries together.
+        block: u64,
     },
     /// Host memory.
     Bus {
@@ -123,6 +127,8 @@ pub enum Translation {
         address: u64,
         /// Stores are allowed.
         write: bool,
+        /// As above.
+        block: u64,
     },
 }
 
@@ -144,10 +150,12 @@ impl Translation {
             Target::Vram(at) => Some(Self::Vram {
                 offset: at + inside,
                 write,
+                block: leaf.bytes(),
             }),
             Target::Bus(at) => Some(Self::Bus {
                 address: at + inside,
                 write,
+                block: leaf.bytes(),
             }),
             Target::Null => None,
         }
@@ -313,6 +321,13 @@ impl<R: RawMutex> SoftGpu<R> {
         &self.config
     }
 
+    /// Where the page tables lead at `va`, for whoever checks them. No unit is asked, and no TLB.
+    #[must_use]
+    pub fn translation(&self, asid: u32, va: u64) -> Option<Translation> {
+        let leaf = mmu::walk(&*self.vram, self.root(asid)?, va).ok()?;
+        Translation::of(&leaf, va)
+    }
+
     /// What a walk over every page of `[start, end)`, which is page aligned, comes by, in order. No
     /// unit is asked, and no TLB.
     pub fn walk(&self, asid: u32, span: (u64, u64), mut tell: impl FnMut(Walked)) {
@@ -352,10 +367,15 @@ impl<R: RawMutex> SoftGpu<R> {
         response
     }
 
+    fn has_acknowledged(&self, unit: &Unit<R>, n: u64) -> bool {
+        let lost = self.config.planted == Some(Planted::LosesTlbAnswers);
+        unit.gate.has_acknowledged(n) && !lost
+    }
+
     /// Waits until `unit` cannot use what invalidation `n` removed. False at the deadline.
     fn wait_unit(&self, unit: &Unit<R>, n: u64, deadline: u64) -> bool {
         for _look in 0..SPINS {
-            if unit.gate.has_acknowledged(n) {
+            if self.has_acknowledged(unit, n) {
                 return true;
             }
             core::hint::spin_loop();
@@ -367,7 +387,7 @@ impl<R: RawMutex> SoftGpu<R> {
     }
 
     fn nap_until(&self, unit: &Unit<R>, n: u64, deadline: u64) -> bool {
-        while !unit.gate.has_acknowledged(n) {
+        while !self.has_acknowledged(unit, n) {
             if self.park.now_ns() > deadline {
                 return false;
             }

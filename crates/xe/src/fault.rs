@@ -224,7 +224,9 @@ fn migrate<P: Platform>(
     let refused = match device.pagemap.to_device(wish) {
         Ok(()) => None,
         Err(Interrupted::Stale(why)) => Some(why),
-        Err(Interrupted::Failed(Failed::OutOfVram | Failed::TooLarge)) => Some(Stale::PagesRefused),
+        Err(Interrupted::Failed(Failed::OutOfVram | Failed::TooLarge | Failed::Copy)) => {
+            Some(Stale::PagesRefused)
+        }
         // The mapping changed; what follows finds out how.
         Err(Interrupted::Failed(
             Failed::NotMigratable(_)

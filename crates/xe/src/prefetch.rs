@@ -8,7 +8,7 @@ use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::Platform;
 use gpusvm::seam::env::Ns;
-use gpusvm::seam::mm::Access;
+use gpusvm::seam::mm::{Access, AddressSpace};
 use gpusvm::svm::FindRange;
 
 use crate::collect;
@@ -19,24 +19,35 @@ const TRIES: usize = 16;
 
 impl<P: Platform> Vm<P> {
     /// Moves the ranges that `span` meets to this VM's device, as far as they can move, and returns
-    /// how many pages of the span are there afterwards. The `vm` lock is held meanwhile, as for a
-    /// fault.
+    /// how many pages of the span are there afterwards. Holes between mappings are skipped
+    /// (`svm-design.md` section 5.7). The `vm` lock is held meanwhile, as for a fault.
     ///
     /// # Errors
-    /// [`Failed`] for addresses without a mapping, outside every area, or of too few rights;
-    /// [`Failed::Closed`]. What has moved by then stays moved.
+    /// [`Failed`] for mappings outside every area, or of too few rights; [`Failed::Closed`]. What has
+    /// moved by then stays moved.
     pub fn prefetch(&self, span: HostSpan) -> Result<PageCount, Failed> {
         let span = span.align_outward(PAGE);
         let mut state = self.state.lock();
-        let mut at = span.start();
+        let mut next = Some(span.start());
         let mut there = PageCount::ZERO;
-        while at < span.end() {
-            let (range, moved) = self.prefetch_range(&mut state, at)?;
-            let part = range.intersect(span).filter(|_| moved);
-            there = there + part.map_or(PageCount::ZERO, HostSpan::pages);
-            at = range.end();
+        while let Some(at) = next.filter(|at| *at < span.end()) {
+            next = match self.prefetch_range(&mut state, at) {
+                Ok((range, moved)) => {
+                    let part = range.intersect(span).filter(|_| moved);
+                    there = there + part.map_or(PageCount::ZERO, HostSpan::pages);
+                    Some(range.end())
+                }
+                Err(Failed::NoVma(_)) => self.behind_hole(at),
+                Err(failed) => return Err(failed),
+            };
         }
         Ok(there)
+    }
+
+    /// Where the next mapping begins, if nothing is mapped at `at`.
+    fn behind_hole(&self, at: HostVa) -> Option<HostVa> {
+        let next = self.device.seams.space.find_vma(at)?;
+        Some(next.span.start().max(at))
     }
 
     /// The range around `at`, and whether its pages are on the device.

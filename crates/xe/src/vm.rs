@@ -98,6 +98,19 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// [`Failed::OutOfVram`] for its root table; [`Failed::Closed`] where the id is in use.
     pub fn new(device: &Arc<Device<P>>, asid: u32) -> Result<Arc<Self>, Failed> {
+        Self::with_windows(device, asid, NOTIFIER_BYTES)
+    }
+
+    /// As [`new`](Self::new), with notifier windows of `window_bytes`: a power of two of at least
+    /// 4 KiB (the module parameter `svm_notifier_size`).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Failed::OutOfArea`] for another size.
+    pub fn with_windows(
+        device: &Arc<Device<P>>,
+        asid: u32,
+        window_bytes: u64,
+    ) -> Result<Arc<Self>, Failed> {
         if device.vm(asid).is_some() {
             return Err(Failed::Closed);
         }
@@ -106,7 +119,7 @@ impl<P: Platform> Vm<P> {
         let config = SvmConfig {
             vm: asid,
             area: user_space(),
-            window_bytes: NOTIFIER_BYTES,
+            window_bytes,
         };
         let bindings = XeBindings::new(device, asid);
         let (svm, owner) = Svm::new(device.seams.clone(), bindings, config)?;

@@ -4,14 +4,17 @@
 //! or one JSON object.
 
 mod hmm;
+mod scenarios;
 
 use std::fmt;
 use std::io::Write;
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
 use crate::args::OutputArgs;
+use crate::scenario::{HostKind, ParseError, Verdict};
 
 /// Options of `conformance`.
 #[derive(Args, Clone, Debug)]
@@ -27,14 +30,16 @@ pub enum Suite {
     /// The HMM test device: 39 cases, on private and on coherent device memory, against what Linux
     /// 7.3.4 answered.
     Hmm(HmmArgs),
+    /// The scenarios of `svm-design.md` section 7.
+    Scenarios(ScenariosArgs),
 }
 
 /// Options of `conformance hmm`.
 #[derive(Args, Clone, Debug)]
 pub struct HmmArgs {
     /// The host on which the cases run.
-    #[arg(long, value_enum, default_value_t = HmmHost::Model)]
-    pub host: HmmHost,
+    #[arg(long, value_enum, default_value_t = Host::Model)]
+    pub host: Host,
     /// Only the cases with these names.
     pub cases: Vec<String>,
     /// Leave out what takes long: the sizes of the benchmark above 16 MiB.
@@ -45,13 +50,38 @@ pub struct HmmArgs {
     pub output: OutputArgs,
 }
 
-/// A host on which the cases of the HMM test device run.
+/// Options of `conformance scenarios`.
+#[derive(Args, Clone, Debug)]
+pub struct ScenariosArgs {
+    /// The host on which they run.
+    #[arg(long, value_enum, default_value_t = Host::Model)]
+    pub host: Host,
+    /// Only the scenarios with these numbers.
+    pub numbers: Vec<u32>,
+    /// The scenarios of this file, in place of those that are built in.
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// How results are shown.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// A host on which checks run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum HmmHost {
+pub enum Host {
     /// A Linux mm in memory.
     Model,
     /// This process.
     Live,
+}
+
+impl Host {
+    const fn kind(self) -> HostKind {
+        match self {
+            Self::Model => HostKind::Model,
+            Self::Live => HostKind::Live,
+        }
+    }
 }
 
 /// Why `conformance` failed.
@@ -59,8 +89,10 @@ pub enum HmmHost {
 pub enum ConformanceError {
     /// This many checks failed.
     Failed(usize),
-    /// There is no such case.
-    NoCase(String),
+    /// What was asked for does not exist.
+    Usage(String),
+    /// A file cannot be read, or what it says cannot.
+    Input(String),
     /// Nobody reads the output.
     Output(std::io::Error),
 }
@@ -70,8 +102,8 @@ impl ConformanceError {
     #[must_use]
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::NoCase(_) => 2,
-            Self::Failed(_) | Self::Output(_) => 1,
+            Self::Usage(_) => 2,
+            Self::Failed(_) | Self::Input(_) | Self::Output(_) => 1,
         }
     }
 }
@@ -80,10 +112,7 @@ impl fmt::Display for ConformanceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Failed(n) => write!(f, "{n} checks failed; the table says which and why"),
-            Self::NoCase(name) => write!(
-                f,
-                "there is no case {name}; without a name all are run, and shown with theirs"
-            ),
+            Self::Usage(what) | Self::Input(what) => f.write_str(what),
             Self::Output(why) => write!(f, "standard output: {why}"),
         }
     }
@@ -97,24 +126,9 @@ impl From<std::io::Error> for ConformanceError {
     }
 }
 
-/// How a check ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// As it should.
-    Passed,
-    /// Why it failed.
-    Failed(String),
-    /// Why it cannot be told here.
-    Skipped(String),
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Passed => f.write_str("passed"),
-            Self::Failed(why) => write!(f, "FAILED: {why}"),
-            Self::Skipped(why) => write!(f, "skipped: {why}"),
-        }
+impl From<ParseError> for ConformanceError {
+    fn from(error: ParseError) -> Self {
+        Self::Input(error.to_string())
     }
 }
 
@@ -137,6 +151,10 @@ pub fn conformance(args: &ConformanceArgs, out: &mut dyn Write) -> Result<(), Co
         Suite::Hmm(args) => {
             let rows = hmm::rows(args, out)?;
             finish("hmm", args.output, &rows, out)
+        }
+        Suite::Scenarios(args) => {
+            let rows = scenarios::rows(args, out)?;
+            finish("scenarios", args.output, &rows, out)
         }
     }
 }

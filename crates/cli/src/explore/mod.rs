@@ -10,8 +10,7 @@
 //! | `world` | a process, devices, actors, put together |
 //! | `cpu`, `gpu`, `op` | what the actors do |
 //! | `ledger` | which values may be read |
-//! | `oracle` | the rules that hold between any two steps |
-//! | `vram`, `port`, `sink` | device memory; the driver's way to its device; what the framework tells |
+//! | `oracle` | when the rules of `crate::world` are looked at |
 //! | `exam` | known bugs, each of which must be found |
 
 mod cpu;
@@ -21,9 +20,6 @@ mod ledger;
 mod op;
 mod oracle;
 mod plan;
-mod port;
-mod sink;
-mod vram;
 mod world;
 
 use std::borrow::Cow;

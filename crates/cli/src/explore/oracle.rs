@@ -1,21 +1,18 @@
-//! The rules that hold between any two steps.
+//! When the rules that hold between any two steps are looked at.
 //!
 //! An oracle looks at what has changed since it looked last. Debug builds also look at everything,
 //! and say when that finds more.
 
-use gpusvm::addr::PAGE;
-use gpusvm_model::kernel::bus;
 use gpusvm_model::mm::changes::Changes;
 use gpusvm_model::mm::checker::Checker;
-use gpusvm_model::mm::entry::Entry;
-use gpusvm_model::mm::flags::Bits;
-use gpusvm_model::mm::memory::FrameId;
 use gpusvm_model::mm::{Machine, Pid};
 use gpusvm_softgpu::{Translation, Walked};
 
 use crate::explore::plan::{PAGES_MAX, address};
-use crate::explore::vram::Written;
-use crate::explore::world::{Node, World};
+use crate::explore::world::World;
+use crate::world::Node;
+use crate::world::oracle::entry_agrees;
+use crate::world::vram::Written;
 
 /// The process that everybody uses.
 const FIRST: Pid = Pid(0);
@@ -135,81 +132,4 @@ impl Tables {
 /// Whether what a device has for a page agrees with the process.
 fn agrees(mm: &Machine, node: &Node, page: u32, found: Option<Translation>) -> Result<(), String> {
     found.map_or(Ok(()), |found| entry_agrees(mm, node, page, found))
-}
-
-/// A valid entry of a device leads where the process has the page, and gives no right that the
-/// process does not have: invalidations zap before anything changes.
-fn entry_agrees(mm: &Machine, node: &Node, page: u32, found: Translation) -> Result<(), String> {
-    let entry = mm.entry(FIRST, page);
-    let wrong = |why: &str| {
-        let device = node.vm.asid();
-        Err(format!(
-            "the entry of device {device} for page {page} {why}: {found:?}, the process has {entry:?}"
-        ))
-    };
-    match (found, entry) {
-        (Translation::Bus { address, write }, Entry::Present(frame, bits)) => {
-            if address != bus::address_of(frame).get() {
-                wrong("leads to another page")
-            } else if write && !bits.has(Bits::WRITE) {
-                wrong("allows stores that the process may not do")
-            } else {
-                Ok(())
-            }
-        }
-        (
-            Translation::Bus {
-                address,
-                write: false,
-            },
-            Entry::Zero(_),
-        ) => {
-            if address == bus::ZERO_PAGE.get() {
-                Ok(())
-            } else {
-                wrong("leads to another page")
-            }
-        }
-        (Translation::Vram { offset, .. }, Entry::DevicePrivate(frame, _)) => {
-            if vram_of(mm, frame) == Some(offset) {
-                Ok(())
-            } else {
-                wrong("leads to other device memory")
-            }
-        }
-        (Translation::Bus { .. }, _) => {
-            wrong("leads to host memory that the process does not have")
-        }
-        (Translation::Vram { .. }, _) => wrong("leads to device memory that has no page"),
-    }
-}
-
-/// Where in device memory a page is.
-fn vram_of(mm: &Machine, frame: FrameId) -> Option<u64> {
-    let page = mm.memory().device_page(frame)?;
-    Some(mm.device(page.place).vram + u64::from(page.page) * PAGE)
-}
-
-/// When all VMs are closed and everything was evicted.
-///
-/// # Errors
-/// What is left.
-pub(super) fn nothing_is_left(world: &World) -> Result<(), String> {
-    world
-        .kernel
-        .check_quiet()
-        .map_err(|broken| broken.to_string())?;
-    for node in &world.nodes {
-        let used = node.device.pagemap().vram().used();
-        if used > 0 {
-            return Err(format!("leak: {used} bytes of device memory are in use"));
-        }
-        if node.vm.svm().range_count() > 0 {
-            return Err("leak: a closed VM has ranges".to_owned());
-        }
-    }
-    match world.told.taken() {
-        0 => Ok(()),
-        n => Err(format!("leak: {n} pieces of device memory have an owner")),
-    }
 }

@@ -4,9 +4,10 @@ use gpusvm::addr::{HostVa, PAGE};
 use gpusvm_model::mm::{DeviceFolios, Shape, Thp};
 
 use crate::explore::op::Op;
-
+use crate::world::Service;
 /// Words of a page that have content: one for each writer.
-pub(super) const WORDS: usize = 4;
+pub(super) use crate::world::vram::WORDS;
+
 /// Most pages that a world has: one chunk that a fault moves.
 pub(super) const PAGES_MAX: u32 = 16;
 /// First address: aligned as the largest chunk is.
@@ -44,15 +45,6 @@ pub(super) enum Closes {
     AtTheEnd,
     /// When its unit is done, while others go on.
     Early,
-}
-
-/// Where device faults are served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Service {
-    /// By the unit that faulted.
-    Inline,
-    /// By an actor, through the fault ring.
-    Queue,
 }
 
 const EVERYTHING: &[Op] = Op::ALL;

@@ -6,52 +6,29 @@
 //! ```
 
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::PAGE;
 use gpusvm::mutant::Mutant;
+use gpusvm::seam::Seams;
 use gpusvm::seam::env::Environment;
-use gpusvm::seam::mm::PagemapId;
-use gpusvm::seam::{Platform, Seams};
-use gpusvm_abi::bus::{DevicePort, Park, SystemBus, VramStore};
 use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{Map, Place, What};
-use gpusvm_model::sched::{ModelEnv, ModelMutex, Sim};
-use gpusvm_softgpu::{FaultService, GpuConfig, Planted, SoftGpu};
-use gpusvm_xe::copy::XeCopy;
-use gpusvm_xe::device::Device;
-use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
+use gpusvm_model::sched::{ModelEnv, Sim};
+use gpusvm_softgpu::{GpuConfig, Planted};
+use gpusvm_xe::vm::NOTIFIER_BYTES;
 
 use crate::explore::ledger::Ledger;
-use crate::explore::oracle::{Oracle, nothing_is_left};
-use crate::explore::plan::{Closes, Plan, Service, WORDS, address};
-use crate::explore::port::{Inline, Port};
-use crate::explore::sink::Told;
-use crate::explore::vram::{ModelVram, Written};
+use crate::explore::oracle::Oracle;
+use crate::explore::plan::{Closes, Plan, WORDS, address};
 use crate::explore::{cpu, gpu};
-
-/// The model host, the Xe driver and its copy engine, as one platform.
-#[derive(Debug)]
-pub(super) struct ModelPlatform;
-
-impl Platform for ModelPlatform {
-    type Env = ModelEnv;
-    type Space = ModelSpace<ModelEnv>;
-    type Copy = XeCopy;
-    type Sink = Told;
-}
-
-/// One device with its driver and the VM on it.
-pub(super) struct Node {
-    pub(super) gpu: Arc<SoftGpu<ModelMutex>>,
-    pub(super) device: Arc<Device<ModelPlatform>>,
-    pub(super) vm: Arc<Vm<ModelPlatform>>,
-    /// What has been written to the device's memory.
-    pub(super) written: Arc<Written>,
-}
+use crate::world::oracle::nothing_is_left;
+use crate::world::sink::Told;
+use crate::world::vram::Wires;
+use crate::world::{Node, NodeConfig, Service};
 
 /// What all actors share.
 pub(super) struct World {
@@ -138,11 +115,11 @@ impl World {
         let seams = Seams {
             env: Arc::new(ModelEnv),
             space: Arc::clone(&space),
-            sink: Arc::clone(&told),
+            sink: Arc::new((Arc::clone(&told), None)),
         };
-        let bus: Arc<dyn SystemBus> = Arc::new(Bus::new(Arc::clone(&kernel)));
-        let changes = kernel.generation();
-        let node = |n: u16| Node::new(plan, n, &seams, (&bus, changes));
+        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation());
+        let config = config(plan);
+        let node = |n: u16| Node::new(&config, n, &seams, &wires);
         Self {
             plan,
             nodes: (0..plan.gpus).map(node).collect(),
@@ -183,57 +160,7 @@ impl World {
     }
 }
 
-impl Node {
-    fn new(
-        plan: &Plan,
-        n: u16,
-        seams: &Seams<ModelPlatform>,
-        (bus, changes): (&Arc<dyn SystemBus>, &Arc<AtomicU64>),
-    ) -> Self {
-        let written = Arc::<Written>::default();
-        let vram = ModelVram::new(
-            plan.vram,
-            Arc::clone(bus),
-            Arc::clone(&written),
-            Arc::clone(changes),
-        );
-        let gpu = SoftGpu::new(
-            config(plan),
-            Arc::new(vram) as Arc<dyn VramStore>,
-            Arc::clone(bus),
-            Arc::new(ModelEnv) as Arc<dyn Park>,
-        );
-        let gpu = gpu.expect("a plan's device has units, a ring and address spaces");
-        let port = Arc::new(Port(Arc::<SoftGpu<ModelMutex>>::clone(&gpu))) as Arc<dyn DevicePort>;
-        let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
-        let id = PagemapId(u32::from(n) + 1);
-        let device = Device::new(seams.clone(), id, port, copy);
-        let vm = Vm::new(&device, u32::from(n) + 1).expect("a fresh device has room for a table");
-        let area = MirrorArea {
-            span: user_space(),
-            rights: Rights::ReadWrite,
-        };
-        vm.mirror(area).expect("a fresh VM has no ranges");
-        let inline = Arc::new(Inline(Arc::<Device<ModelPlatform>>::clone(&device)));
-        gpu.set_fault_service(match plan.service {
-            Service::Inline => FaultService::Inline(inline),
-            Service::Queue => FaultService::Queue,
-        });
-        Self {
-            gpu,
-            device,
-            vm,
-            written,
-        }
-    }
-
-    /// Parts device and driver, which refer to each other.
-    fn part(&self) {
-        self.gpu.set_fault_service(FaultService::Queue);
-    }
-}
-
-fn config(plan: &Plan) -> GpuConfig {
+fn config(plan: &Plan) -> NodeConfig {
     let planted = [
         (Mutant::TlbKeepsEntries, Planted::KeepTlb),
         (Mutant::WalkOutsideGate, Planted::WalkOutsideGate),
@@ -242,7 +169,7 @@ fn config(plan: &Plan) -> GpuConfig {
     let planted = planted
         .into_iter()
         .find(|(mutant, _)| ModelEnv.mutant(*mutant));
-    GpuConfig {
+    let gpu = GpuConfig {
         gts: 1,
         units_per_gt: 1,
         tlb_entries: 16,
@@ -250,6 +177,12 @@ fn config(plan: &Plan) -> GpuConfig {
         asids: u32::from(plan.gpus) + 1,
         tlb_timeout_ns: 1_000_000,
         planted: planted.map(|(_, bug)| bug),
+    };
+    NodeConfig {
+        vram: plan.vram,
+        gpu,
+        service: plan.service,
+        window: NOTIFIER_BYTES,
     }
 }
 
@@ -273,6 +206,6 @@ fn conduct(world: &Arc<World>) {
         let _evicted = node.device.pagemap().vram().evict_all();
         node.gpu.kick_service();
     }
-    world.must(nothing_is_left(world));
+    world.must(nothing_is_left(&world.kernel, &world.nodes, &world.told));
     world.nodes.iter().for_each(Node::part);
 }

@@ -29,8 +29,9 @@ use gpusvm_softgpu::{ConfigError, Dispatch, Kernel, Stop, UnitState};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::stats::{Counter, DeviceStats};
-use gpusvm_xe::vm::{MirrorArea, Rights, Vm};
+use gpusvm_xe::vm::{MirrorArea, NOTIFIER_BYTES, Rights, Vm};
 
+use crate::notes::Notes;
 use crate::timeline::Timeline;
 
 pub use node::Node;
@@ -55,8 +56,8 @@ impl Platform for LivePlatform {
     type Sink = Folds;
 }
 
-/// What a machine makes of events: counters, and a timeline where one is wanted.
-type Folds = (Arc<DeviceStats>, Option<Arc<Timeline>>);
+/// What a machine makes of events: counters, a timeline where one is wanted, and notes.
+type Folds = ((Arc<DeviceStats>, Option<Arc<Timeline>>), Notes);
 
 /// Where faults are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,6 +87,8 @@ pub struct MachineConfig {
     pub vms: u16,
     /// Bytes of memory of each device, at least [`VRAM_MIN`].
     pub vram: u64,
+    /// Bytes of a notifier window, a power of two of at least 4 KiB (`svm_notifier_size`).
+    pub window: u64,
     /// Execution units of each device, each one thread.
     pub units: u16,
     /// How pages move.
@@ -108,6 +111,7 @@ impl Default for MachineConfig {
             devices: 1,
             vms: 1,
             vram: 64 << 20,
+            window: NOTIFIER_BYTES,
             units: 2,
             migration: VramMode::Adopt,
             service: ServiceMode::Inline,
@@ -195,7 +199,8 @@ impl Machine {
         let _runtime_memory = RuntimeScope::enter();
         let env = LiveEnv::new(config.seed);
         let timeline = config.timeline.then(|| Arc::new(Timeline::new()));
-        let sink: Arc<Folds> = Arc::new((Arc::new(DeviceStats::new(1)), timeline));
+        let counted = (Arc::new(DeviceStats::new(1)), timeline);
+        let sink: Arc<Folds> = Arc::new((counted, Notes::default()));
         let of_host = Arc::clone(&sink) as Arc<dyn EventSink>;
         let space =
             LiveSpace::open(&config.live, Arc::clone(&env), of_host).map_err(MachineError::Host)?;
@@ -318,9 +323,17 @@ impl Machine {
     /// # Errors
     /// The kernel's [`Stop`], or that the unit is busy or does not exist.
     pub fn launch_on(&self, unit: usize, kernel: &dyn Kernel) -> Result<(), Stop> {
+        self.launch_one(Place::default(), unit, kernel)
+    }
+
+    /// As [`launch_on`](Self::launch_on), for a unit of the device at `place`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn launch_one(&self, place: Place, unit: usize, kernel: &dyn Kernel) -> Result<(), Stop> {
         check_ours()?;
-        let node = self.first();
-        let order = Order::new(kernel, 1, node.asid(0).ok_or(Stop::NoUnit)?);
+        let node = self.nodes.get(place.device).ok_or(Stop::NoUnit)?;
+        let order = Order::new(kernel, 1, node.asid(place.vm).ok_or(Stop::NoUnit)?);
         thread::run(|| node.gpu().run(&order.dispatch, unit))
     }
 
@@ -378,13 +391,23 @@ impl Machine {
     /// Counters of all devices together.
     #[must_use]
     pub fn stats(&self) -> &Arc<DeviceStats> {
-        &self.sink.0
+        &self.sink.0.0
+    }
+
+    /// What no counter tells.
+    pub(crate) fn notes(&self) -> &Notes {
+        &self.sink.1
+    }
+
+    /// The machine's clock.
+    pub(crate) const fn env(&self) -> &Arc<LiveEnv> {
+        &self.env
     }
 
     /// What happened when, where the configuration asked for it.
     #[must_use]
     pub fn timeline(&self) -> Option<&Arc<Timeline>> {
-        self.sink.1.as_ref()
+        self.sink.0.1.as_ref()
     }
 
     /// The host.

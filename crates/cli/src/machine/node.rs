@@ -66,7 +66,8 @@ impl Node {
         let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
         let device = Device::new(seams, PagemapId(u32::from(index) + 1), port, copy);
         let first = 1 + u32::from(index) * u32::from(config.vms);
-        let vms = (first..first + u32::from(config.vms)).map(|asid| mirror(&device, asid));
+        let vms =
+            (first..first + u32::from(config.vms)).map(|asid| mirror(&device, asid, config.window));
         let mut node = Self {
             vms: vms.collect::<Result<_, _>>()?,
             gpu,
@@ -116,7 +117,7 @@ impl Node {
     }
 
     /// The device.
-    pub(super) const fn gpu(&self) -> &Arc<Gpu> {
+    pub(crate) const fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
     }
 
@@ -147,8 +148,9 @@ impl Node {
 fn mirror(
     device: &Arc<Device<LivePlatform>>,
     asid: u32,
+    window: u64,
 ) -> Result<Arc<Vm<LivePlatform>>, MachineError> {
-    let vm = Vm::new(device, asid).map_err(MachineError::Driver)?;
+    let vm = Vm::with_windows(device, asid, window).map_err(MachineError::Driver)?;
     let area = MirrorArea {
         span: user_space(),
         rights: Rights::ReadWrite,

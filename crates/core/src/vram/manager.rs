@@ -44,6 +44,8 @@ pub enum Purpose {
     /// Page tables: never evictable, and nothing can be done without them. Such an allocation waits
     /// for pages that are on their way, to evict them.
     Tables,
+    /// What a program wants to stay in device memory: never evictable.
+    Pinned,
 }
 
 /// One device memory.

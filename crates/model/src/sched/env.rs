@@ -200,6 +200,9 @@ impl Environment for ModelEnv {
 
     fn yield_point(&self, at: Point) {
         stage::check_context("lets others run", Rank::VM);
+        if let Some(hook) = with(|world| world.hook.clone()) {
+            hook(at);
+        }
         stage::point(match at {
             Point::Retry => Kind::Spin,
             Point::AfterFaultIn

@@ -6,10 +6,11 @@ use core::panic::AssertUnwindSafe;
 use core::sync::atomic::AtomicU64;
 use std::borrow::Cow;
 use std::panic::catch_unwind;
+use std::rc::Rc;
 use std::sync::{Arc, Once};
 
 use corosensei::stack::DefaultStack;
-use gpusvm::seam::env::{Ns, Work};
+use gpusvm::seam::env::{Ns, Point, Work};
 
 use crate::sched::env::ModelEnv;
 use crate::sched::fail::{Failure, FailureKind};
@@ -81,6 +82,13 @@ impl Sim {
     pub fn oracle(&self, when: When, look: impl FnMut() -> Result<(), String> + 'static) {
         let look = Box::new(look);
         with(|world| world.watch(Oracle { when, look }));
+    }
+
+    /// Lets `hook` act at every point that the framework names, on the actor that comes there and
+    /// before another one may run. Locks that the point allows may be held. There is one hook.
+    pub fn hook(&self, hook: impl Fn(Point) + 'static) {
+        let former = with(|world| world.hook.replace(Rc::new(hook)));
+        drop(former);
     }
 
     /// Adds an oracle that looks after each step that has moved `counter`.
@@ -177,7 +185,9 @@ pub fn run(options: &Options, picker: &mut Picker, build: impl FnOnce(&Sim)) -> 
     drive(&mut fibers);
     look_at_the_end();
     let abandoned = end_all(fibers);
-    drop(with(|world| std::mem::take(&mut world.oracles)));
+    drop(with(|world| {
+        (std::mem::take(&mut world.oracles), world.hook.take())
+    }));
     let outcome = conclude(abandoned);
     drop(stopping);
     *picker = with(|world| world.stop());
@@ -194,6 +204,7 @@ impl Drop for Stopping {
             (
                 std::mem::take(&mut world.newborn),
                 std::mem::take(&mut world.oracles),
+                world.hook.take(),
             )
         });
         drop(left);

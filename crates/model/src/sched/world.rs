@@ -17,11 +17,12 @@ use core::mem::ManuallyDrop;
 use core::sync::atomic::{AtomicU64, Ordering};
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use corosensei::stack::DefaultStack;
 use gpusvm::mutant::Mutant;
-use gpusvm::seam::env::{Ns, Work};
+use gpusvm::seam::env::{Ns, Point, Work};
 
 use crate::sched::fail::{Failure, FailureKind};
 use crate::sched::fiber::Fiber;
@@ -90,6 +91,9 @@ pub(super) enum Due {
     Death,
 }
 
+/// Acts at the points that the framework names.
+pub(super) type Hook = Rc<dyn Fn(Point)>;
+
 /// Steps that an actor runs on end while others could run; then it gives way.
 const STREAK_MAX: u32 = 500;
 pub(super) const NEVER: u64 = u64::MAX;
@@ -125,6 +129,7 @@ pub(super) struct World {
     pub(super) locks: LockTable,
     pub(super) ring: Ring,
     pub(super) oracles: Vec<Oracle>,
+    pub(super) hook: Option<Hook>,
     /// When some oracle looks.
     watched: Moments,
     /// What oracles count, and what it was when they last looked.
@@ -196,6 +201,7 @@ impl World {
             locks: LockTable::new(),
             ring: Ring::new(),
             oracles: Vec::new(),
+            hook: None,
             watched: Moments::NONE,
             counters: Vec::new(),
             touched: false,

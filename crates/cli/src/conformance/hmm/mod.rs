@@ -28,7 +28,8 @@ use std::io::Write;
 use crate::conformance::hmm::bench::{Bench, PageMap, Trouble};
 use crate::conformance::hmm::facts::Facts;
 use crate::conformance::hmm::host::{Need, Variant};
-use crate::conformance::{ConformanceError, HmmArgs, HmmHost, Row, Verdict, show};
+use crate::conformance::{ConformanceError, HmmArgs, Host, Row, show};
+use crate::scenario::Verdict;
 
 /// One case.
 #[derive(Clone, Copy)]
@@ -71,7 +72,9 @@ fn cases() -> impl Iterator<Item = Case> {
 pub(super) fn rows(args: &HmmArgs, out: &mut dyn Write) -> Result<Vec<Row>, ConformanceError> {
     let unknown = |name: &&String| !cases().any(|case| case.name == **name);
     if let Some(name) = args.cases.iter().find(unknown) {
-        return Err(ConformanceError::NoCase(name.clone()));
+        return Err(ConformanceError::Usage(format!(
+            "there is no case {name}; without a name all are run, and shown with theirs"
+        )));
     }
     let facts = Facts::read();
     let mut rows = Vec::new();
@@ -110,8 +113,8 @@ fn verdict(args: &HmmArgs, variant: Variant, case: Case, facts: &Facts) -> Verdi
     let coherent = (variant == Variant::Coherent).then_some(Need::CoherentMemory);
     let mut needs = coherent.iter().chain(case.needs);
     let result = match args.host {
-        HmmHost::Model => model::run(plan),
-        HmmHost::Live => match needs.find_map(|need| live::lacks(*need)) {
+        Host::Model => model::run(plan),
+        Host::Live => match needs.find_map(|need| live::lacks(*need)) {
             Some(why) => return Verdict::Skipped(why.to_owned()),
             None => live::run(plan),
         },

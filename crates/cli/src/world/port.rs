@@ -8,7 +8,7 @@ use gpusvm_abi::fault::{FaultRecord, FaultResponse};
 use gpusvm_model::sched::{Kind, ModelEnv};
 
 /// The port of a device.
-pub(super) struct Port(pub(super) Arc<dyn DevicePort>);
+pub(crate) struct Port(pub(crate) Arc<dyn DevicePort>);
 
 impl DevicePort for Port {
     fn vram_size(&self) -> u64 {
@@ -64,7 +64,7 @@ impl DevicePort for Port {
 }
 
 /// Serves faults on the unit that raised them. Much may happen before the unit tries again.
-pub(super) struct Inline(pub(super) Arc<dyn FaultHandler>);
+pub(crate) struct Inline(pub(crate) Arc<dyn FaultHandler>);
 
 impl FaultHandler for Inline {
     fn handle(&self, record: &FaultRecord) -> FaultResponse {

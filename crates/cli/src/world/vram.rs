@@ -6,8 +6,8 @@ use gpusvm_model::sched::{Kind, ModelEnv};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::explore::plan::WORDS;
-
+/// Words of a page that have content.
+pub(crate) const WORDS: usize = 4;
 /// Words of a page table.
 const TABLE: usize = 512;
 
@@ -45,43 +45,68 @@ impl Page {
 
 /// What has been written to a device's memory: one bit for each page, modulo 64.
 #[derive(Debug, Default)]
-pub(super) struct Written(AtomicU64);
+pub(crate) struct Written(AtomicU64);
 
 impl Written {
     /// The bit of the page at an offset.
-    pub(super) const fn bit(offset: u64) -> u64 {
+    pub(crate) const fn bit(offset: u64) -> u64 {
         1 << (offset / PAGE % 64)
     }
 
     /// Pages that were written since the last call.
-    pub(super) fn take(&self) -> u64 {
+    pub(crate) fn take(&self) -> u64 {
         self.0.swap(0, Ordering::Relaxed)
     }
 }
 
 /// Device memory. Its accesses are whole words; each copied page is a switch point.
-pub(super) struct ModelVram {
+pub(crate) struct ModelVram {
     pages: Mutex<Vec<Page>>,
     size: u64,
-    bus: Arc<dyn SystemBus>,
     written: Arc<Written>,
+    wires: Wires,
+}
+
+/// What the memory of all devices of a world shares.
+#[derive(Clone)]
+pub(crate) struct Wires {
+    pub(crate) bus: Arc<dyn SystemBus>,
     /// Grows with everything that changes, in the whole world.
-    changes: Arc<AtomicU64>,
+    pub(crate) changes: Arc<AtomicU64>,
+    /// Copies of pages up to the one that fails; 0 where none does.
+    pub(crate) fails_in: Arc<AtomicU64>,
+}
+
+impl Wires {
+    pub(crate) fn new(bus: Arc<dyn SystemBus>, changes: &Arc<AtomicU64>) -> Self {
+        Self {
+            bus,
+            changes: Arc::clone(changes),
+            fails_in: Arc::default(),
+        }
+    }
 }
 
 impl ModelVram {
-    pub(super) fn new(
-        pages: usize,
-        bus: Arc<dyn SystemBus>,
-        written: Arc<Written>,
-        changes: Arc<AtomicU64>,
-    ) -> Self {
+    pub(crate) fn new(pages: usize, written: Arc<Written>, wires: Wires) -> Self {
         Self {
             pages: Mutex::new(vec![Page::EMPTY; pages]),
             size: u64::try_from(pages).unwrap_or(0) * PAGE,
-            bus,
             written,
-            changes,
+            wires,
+        }
+    }
+
+    /// Whether the copy of a page fails because somebody wants it to.
+    fn may_fail(&self, address: u64) -> Result<(), BusError> {
+        let left = self.wires.fails_in.load(Ordering::Relaxed);
+        if left > 0 {
+            self.wires.fails_in.store(left - 1, Ordering::Relaxed);
+        }
+        if left == 1 {
+            Err(BusError { address })
+        } else {
+            Ok(())
         }
     }
 
@@ -95,7 +120,7 @@ impl ModelVram {
         self.written
             .0
             .fetch_or(Written::bit(offset), Ordering::Relaxed);
-        self.changes.fetch_add(1, Ordering::Relaxed);
+        self.wires.changes.fetch_add(1, Ordering::Relaxed);
         self.with(|pages| act(&mut pages[place(offset).0]))
     }
 }
@@ -155,10 +180,11 @@ impl VramStore for ModelVram {
 
     fn copy_from_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
         for (at, from) in pages(offset, len).zip((bus..).step_by(4096)) {
+            self.may_fail(from)?;
             let mut words = [0; WORDS];
             for (word, address) in words.iter_mut().zip((from..).step_by(8)) {
                 let mut bytes = [0; 8];
-                self.bus.read(address, &mut bytes)?;
+                self.wires.bus.read(address, &mut bytes)?;
                 *word = u64::from_ne_bytes(bytes);
             }
             self.change(at, |page| *page = Page::Data(words));
@@ -169,9 +195,10 @@ impl VramStore for ModelVram {
 
     fn copy_to_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
         for (at, to) in pages(offset, len).zip((bus..).step_by(4096)) {
+            self.may_fail(to)?;
             for (word, address) in (0..WORDS).zip((to..).step_by(8)) {
                 let value = self.with(|pages| pages[place(at).0].word(word));
-                self.bus.write(address, &value.to_ne_bytes())?;
+                self.wires.bus.write(address, &value.to_ne_bytes())?;
             }
             ModelEnv.point(Kind::Access);
         }

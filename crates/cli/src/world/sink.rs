@@ -1,22 +1,48 @@
 //! What the framework tells: part of the world's hash, and the owners of device memory.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::VramSpan;
 use gpusvm::event::{Event, EventSink};
 use gpusvm::seam::env::Ns;
 use gpusvm_model::sched::ModelEnv;
+use gpusvm_xe::stats::DeviceStats;
+
+use crate::notes::Notes;
+
+/// Where the events of a world go; counters and notes only where somebody asks for them.
+pub(crate) type Sink = (Arc<Told>, Option<Arc<(DeviceStats, Notes)>>);
 
 /// A fold over events.
 #[derive(Debug, Default)]
-pub(super) struct Told {
+pub(crate) struct Told {
     /// Device memory that has an owner. Two devices have the same offsets: both are here.
     taken: Mutex<Vec<VramSpan>>,
+    /// Whether the device is one that loses answers.
+    timeouts: Timeouts,
+}
+
+/// Whether TLB invalidations may go unanswered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Timeouts {
+    /// The world has failed then.
+    #[default]
+    Forbidden,
+    /// Answers are lost on purpose.
+    Expected,
 }
 
 impl Told {
+    /// For a world whose devices answer, or do not.
+    pub(crate) fn new(timeouts: Timeouts) -> Self {
+        Self {
+            timeouts,
+            ..Self::default()
+        }
+    }
+
     /// Spans of device memory that have an owner.
-    pub(super) fn taken(&self) -> usize {
+    pub(crate) fn taken(&self) -> usize {
         self.taken
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -74,6 +100,7 @@ impl EventSink for Told {
                     taken.swap_remove(n);
                 }
             }),
+            Event::TlbTimeout { .. } if self.timeouts == Timeouts::Expected => {}
             Event::TlbTimeout { .. } => {
                 ModelEnv.fail("a unit did not acknowledge a TLB invalidation")
             }
