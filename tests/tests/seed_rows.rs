@@ -91,9 +91,14 @@ fn what_works_has_tests_and_what_lacks_something_says_so() {
         State::Works | State::Partly | State::NotYet => None,
     };
     let rows = rows();
-    let complaints = rows
-        .iter()
-        .filter_map(|row| Some(format!("{}, {}, has not {}", row.id, row.state, lacks(row)?)));
+    let complaints = rows.iter().filter_map(|row| {
+        Some(format!(
+            "{}, {}, has not {}",
+            row.id,
+            row.state,
+            lacks(row)?
+        ))
+    });
     check(complaints.collect());
 }
 
@@ -258,8 +263,13 @@ fn line(row: &Row) -> String {
         let (path, name) = test.split_once("::").unwrap_or((test, test));
         link(&format!("`{name}`"), path)
     });
-    let Row { id, title, note, .. } = row;
+    let Row {
+        id, title, note, ..
+    } = row;
     let (places, tests): (Vec<_>, Vec<_>) = (places.collect(), tests.collect());
     let (places, tests) = (places.join(", "), tests.join(", "));
-    format!("| {id} | {title} | {} | {places} | {tests} | {note} |", row.state)
+    format!(
+        "| {id} | {title} | {} | {places} | {tests} | {note} |",
+        row.state
+    )
 }
