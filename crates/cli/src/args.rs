@@ -34,6 +34,7 @@ pub enum Command {
         gpusvm run stream --size 1G --vram 256M --json\n  \
         gpusvm run gups --migration copy --fault-service queue\n  \
         gpusvm run sort --report out   pictures over time, in out/report.html\n  \
+        gpusvm run bfs --host model    in a world that exists only in memory, the same each time\n  \
         gpusvm run torture --seconds 60 --seed 7  whatever a process can do, at once")]
     Run(RunArgs),
     /// Run worlds that exist only in memory under a scheduler that tries every order of events.
@@ -89,7 +90,8 @@ pub struct InfoArgs {
 pub struct RunArgs {
     /// The workload; without one, the demo set.
     pub workload: Option<String>,
-    /// Bytes of the workload's data in all, with K, M or G.
+    /// Bytes of the workload's data in all, with K, M or G. The model host is made for little: it takes
+    /// its time for more than some 64M.
     #[arg(long, value_parser = parse_size)]
     pub size: Option<u64>,
     /// Bytes of device memory, with K, M or G.
@@ -195,6 +197,8 @@ pub enum Planted {
 pub enum Host {
     /// This process.
     Live,
+    /// A process that exists only in memory, under a scheduler: the same command gives the same output.
+    Model,
 }
 
 /// How pages move.

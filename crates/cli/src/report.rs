@@ -41,6 +41,8 @@ pub struct Report {
     pub verified: bool,
     /// Time on the device.
     pub elapsed: Duration,
+    /// By which clock.
+    pub clock: Clock,
     /// Bytes of data.
     pub bytes: u64,
     /// Bytes that the kernels read and wrote.
@@ -59,6 +61,26 @@ pub struct Report {
     pub gts: Vec<String>,
     /// What happened when, where a report was asked for.
     pub picture: Option<Picture>,
+}
+
+/// By which clock time is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// The wall's.
+    Real,
+    /// A world's: a nanosecond for each step. Says nothing of speed.
+    Virtual,
+}
+
+impl Clock {
+    /// Its name in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Real => "real",
+            Self::Virtual => "virtual",
+        }
+    }
 }
 
 /// What happened when.
@@ -88,6 +110,7 @@ impl Picture {
 pub fn host_json(level: &Level, facts: &gpusvm_live::Facts) -> Value {
     json!({
         "kind": "live",
+        "clock": Clock::Real.name(),
         "level": level.faults.name(),
         "bracket": level.bracket.name(),
         "thp": facts.thp,
@@ -161,15 +184,22 @@ impl Report {
             moved("svm_cpu_copy_kb", "adopted_to_system_kb"),
             stat("evict_count").to_string(),
             stat("cpu_fault_count").to_string(),
-            format!("{}/s", size::format(self.bandwidth())),
-            format!("{:.2}s", self.elapsed.as_secs_f64()),
+            self.bandwidth().map_or_else(
+                || "-".to_owned(),
+                |rate| format!("{}/s", size::format(rate)),
+            ),
+            match self.clock {
+                Clock::Real => format!("{:.2}s", self.elapsed.as_secs_f64()),
+                Clock::Virtual => format!("{:.3}ms virtual", self.elapsed.as_secs_f64() * 1e3),
+            },
         ]
     }
 
-    /// Bytes per second that the kernels read and wrote.
-    fn bandwidth(&self) -> u64 {
+    /// Bytes per second that the kernels read and wrote; none where time says nothing of speed.
+    fn bandwidth(&self) -> Option<u64> {
         let nanos = self.elapsed.as_nanos().max(1);
-        u64::try_from(u128::from(self.traffic) * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
+        let rate = u128::from(self.traffic) * 1_000_000_000 / nanos;
+        (self.clock == Clock::Real).then(|| u64::try_from(rate).unwrap_or(u64::MAX))
     }
 }
 
@@ -184,6 +214,7 @@ mod tests {
             workload: "stream",
             verified: true,
             elapsed: Duration::from_millis(500),
+            clock: Clock::Real,
             bytes: 1 << 20,
             traffic: 1 << 20,
             vram: 1 << 22,

@@ -1,4 +1,6 @@
-//! `gpusvm run`: one workload, or the demo set.
+//! `gpusvm run`: one workload, or the demo set, on either host.
+
+mod model;
 
 use std::fmt;
 use std::io::Write;
@@ -9,16 +11,16 @@ use std::time::Duration;
 use gpusvm_abi::bus::Park;
 use gpusvm_live::{LiveEnv, RuntimeScope, allocate_for, memory_available, probe};
 
-use crate::args::{CpuFaults, RunArgs};
+use crate::args::{CpuFaults, Host, RunArgs};
 use crate::folder::{self, Folder, FolderError};
 use crate::machine::{Machine, MachineError};
 use crate::page::Page;
 use crate::progress::{Bar, Wanted};
-use crate::report::{self, COLUMNS, Picture, Report};
+use crate::report::{self, COLUMNS, Clock, Picture, Report};
 use crate::size;
 use crate::table::Table;
 use crate::torture;
-use crate::workload::{ALL, Job, JobError, Order, PrepareError, Workload};
+use crate::workload::{ALL, Device, Job, JobError, Memory, Order, PrepareError, Workload};
 
 /// Sizes of the demo set: each workload four times larger than device memory, and all of them
 /// together within a minute on two processors.
@@ -35,6 +37,15 @@ const DEMO: [(&str, u64, u64); 10] = [
     ("sort", 128, 32),
 ];
 
+/// A workload with its sizes.
+struct Planned {
+    workload: Workload,
+    /// Of its data.
+    bytes: u64,
+    /// Of device memory.
+    vram: u64,
+}
+
 /// A run failed.
 #[derive(Debug)]
 pub enum RunError {
@@ -49,6 +60,14 @@ pub enum RunError {
     },
     /// An option that the workload does not take.
     Needless(&'static str),
+    /// An option of the live host.
+    LiveOnly(&'static str),
+    /// More units than a device of the model host can have.
+    ModelUnits(u16),
+    /// More data than a process of the model host can have.
+    ModelSize(u64),
+    /// A rule was broken in a world of the model host.
+    World(String),
     /// The folder of `--report` does not do.
     Folder(FolderError),
     /// A report cannot be written after its run.
@@ -73,11 +92,12 @@ impl RunError {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Unknown(_) | Self::Memory { .. } | Self::Needless(_) => 2,
+            Self::LiveOnly(_) | Self::ModelUnits(_) | Self::ModelSize(_) => 2,
             Self::Prepare(_) | Self::Folder(_) => 2,
-            Self::Machine(MachineError::VramTooSmall(_)) => 2,
+            Self::Machine(MachineError::VramTooSmall(..)) => 2,
             Self::Job(JobError::Interrupted) => 130,
             Self::Machine(_) | Self::Job(_) | Self::Report(_) => 1,
-            Self::NotVerified(_) | Self::Torture(_) | Self::Output => 1,
+            Self::NotVerified(_) | Self::Torture(_) | Self::World(_) | Self::Output => 1,
         }
     }
 }
@@ -98,6 +118,22 @@ impl fmt::Display for RunError {
                 size::format(*available)
             ),
             Self::Needless(option) => write!(f, "{option} does not go with this workload"),
+            Self::LiveOnly(what) => {
+                write!(f, "{what} needs the live host; leave `--host model` out")
+            }
+            Self::ModelUnits(most) => write!(
+                f,
+                "a device of the model host has at most {most} units; use --threads {most} or fewer"
+            ),
+            Self::ModelSize(most) => write!(
+                f,
+                "a process of the model host has at most {} of data; use a smaller --size",
+                size::format(*most)
+            ),
+            Self::World(what) => write!(
+                f,
+                "a rule was broken: {what}; this is a bug of gpusvm, and comes again with the same command"
+            ),
             Self::Folder(error) | Self::Report(error) => error.fmt(f),
             Self::Prepare(error) => error.fmt(f),
             Self::Machine(error) => error.fmt(f),
@@ -115,8 +151,15 @@ impl std::error::Error for RunError {}
 ///
 /// # Errors
 /// [`RunError`]; with its exit code.
-pub fn run(args: &RunArgs, interrupted: &AtomicBool, out: &mut dyn Write) -> Result<(), RunError> {
+pub fn run(
+    args: &RunArgs,
+    interrupted: &Arc<AtomicBool>,
+    out: &mut dyn Write,
+) -> Result<(), RunError> {
     if args.workload.as_deref() == Some(torture::NAME) {
+        if args.host == Host::Model {
+            return Err(RunError::LiveOnly(torture::NAME));
+        }
         return torture::run(args, interrupted, out);
     }
     let jobs = plan(args)?;
@@ -141,13 +184,17 @@ pub fn run(args: &RunArgs, interrupted: &AtomicBool, out: &mut dyn Write) -> Res
 /// Runs one after the other until one fails; those that finished are in `reports`, and in `folder`.
 fn run_all(
     args: &RunArgs,
-    jobs: Vec<(Workload, u64, u64)>,
-    interrupted: &AtomicBool,
+    jobs: Vec<Planned>,
+    interrupted: &Arc<AtomicBool>,
     folder: Option<&Folder>,
     reports: &mut Vec<Report>,
 ) -> Result<(), RunError> {
-    for (workload, bytes, vram) in jobs {
-        reports.push(run_one(args, workload, bytes, vram, interrupted)?);
+    for plan in jobs {
+        check_memory(args.host, &plan)?;
+        reports.push(match args.host {
+            Host::Live => run_one(args, &plan, interrupted)?,
+            Host::Model => model::run_one(args, &plan, interrupted)?,
+        });
         if let Some(folder) = folder {
             folder.add_last(reports).map_err(RunError::Report)?;
         }
@@ -156,7 +203,15 @@ fn run_all(
 }
 
 /// Workloads with their sizes.
-fn plan(args: &RunArgs) -> Result<Vec<(Workload, u64, u64)>, RunError> {
+fn plan(args: &RunArgs) -> Result<Vec<Planned>, RunError> {
+    let jobs = select(args)?;
+    if args.host == Host::Model {
+        jobs.iter().try_for_each(|plan| model::check(args, plan))?;
+    }
+    Ok(jobs)
+}
+
+fn select(args: &RunArgs) -> Result<Vec<Planned>, RunError> {
     if args.seconds.is_some() {
         return Err(RunError::Needless("--seconds"));
     }
@@ -171,11 +226,15 @@ fn plan(args: &RunArgs) -> Result<Vec<(Workload, u64, u64)>, RunError> {
     }
     let sized = |name: &str, size: u64, vram: u64| {
         let workload = Workload::named(name).ok_or_else(|| RunError::Unknown(name.to_owned()))?;
-        Ok((
+        let (size, vram) = match args.host {
+            Host::Live => (size << 20, vram << 20),
+            Host::Model => model::SIZES,
+        };
+        Ok(Planned {
             workload,
-            args.size.unwrap_or(size << 20),
-            args.vram.unwrap_or(vram << 20),
-        ))
+            bytes: args.size.unwrap_or(size),
+            vram: args.vram.unwrap_or(vram),
+        })
     };
     let Some(name) = &args.workload else {
         if args.input.is_some() {
@@ -194,26 +253,26 @@ fn plan(args: &RunArgs) -> Result<Vec<(Workload, u64, u64)>, RunError> {
     Ok(vec![sized(name, size, vram)?])
 }
 
-/// Runs one workload on a machine of its own.
-fn run_one(
-    args: &RunArgs,
-    workload: Workload,
-    bytes: u64,
-    vram: u64,
-    interrupted: &AtomicBool,
-) -> Result<Report, RunError> {
-    check_memory(workload, bytes, vram)?;
+/// Shows how far a workload is, where somebody looks.
+fn bar(args: &RunArgs, workload: Workload) -> Bar {
     let wanted = if args.output.json {
         Wanted::No
     } else {
         Wanted::Yes
     };
-    let bar = Bar::new(workload.name, wanted);
+    Bar::new(workload.name, wanted)
+}
+
+/// Runs one workload on a live machine of its own.
+fn run_one(args: &RunArgs, plan: &Planned, interrupted: &AtomicBool) -> Result<Report, RunError> {
+    let (workload, bytes, vram) = (plan.workload, plan.bytes, plan.vram);
+    let bar = bar(args, workload);
     bar.phase("preparing");
     let order = Order {
         size: bytes,
         seed: args.seed,
         input: args.input.clone(),
+        memory: Memory::Process,
     };
     // Where only the program's own allocations migrate, the data has to be some.
     let refused = |error| RunError::Machine(MachineError::Host(error));
@@ -222,7 +281,7 @@ fn run_one(
     let machine = Machine::start(args.machine(vram)).map_err(RunError::Machine)?;
     let clock = Stopwatch::start();
     let job = Job {
-        machine: &machine,
+        device: Device::Live(&machine),
         interrupted,
         progress: &bar,
     };
@@ -234,6 +293,7 @@ fn run_one(
         workload: workload.name,
         verified,
         elapsed,
+        clock: Clock::Real,
         bytes: data.bytes(),
         traffic: data.traffic(),
         vram,
@@ -249,25 +309,28 @@ fn run_one(
 }
 
 /// Refuses what would not fit, before the system does so in a worse way.
-fn check_memory(workload: Workload, bytes: u64, vram: u64) -> Result<(), RunError> {
-    // A file is mapped in place; verification of some workloads computes a second copy.
-    let data = if workload.name == "wordcount" {
-        0
-    } else {
-        bytes
+fn check_memory(host: Host, plan: &Planned) -> Result<(), RunError> {
+    let needed = match host {
+        Host::Live => needed(plan),
+        Host::Model => model::needed(plan),
     };
-    let copies = if matches!(workload.name, "stencil" | "bfs") {
-        2
-    } else {
-        1
-    };
-    let needed = data.saturating_mul(copies).saturating_add(vram);
     let available = memory_available().unwrap_or(u64::MAX);
     if needed > available {
         Err(RunError::Memory { needed, available })
     } else {
         Ok(())
     }
+}
+
+/// Bytes that a run takes on the live host.
+fn needed(plan: &Planned) -> u64 {
+    // A file is mapped in place; verification of some workloads computes a second copy.
+    let copies = match plan.workload.name {
+        "wordcount" => 0,
+        "stencil" | "bfs" => 2,
+        _ => 1,
+    };
+    plan.bytes.saturating_mul(copies).saturating_add(plan.vram)
 }
 
 fn print(args: &RunArgs, reports: &[Report], out: &mut dyn Write) -> std::io::Result<()> {

@@ -126,6 +126,23 @@ fn json_is_one_object_with_the_kernels_names() {
 }
 
 #[test]
+fn no_addition_is_lost_between_cpu_and_device() {
+    for migration in ["remap", "copy"] {
+        let args = ["run", "atomics", "--size", "8M", "--vram", "4M", "--json"];
+        let run = output(&[&args[..], &["--migration", migration]].concat());
+        if refused(&run) {
+            return;
+        }
+        let object: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+        assert_eq!(object["verified"], true, "{migration}");
+        assert!(
+            object["stats"]["evict_count"].as_u64() > Some(0),
+            "{migration}"
+        );
+    }
+}
+
+#[test]
 fn words_of_a_file_are_counted_as_the_shell_would() {
     let path = file("words.txt", "one two\nthree\u{b}four  \n".as_bytes());
     let output = output(&["run", "wordcount", "--input", &path.display().to_string()]);

@@ -19,6 +19,7 @@
 //! | `level` | what the system allows, and what follows |
 //! | [`FaultLoop`] (`yardstick`) | what benches compare faults with |
 //! | [`program`], `claim` | what programs do that needs `unsafe`, for scenarios |
+//! | [`scratch`] | a process to try address-space calls in |
 //! | `stall` | who waits for whom, where nothing moves any more |
 //! | `sys` | every `unsafe`, and nothing that knows what it is for |
 //!
@@ -70,6 +71,15 @@ pub mod program {
     pub use crate::sys::child::{By, Child, Ended};
     pub use crate::sys::lend::{Break, PipedPages, Ring, Transfer};
     pub use crate::sys::library::Library;
+}
+
+/// A span of addresses in a process of its own, to see what the system does with calls.
+pub mod scratch {
+    pub use crate::sys::scratch::call::{
+        AREAS, Answer, Area, BATCH, Call, How, Kind, Look, PAGES, PROCESSES, Place, STEPS, Seen,
+        Step, face, flag, flag_names,
+    };
+    pub use crate::sys::scratch::{Scratch, ScratchError};
 }
 
 pub use env::LiveEnv;

@@ -1,9 +1,10 @@
 //! `gpusvm conformance`: whether a host does what Linux and its drivers do.
 //!
-//! Each suite makes [`Row`]s; here they become a table that ends with `N passed, N failed, N skipped`,
+//! Each suite makes rows; here they become a table that ends with `N passed, N failed, N skipped`,
 //! or one JSON object.
 
 mod hmm;
+mod mm;
 mod scenarios;
 
 use std::fmt;
@@ -15,6 +16,8 @@ use serde_json::{Value, json};
 
 use crate::args::OutputArgs;
 use crate::scenario::{HostKind, ParseError, Verdict};
+
+pub use mm::MmArgs;
 
 /// Options of `conformance`.
 #[derive(Args, Clone, Debug)]
@@ -32,6 +35,9 @@ pub enum Suite {
     Hmm(HmmArgs),
     /// The scenarios of `svm-design.md` section 7.
     Scenarios(ScenariosArgs),
+    /// Random programs of address-space calls on the running kernel and on the model's mm, compared
+    /// after every call.
+    Mm(MmArgs),
 }
 
 /// Options of `conformance hmm`.
@@ -87,8 +93,10 @@ impl Host {
 /// Why `conformance` failed.
 #[derive(Debug)]
 pub enum ConformanceError {
-    /// This many checks failed.
-    Failed(usize),
+    /// Something behaves otherwise.
+    Failed(String),
+    /// The machine does not allow it.
+    Machine(String),
     /// What was asked for does not exist.
     Usage(String),
     /// A file cannot be read, or what it says cannot.
@@ -103,7 +111,7 @@ impl ConformanceError {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
-            Self::Failed(_) | Self::Input(_) | Self::Output(_) => 1,
+            Self::Failed(_) | Self::Machine(_) | Self::Input(_) | Self::Output(_) => 1,
         }
     }
 }
@@ -111,8 +119,9 @@ impl ConformanceError {
 impl fmt::Display for ConformanceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Failed(n) => write!(f, "{n} checks failed; the table says which and why"),
-            Self::Usage(what) | Self::Input(what) => f.write_str(what),
+            Self::Usage(what) | Self::Input(what) | Self::Machine(what) | Self::Failed(what) => {
+                f.write_str(what)
+            }
             Self::Output(why) => write!(f, "standard output: {why}"),
         }
     }
@@ -156,6 +165,7 @@ pub fn conformance(args: &ConformanceArgs, out: &mut dyn Write) -> Result<(), Co
             let rows = scenarios::rows(args, out)?;
             finish("scenarios", args.output, &rows, out)
         }
+        Suite::Mm(args) => mm::run(args, out),
     }
 }
 
@@ -195,7 +205,9 @@ fn finish(
         writeln!(out, "{passed} passed, {failed} failed, {skipped} skipped")?;
     }
     if failed > 0 {
-        return Err(ConformanceError::Failed(failed));
+        return Err(ConformanceError::Failed(format!(
+            "{failed} checks failed; the table says which and why"
+        )));
     }
     Ok(())
 }

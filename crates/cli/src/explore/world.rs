@@ -28,7 +28,7 @@ use crate::explore::{cpu, gpu};
 use crate::world::oracle::nothing_is_left;
 use crate::world::sink::Told;
 use crate::world::vram::Wires;
-use crate::world::{Node, NodeConfig, Service};
+use crate::world::{Content, Node, NodeConfig, Service};
 
 /// What all actors share.
 pub(super) struct World {
@@ -180,6 +180,7 @@ fn config(plan: &Plan) -> NodeConfig {
     };
     NodeConfig {
         vram: plan.vram,
+        content: Content::FewWords,
         gpu,
         service: plan.service,
         window: NOTIFIER_BYTES,

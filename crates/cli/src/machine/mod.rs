@@ -32,6 +32,7 @@ use gpusvm_xe::stats::{Counter, DeviceStats};
 use gpusvm_xe::vm::{MirrorArea, NOTIFIER_BYTES, Rights, Vm};
 
 use crate::notes::Notes;
+use crate::size;
 use crate::timeline::Timeline;
 
 pub use node::Node;
@@ -57,7 +58,7 @@ impl Platform for LivePlatform {
 }
 
 /// What a machine makes of events: counters, a timeline where one is wanted, and notes.
-type Folds = ((Arc<DeviceStats>, Option<Arc<Timeline>>), Notes);
+pub(crate) type Folds = ((Arc<DeviceStats>, Option<Arc<Timeline>>), Notes);
 
 /// Where faults are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,8 +127,8 @@ impl Default for MachineConfig {
 /// A machine cannot be made.
 #[derive(Debug)]
 pub enum MachineError {
-    /// Device memory below the minimum.
-    VramTooSmall(u64),
+    /// Device memory of so many bytes, below the minimum.
+    VramTooSmall(u64, u64),
     /// No device, no VM, or more than there are address-space ids.
     Count,
     /// The host refuses.
@@ -141,11 +142,11 @@ pub enum MachineError {
 impl fmt::Display for MachineError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::VramTooSmall(bytes) => write!(
+            Self::VramTooSmall(bytes, least) => write!(
                 f,
-                "{bytes} bytes of VRAM hold not one 2 MiB range and its page tables; \
-                 use --vram {}M or more",
-                VRAM_MIN >> 20
+                "{bytes} bytes of VRAM do not hold a large range and its page tables; \
+                 use --vram {} or more",
+                size::format(*least)
             ),
             Self::Count => write!(
                 f,
@@ -191,7 +192,7 @@ impl Machine {
     /// [`MachineError`] says which part refused and what to do.
     pub fn start(config: MachineConfig) -> Result<Self, MachineError> {
         if config.vram < VRAM_MIN {
-            return Err(MachineError::VramTooSmall(config.vram));
+            return Err(MachineError::VramTooSmall(config.vram, VRAM_MIN));
         }
         if !(1..=VMS_MAX).contains(&config.devices.saturating_mul(config.vms)) {
             return Err(MachineError::Count);

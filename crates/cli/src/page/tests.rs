@@ -16,6 +16,7 @@ fn run() -> Report {
         workload: "stream",
         verified: true,
         elapsed: Duration::from_millis(5),
+        clock: crate::report::Clock::Real,
         bytes: 1 << 20,
         traffic: 1 << 20,
         vram: 64 << 20,

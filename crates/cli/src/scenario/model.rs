@@ -28,6 +28,7 @@ use gpusvm_softgpu::{Dispatch, GpuConfig, Planted, Stop, Tile};
 use gpusvm_xe::stats::DeviceStats;
 use gpusvm_xe::vm::NOTIFIER_BYTES;
 
+use crate::machine::Folds;
 use crate::notes::Notes;
 use crate::on_tile::OnTile;
 use crate::scenario::host::{self, Call, ChildDoes, ChildStep, Host, Refusal};
@@ -38,7 +39,7 @@ use crate::scenario::words::{Advice, Answers, Collector, Huge};
 use crate::scenario::{HostKind, Verdict};
 use crate::world::sink::{Timeouts, Told};
 use crate::world::vram::{WORDS, Wires};
-use crate::world::{ModelPlatform, Node, NodeConfig, Service, oracle};
+use crate::world::{Content, ModelPlatform, Node, NodeConfig, Service, oracle};
 
 /// Bytes that scenarios map things in.
 const LAND: u64 = 32 << 20;
@@ -189,7 +190,7 @@ pub(super) struct ModelHost {
     space: Arc<ModelSpace<ModelEnv>>,
     nodes: Vec<Node>,
     told: Arc<Told>,
-    folds: Arc<(DeviceStats, Notes)>,
+    folds: Arc<Folds>,
     wires: Wires,
     lanes: Vec<Lane>,
     armed: Mutex<Option<Armed>>,
@@ -205,7 +206,8 @@ impl ModelHost {
             Answers::Arrive => Timeouts::Forbidden,
             Answers::Lost => Timeouts::Expected,
         }));
-        let folds = Arc::new((DeviceStats::new(1), Notes::default()));
+        let counted = (Arc::new(DeviceStats::new(1)), None);
+        let folds = Arc::new((counted, Notes::default()));
         let seams = Seams {
             env: Arc::new(ModelEnv),
             space: Arc::clone(&space),
@@ -303,6 +305,7 @@ fn shape(setup: &Setup) -> Shape {
 fn node_config(setup: &Setup, lanes: usize) -> NodeConfig {
     NodeConfig {
         vram: usize::try_from(setup.vram / PAGE).unwrap_or(usize::MAX),
+        content: Content::FewWords,
         gpu: GpuConfig {
             gts: 1,
             units_per_gt: u16::try_from(lanes + 1).unwrap_or(u16::MAX),
@@ -343,7 +346,7 @@ impl Host for ModelHost {
     }
 
     fn told(&self) -> (&DeviceStats, &Notes) {
-        (&self.folds.0, &self.folds.1)
+        (&self.folds.0.0, &self.folds.1)
     }
 
     fn call(&self, call: &Call) -> Result<(), Refusal> {

@@ -87,7 +87,7 @@ use serde_json::Value;
 use crate::args::{CpuFaults, Planted, RunArgs};
 use crate::machine::{Machine, VRAM_MIN};
 use crate::on_tile::OnTile;
-use crate::report::{COLUMNS, Report, config_json, host_json, stats_json};
+use crate::report::{COLUMNS, Clock, Report, config_json, host_json, stats_json};
 use crate::run::RunError;
 use crate::table::Table;
 use crate::torture::area::{Area, Plan};
@@ -197,6 +197,7 @@ pub(crate) fn run(
         workload: NAME,
         verified: false,
         elapsed: world.clock.elapsed(),
+        clock: Clock::Real,
         bytes: world.bytes(),
         traffic: 0,
         vram,

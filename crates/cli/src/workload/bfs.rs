@@ -3,8 +3,8 @@
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of, address_of_mut, below, count,
-    elements, groups, index, mix, part,
+    Array, Job, JobError, Order, PrepareError, Prepared, below, count, elements, groups, index,
+    mix, part,
 };
 
 /// Edges out of each vertex.
@@ -16,8 +16,10 @@ const UNSEEN: u32 = u32::MAX;
 const GROUP: usize = 16 << 10;
 
 struct Bfs {
-    edges: Vec<u32>,
-    levels: Vec<u32>,
+    edges: Array<u32>,
+    levels: Array<u32>,
+    /// Whether the last level found anything.
+    found: Array<u64>,
     depth: u32,
 }
 
@@ -25,18 +27,16 @@ struct Bfs {
 pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> {
     let n = elements(order.size, VERTEX_BYTES, 2)?.min(index(u64::from(u32::MAX - 1)));
     let edge = |i: usize| below(mix(order.seed.wrapping_add(count(i))), n);
-    let edges = (0..n * DEGREE)
-        .map(|i| u32::try_from(edge(i)).unwrap_or(0))
-        .collect();
-    let mut levels = vec![UNSEEN; n];
-    levels[0] = 0;
+    let memory = &order.memory;
     Ok(Box::new(Bfs {
-        edges,
-        levels,
+        edges: memory.array(n * DEGREE, |i| u32::try_from(edge(i)).unwrap_or(0)),
+        levels: memory.array(n, |vertex| if vertex == 0 { 0 } else { UNSEEN }),
+        found: memory.zeroed(1),
         depth: 0,
     }))
 }
 
+#[derive(Clone)]
 struct Level {
     edges: u64,
     levels: u64,
@@ -88,24 +88,24 @@ impl Prepared for Bfs {
     fn run(&mut self, job: &Job<'_>) -> Result<(), JobError> {
         let n = self.levels.len();
         loop {
-            let mut found = [0_u64];
+            self.found.change(|found| found[0] = 0);
             let kernel = Level {
-                edges: address_of(&self.edges),
-                levels: address_of_mut(&mut self.levels),
+                edges: self.edges.address(),
+                levels: self.levels.address_mut(),
                 n,
                 level: self.depth,
-                found: address_of_mut(&mut found),
+                found: self.found.address_mut(),
             };
             job.launch("level", &kernel, groups(n, GROUP))?;
             self.depth += 1;
-            if found[0] == 0 {
+            if self.found.view()[0] == 0 {
                 return Ok(());
             }
         }
     }
 
     fn verify(&self) -> bool {
-        self.levels == search(&self.edges, self.levels.len())
+        *self.levels.view() == search(&self.edges.view(), self.levels.len())
     }
 }
 
@@ -139,13 +139,14 @@ mod tests {
     fn wrong_level_is_noticed() {
         let edges: Vec<u32> = (0..4).flat_map(|v| [(v + 1) % 4; DEGREE]).collect();
         let mut bfs = Bfs {
-            levels: search(&edges, 4),
-            edges,
+            levels: search(&edges, 4).into(),
+            edges: edges.into(),
+            found: vec![0].into(),
             depth: 3,
         };
-        assert_eq!(bfs.levels, [0, 1, 2, 3]);
+        assert_eq!(*bfs.levels.view(), [0, 1, 2, 3]);
         assert!(bfs.verify());
-        bfs.levels[3] = 1;
+        bfs.levels.change(|levels| levels[3] = 1);
         assert!(!bfs.verify());
     }
 }

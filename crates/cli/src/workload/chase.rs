@@ -1,14 +1,13 @@
 //! `chase`: follow pointers through a linked structure of ordinary boxes.
 //!
-//! The boxes come one by one from the program's allocator; each holds the address of the next in
-//! shuffled order. The number of hops is bounded: with more boxes than device memory holds nearly
+//! The boxes, arrays of one node, come one by one from the program's allocator; each holds the address of
+//! the next in shuffled order. The number of hops is bounded: with more boxes than device memory holds nearly
 //! every hop faults.
 
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of, address_of_mut, below, count,
-    elements, index, mix,
+    Array, Job, JobError, Order, PrepareError, Prepared, below, count, elements, index, mix,
 };
 
 /// Words of one node: next address, payload, and what fills 4 KiB.
@@ -21,34 +20,34 @@ const HOPS_MAX: usize = 2048;
 type Node = [u64; WORDS];
 
 struct Chase {
-    nodes: Vec<Box<Node>>,
+    nodes: Vec<Array<Node>>,
     /// Order in which the nodes are linked.
     order: Vec<u32>,
     hops: usize,
-    sums: Vec<u64>,
+    sums: Array<u64>,
 }
 
 /// Boxes of 4 KiB, linked in a random cycle.
 pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> {
     let n = elements(order.size, 4096, 4)?;
     let n = n.min(index(u64::from(u32::MAX)));
-    let mut nodes: Vec<Box<Node>> = (0..n).map(|i| Box::new([count(i); WORDS])).collect();
+    let one = |i: usize| order.memory.array(1, |_| [count(i); WORDS]);
+    let mut nodes: Vec<Array<Node>> = (0..n).map(one).collect();
     let mut shuffled: Vec<u32> = (0..u32::try_from(n).unwrap_or(u32::MAX)).collect();
     for i in (1..n).rev() {
         shuffled.swap(i, below(mix(order.seed.wrapping_add(count(i))), i + 1));
     }
     for i in 0..n {
         let (here, next) = (at(&shuffled, i), at(&shuffled, i + 1));
-        let address = address_of(&*nodes[next]);
-        nodes[here][0] = address;
-        nodes[here][1] = mix(count(here));
+        let head = [nodes[next].address(), mix(count(here))];
+        nodes[here].change(|node| node[0][..2].copy_from_slice(&head));
     }
     let hops = HOPS_MAX.min(n / CHAINS);
     Ok(Box::new(Chase {
         nodes,
         order: shuffled,
         hops,
-        sums: vec![0; CHAINS],
+        sums: order.memory.zeroed(CHAINS),
     }))
 }
 
@@ -57,13 +56,14 @@ fn at(order: &[u32], i: usize) -> usize {
     usize::try_from(order[i % order.len()]).unwrap_or(0)
 }
 
-struct Follow<'a> {
-    starts: &'a [u64],
+#[derive(Clone)]
+struct Follow {
+    starts: [u64; CHAINS],
     sums: u64,
     hops: usize,
 }
 
-impl Kernel for Follow<'_> {
+impl Kernel for Follow {
     fn run(&self, group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
         let chain = usize::try_from(group).unwrap_or(0);
         let mut node = self.starts[chain];
@@ -94,12 +94,10 @@ impl Prepared for Chase {
     }
 
     fn run(&mut self, job: &Job<'_>) -> Result<(), JobError> {
-        let starts: Vec<u64> = (0..CHAINS)
-            .map(|chain| address_of(&*self.nodes[at(&self.order, self.start_of(chain))]))
-            .collect();
+        let start = |chain| self.nodes[at(&self.order, self.start_of(chain))].address();
         let kernel = Follow {
-            starts: &starts,
-            sums: address_of_mut(&mut self.sums),
+            starts: core::array::from_fn(start),
+            sums: self.sums.address_mut(),
             hops: self.hops,
         };
         job.launch("chains", &kernel, u32::try_from(CHAINS).unwrap_or(0))
@@ -113,6 +111,7 @@ impl Prepared for Chase {
                 sum.wrapping_add(mix(count(at(&self.order, i))))
             })
         };
-        (0..CHAINS).all(|chain| self.sums[chain] == sum(chain))
+        let sums = self.sums.view();
+        (0..CHAINS).all(|chain| sums[chain] == sum(chain))
     }
 }

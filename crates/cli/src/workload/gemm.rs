@@ -3,17 +3,16 @@
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of, address_of_mut, count, elements,
-    index, mix,
+    Array, Job, JobError, Order, PrepareError, Prepared, count, elements, index, mix,
 };
 
 /// Rows and columns of a block; sides are multiples of it.
 const BLOCK: usize = 128;
 
 struct Gemm {
-    a: Vec<f32>,
-    b: Vec<f32>,
-    c: Vec<f32>,
+    a: Array<f32>,
+    b: Array<f32>,
+    c: Array<f32>,
     side: usize,
     seed: u64,
 }
@@ -23,11 +22,12 @@ pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> 
     let least = BLOCK * BLOCK;
     let n = elements(order.size, 12, count(least))?;
     let side = n.isqrt() / BLOCK * BLOCK;
-    let fill = |salt: u64| (0..count(side * side)).map(move |i| small(order.seed ^ salt, i));
+    let memory = &order.memory;
+    let fill = |salt: u64| memory.array(side * side, |i| small(order.seed ^ salt, count(i)));
     Ok(Box::new(Gemm {
-        a: fill(1).collect(),
-        b: fill(2).collect(),
-        c: vec![-1.0; side * side],
+        a: fill(1),
+        b: fill(2),
+        c: memory.array(side * side, |_| -1.0),
         side,
         seed: order.seed,
     }))
@@ -38,6 +38,7 @@ fn small(seed: u64, i: u64) -> f32 {
     f32::from(u8::try_from(mix(seed.wrapping_add(i)) >> 62).unwrap_or(0))
 }
 
+#[derive(Clone)]
 struct Product {
     a: u64,
     b: u64,
@@ -105,9 +106,9 @@ impl Prepared for Gemm {
     fn run(&mut self, job: &Job<'_>) -> Result<(), JobError> {
         let blocks = self.side / BLOCK;
         let kernel = Product {
-            a: address_of(&self.a),
-            b: address_of(&self.b),
-            c: address_of_mut(&mut self.c),
+            a: self.a.address(),
+            b: self.b.address(),
+            c: self.c.address_mut(),
             side: self.side,
         };
         job.launch(
@@ -120,13 +121,14 @@ impl Prepared for Gemm {
     /// Freivalds' check: `c*r == a*(b*r)` for a random vector `r`, exact in whole numbers. A wrong
     /// product passes with a chance of about one in a million per vector.
     fn verify(&self) -> bool {
+        let (a, b, c) = (self.a.view(), self.b.view(), self.c.view());
         (0..2_u64).all(|round| {
             let random = |i| index(mix(self.seed.wrapping_add(i) ^ round << 32) >> 44);
             let r: Vec<i64> = (0..count(self.side))
                 .map(|i| i64::try_from(random(i)).unwrap_or(0))
                 .collect();
-            let br = times(&self.b, &r);
-            times(&self.c, &r) == times(&self.a, &br)
+            let br = times(&b, &r);
+            times(&c, &r) == times(&a, &br)
         })
     }
 }
@@ -175,14 +177,14 @@ mod tests {
         let (a, b, mut c) = (fill(1), fill(2), vec![0.0; side * side]);
         multiply_add(&a, &b, &mut c);
         let mut gemm = Gemm {
-            a,
-            b,
-            c,
+            a: a.into(),
+            b: b.into(),
+            c: c.into(),
             side,
             seed: 7,
         };
         assert!(gemm.verify());
-        gemm.c[5 * side + 9] += 1.0;
+        gemm.c.change(|c| c[5 * side + 9] += 1.0);
         assert!(!gemm.verify());
     }
 }

@@ -7,8 +7,7 @@ use gpusvm_abi::bus::AtomicOp;
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of_mut, below, count, elements, groups,
-    mix, part,
+    Array, Job, JobError, Order, PrepareError, Prepared, below, count, elements, groups, mix, part,
 };
 
 /// Updates: at most this many, at most a quarter of the words.
@@ -16,7 +15,7 @@ const UPDATES_MAX: usize = 1 << 16;
 const GROUP: usize = 512;
 
 struct Gups {
-    table: Vec<u64>,
+    table: Array<u64>,
     updates: usize,
     seed: u64,
 }
@@ -26,7 +25,7 @@ pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> 
     let n = elements(order.size, 8, 4)?;
     let updates = (n / 4).min(UPDATES_MAX);
     Ok(Box::new(Gups {
-        table: (0..count(n)).collect(),
+        table: order.memory.array(n, count),
         updates,
         seed: order.seed,
     }))
@@ -38,6 +37,7 @@ fn update(seed: u64, k: usize, n: usize) -> (usize, u64) {
     (below(random, n), mix(random))
 }
 
+#[derive(Clone)]
 struct Update {
     table: u64,
     n: usize,
@@ -66,9 +66,8 @@ impl Prepared for Gups {
 
     fn run(&mut self, job: &Job<'_>) -> Result<(), JobError> {
         let n = self.table.len();
-        let table = address_of_mut(&mut self.table);
         let kernel = Update {
-            table,
+            table: self.table.address_mut(),
             n,
             updates: self.updates,
             seed: self.seed,
@@ -82,7 +81,8 @@ impl Prepared for Gups {
             .collect();
         words.sort_unstable();
         let mut pending = words.into_iter().peekable();
-        self.table.iter().enumerate().all(|(at, word)| {
+        let table = self.table.view();
+        table.iter().enumerate().all(|(at, word)| {
             let mut want = count(at);
             while let Some((_, value)) = pending.next_if(|(word, _)| *word == at) {
                 want ^= value;
@@ -99,17 +99,17 @@ mod tests {
     #[test]
     fn updates_done_twice_or_missed_are_noticed() {
         let mut gups = Gups {
-            table: (0..1000).collect(),
+            table: (0..1000).collect::<Vec<_>>().into(),
             updates: 200,
             seed: 3,
         };
         for k in 0..200 {
             let (word, value) = update(3, k, 1000);
-            gups.table[word] ^= value;
+            gups.table.change(|table| table[word] ^= value);
         }
         assert!(gups.verify());
         let (word, value) = update(3, 17, 1000);
-        gups.table[word] ^= value;
+        gups.table.change(|table| table[word] ^= value);
         assert!(!gups.verify());
     }
 }

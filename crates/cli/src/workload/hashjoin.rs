@@ -5,8 +5,8 @@ use gpusvm_abi::bus::AtomicOp;
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of, address_of_mut, below, count,
-    elements, groups, index, mix, part,
+    Array, Job, JobError, Order, PrepareError, Prepared, below, count, elements, groups, index,
+    mix, part,
 };
 
 /// Probes per build key. The table has two to four slots per build key: less than a sixth of the
@@ -17,11 +17,11 @@ const TILE: usize = 1024;
 const EMPTY: u64 = 0;
 
 struct HashJoin {
-    build: Vec<u64>,
-    probe: Vec<u64>,
-    table: Vec<u64>,
+    build: Array<u64>,
+    probe: Array<u64>,
+    table: Array<u64>,
     /// Matches of each probe group.
-    matches: Vec<u64>,
+    matches: Array<u64>,
     seed: u64,
 }
 
@@ -41,13 +41,13 @@ pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> 
     let builds = elements(order.size, 8 * (1 + count(PROBES) + 3), 4)?;
     let probes = builds * PROBES;
     let slots = (builds * 2).next_power_of_two();
+    let memory = &order.memory;
     Ok(Box::new(HashJoin {
-        build: (0..builds).map(key).collect(),
-        probe: (0..probes)
-            .map(|j| key(wanted(order.seed, j, builds)))
-            .collect(),
-        table: vec![EMPTY; slots],
-        matches: vec![0; index(u64::from(groups(probes, GROUP)))],
+        build: memory.array(builds, key),
+        probe: memory.array(probes, |j| key(wanted(order.seed, j, builds))),
+        // Empty slots are zeros.
+        table: memory.zeroed(slots),
+        matches: memory.zeroed(index(u64::from(groups(probes, GROUP)))),
         seed: order.seed,
     }))
 }
@@ -57,6 +57,7 @@ fn slot_of(key: u64, slots: usize) -> usize {
     below(mix(key), slots)
 }
 
+#[derive(Clone)]
 struct Build {
     build: u64,
     n: usize,
@@ -87,6 +88,7 @@ impl Kernel for Build {
     }
 }
 
+#[derive(Clone)]
 struct Probe {
     probe: u64,
     n: usize,
@@ -138,39 +140,50 @@ impl Prepared for HashJoin {
 
     fn run(&mut self, job: &Job<'_>) -> Result<(), JobError> {
         let (n, slots) = (self.build.len(), self.table.len());
-        let table = address_of_mut(&mut self.table);
+        let table = self.table.address_mut();
         let build = Build {
-            build: address_of(&self.build),
+            build: self.build.address(),
             n,
             table,
             slots,
         };
         job.launch("build", &build, groups(n, GROUP))?;
         let n = self.probe.len();
-        let matches = address_of_mut(&mut self.matches);
         let probe = Probe {
-            probe: address_of(&self.probe),
+            probe: self.probe.address(),
             n,
             table,
             slots,
-            matches,
+            matches: self.matches.address_mut(),
         };
         job.launch("probe", &probe, groups(n, GROUP))
     }
 
     fn verify(&self) -> bool {
         let builds = self.build.len();
-        let expected = self.matches.iter().enumerate().all(|(group, matches)| {
-            let rows = part(
-                u32::try_from(group).unwrap_or(u32::MAX),
-                GROUP,
-                self.probe.len(),
-            );
-            let hits = rows
-                .filter(|j| wanted(self.seed, *j, builds) < builds)
-                .count();
-            *matches == count(hits)
-        });
-        expected && self.table.iter().filter(|slot| **slot != EMPTY).count() == builds
+        let expected = self
+            .matches
+            .view()
+            .iter()
+            .enumerate()
+            .all(|(group, matches)| {
+                let rows = part(
+                    u32::try_from(group).unwrap_or(u32::MAX),
+                    GROUP,
+                    self.probe.len(),
+                );
+                let hits = rows
+                    .filter(|j| wanted(self.seed, *j, builds) < builds)
+                    .count();
+                *matches == count(hits)
+            });
+        expected
+            && self
+                .table
+                .view()
+                .iter()
+                .filter(|slot| **slot != EMPTY)
+                .count()
+                == builds
     }
 }

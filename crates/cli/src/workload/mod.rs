@@ -1,33 +1,42 @@
 //! Workloads: ordinary programs over ordinary memory, one kernel each, checked against the CPU.
 //!
-//! A [`Workload`] prepares its data as any program would (`Vec`, `Box`, a mapped file). What it
+//! A [`Workload`] prepares its data as any program would: arrays from the allocator, a mapped file. What it
 //! prepared runs on a device through a [`Job`] and then verifies itself, without the device. `size`
 //! is the total of the data; workloads whose every access may fault bound their work, and say so.
+//!
+//! The same workload runs on both hosts: its data is in arrays, which are ordinary memory of this process
+//! or memory of a world's process.
 
+mod atomics;
 mod bfs;
 mod chase;
 mod gemm;
 mod gups;
 mod hashjoin;
+mod memory;
 mod pingpong;
 mod sort;
 mod spmv;
 mod stencil;
 mod stream;
-
 mod wordcount;
 
+use core::ops::ControlFlow;
 use std::fmt;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use gpusvm::addr::{HostSpan, HostVa};
 use gpusvm::error::Failed;
-use gpusvm_softgpu::{Dispatch, Kernel, Stop};
+use gpusvm_softgpu::{Kernel, Stop};
 
 use crate::machine::Machine;
 use crate::progress::Progress;
+use crate::world;
 
+pub(crate) use memory::{Array, File, Memory, Words};
 pub use stream::cpu_triad;
 
 /// What a workload is made from.
@@ -39,6 +48,8 @@ pub struct Order {
     pub seed: u64,
     /// File to read, for workloads that read one.
     pub input: Option<PathBuf>,
+    /// Where the data is to be.
+    pub(crate) memory: Memory,
 }
 
 /// A workload cannot be prepared.
@@ -117,7 +128,7 @@ impl fmt::Debug for Workload {
 }
 
 /// All workloads.
-pub const ALL: [Workload; 11] = [
+pub const ALL: [Workload; 12] = [
     Workload {
         name: "stream",
         about: "a = b + s*c over three arrays",
@@ -169,6 +180,11 @@ pub const ALL: [Workload; 11] = [
         prepare: sort::prepare,
     },
     Workload {
+        name: "atomics",
+        about: "CPU and device add to the same words",
+        prepare: atomics::prepare,
+    },
+    Workload {
         name: "wordcount",
         about: "count words of a mapped file",
         prepare: wordcount::prepare,
@@ -214,11 +230,18 @@ pub trait Prepared {
     }
 }
 
+/// What runs kernels, on either host.
+#[derive(Clone, Copy)]
+pub(crate) enum Device<'a> {
+    Live(&'a Machine),
+    Model(&'a world::machine::Machine),
+}
+
 /// The device, as workloads use it.
 #[derive(Clone, Copy)]
 pub struct Job<'a> {
     /// The machine.
-    pub machine: &'a Machine,
+    pub(crate) device: Device<'a>,
     /// Set when the user wants to stop.
     pub interrupted: &'a AtomicBool,
     /// Told how far the work is.
@@ -236,18 +259,85 @@ impl Job<'_> {
     ///
     /// # Errors
     /// [`JobError`].
-    pub fn launch(&self, what: &str, kernel: &dyn Kernel, groups: u32) -> Result<(), JobError> {
-        let watch = |dispatch: &Dispatch<'_>| {
-            if self.interrupted.load(Ordering::Relaxed) {
-                dispatch.cancel();
+    pub fn launch<K>(&self, what: &str, kernel: &K, groups: u32) -> Result<(), JobError>
+    where
+        K: Kernel + Clone + Send + 'static,
+    {
+        let watch = |begun| self.watch(what, begun, groups);
+        self.ended(match self.device {
+            Device::Live(machine) => launch_live(machine, kernel, groups, &watch),
+            Device::Model(machine) => {
+                let launch = machine.begin(Arc::new(kernel.clone()), groups);
+                machine.wait(&launch, &watch)
             }
-            self.progress.at(what, dispatch.begun(), groups);
+        })
+    }
+
+    /// As [`launch`](Self::launch); at the same time the CPU calls `beside` with 0, 1, 2, ... until the
+    /// kernel has ended. Returns how often.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn launch_beside<K>(
+        &self,
+        what: &str,
+        kernel: &K,
+        groups: u32,
+        beside: impl Fn(u64) + Sync,
+    ) -> Result<u64, JobError>
+    where
+        K: Kernel + Clone + Send + 'static,
+    {
+        let watch = |begun| self.watch(what, begun, groups);
+        let (result, calls) = match self.device {
+            Device::Live(machine) => {
+                let done = AtomicBool::new(false);
+                let until_done = || call_until(&beside, || done.load(Ordering::Acquire));
+                std::thread::scope(|scope| {
+                    let cpu = scope.spawn(until_done);
+                    let result = launch_live(machine, kernel, groups, &watch);
+                    done.store(true, Ordering::Release);
+                    (
+                        result,
+                        cpu.join().unwrap_or_else(|panic| resume_unwind(panic)),
+                    )
+                })
+            }
+            Device::Model(machine) => {
+                let launch = machine.begin(Arc::new(kernel.clone()), groups);
+                let calls = call_until(&beside, || machine.is_over(&launch));
+                (machine.wait(&launch, &watch), calls)
+            }
         };
-        let result = self.machine.launch_watched(kernel, groups, &watch);
+        self.ended(result).map(|()| calls)
+    }
+
+    /// Tells how far the work is; whether it goes on.
+    fn watch(&self, what: &str, begun: u32, groups: u32) -> ControlFlow<()> {
+        self.progress.at(what, begun, groups);
+        if self.interrupted.load(Ordering::Relaxed) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+
+    /// How a launch ended.
+    fn ended(&self, result: Result<(), Stop>) -> Result<(), JobError> {
         if self.interrupted.load(Ordering::Relaxed) {
             return Err(JobError::Interrupted);
         }
         result.map_err(JobError::Device)
+    }
+
+    /// Evicts everything from the device, while it computes.
+    pub fn evict_all(&self) {
+        match self.device {
+            Device::Live(machine) => {
+                gpusvm_live::thread::run(|| machine.evict_all());
+            }
+            Device::Model(machine) => machine.evict_all(),
+        }
     }
 
     /// Lets the device read memory that the CPU may only read.
@@ -256,10 +346,36 @@ impl Job<'_> {
     /// The driver's.
     pub fn mirror_read_only(&self, start: u64, len: u64) -> Result<(), JobError> {
         let span = HostSpan::at(HostVa::new(start), len).align_outward(gpusvm::addr::PAGE);
-        self.machine
-            .mirror_read_only(span)
-            .map_err(JobError::Driver)
+        let done = match self.device {
+            Device::Live(machine) => machine.mirror_read_only(span),
+            Device::Model(machine) => machine.mirror_read_only(span),
+        };
+        done.map_err(JobError::Driver)
     }
+}
+
+/// Runs a kernel on the live host.
+fn launch_live(
+    machine: &Machine,
+    kernel: &dyn Kernel,
+    groups: u32,
+    watch: &(dyn Fn(u32) -> ControlFlow<()> + Sync),
+) -> Result<(), Stop> {
+    machine.launch_watched(kernel, groups, &|dispatch| {
+        if watch(dispatch.begun()).is_break() {
+            dispatch.cancel();
+        }
+    })
+}
+
+/// Calls `act` with 0, 1, 2, ... until it is done; returns how often.
+fn call_until(act: &impl Fn(u64), done: impl Fn() -> bool) -> u64 {
+    let mut calls = 0;
+    while !done() {
+        act(calls);
+        calls += 1;
+    }
+    calls
 }
 
 /// Address of a slice that the device only reads.

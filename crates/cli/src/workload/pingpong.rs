@@ -3,7 +3,7 @@
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of_mut, count, elements, groups, part,
+    Array, Job, JobError, Order, PrepareError, Prepared, count, elements, groups, part,
 };
 
 const ROUNDS: u64 = 4;
@@ -11,17 +11,18 @@ const GROUP: usize = 128 << 10;
 const TILE: usize = 4096;
 
 struct PingPong {
-    words: Vec<u64>,
+    words: Array<u64>,
 }
 
 /// One buffer of words that hold their index.
 pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> {
     let n = elements(order.size, 8, 1)?;
     Ok(Box::new(PingPong {
-        words: (0..count(n)).collect(),
+        words: order.memory.array(n, count),
     }))
 }
 
+#[derive(Clone)]
 struct AddOne {
     words: u64,
     n: usize,
@@ -58,9 +59,9 @@ impl Prepared for PingPong {
     fn run(&mut self, job: &Job<'_>) -> Result<(), JobError> {
         let n = self.words.len();
         for _round in 0..ROUNDS {
-            add_one(&mut self.words);
+            self.words.change(add_one);
             let kernel = AddOne {
-                words: address_of_mut(&mut self.words),
+                words: self.words.address_mut(),
                 n,
             };
             job.launch("round", &kernel, groups(n, GROUP))?;
@@ -69,7 +70,8 @@ impl Prepared for PingPong {
     }
 
     fn verify(&self) -> bool {
-        self.words
+        let words = self.words.view();
+        words
             .iter()
             .zip(0..)
             .all(|(word, i)| *word == i + 2 * ROUNDS)
@@ -83,11 +85,11 @@ mod tests {
     #[test]
     fn lost_turn_is_noticed() {
         let mut game = PingPong {
-            words: (0..10).collect(),
+            words: (0..10).collect::<Vec<_>>().into(),
         };
-        (0..2 * ROUNDS).for_each(|_| add_one(&mut game.words));
+        (0..2 * ROUNDS).for_each(|_| game.words.change(add_one));
         assert!(game.verify());
-        game.words[4] -= 1;
+        game.words.change(|words| words[4] -= 1);
         assert!(!game.verify());
     }
 }

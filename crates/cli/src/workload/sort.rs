@@ -6,8 +6,7 @@ use core::cmp::Ordering;
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of_mut, count, elements, groups, mix,
-    part,
+    Array, Job, JobError, Order, PrepareError, Prepared, count, elements, groups, mix, part,
 };
 
 /// Keys that one group sorts, or merges.
@@ -16,24 +15,23 @@ const GROUP: usize = 64 << 10;
 const TILE: usize = 2048;
 
 struct Sort {
-    keys: Vec<u64>,
-    spare: Vec<u64>,
+    keys: Array<u64>,
+    spare: Array<u64>,
     seed: u64,
 }
 
 /// Random keys, and as much spare memory.
 pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> {
     let n = elements(order.size, 16, 1)?;
-    let keys = (0..count(n))
-        .map(|i| mix(order.seed.wrapping_add(i)))
-        .collect();
+    let memory = &order.memory;
     Ok(Box::new(Sort {
-        keys,
-        spare: vec![0; n],
+        keys: memory.array(n, |i| mix(order.seed.wrapping_add(count(i)))),
+        spare: memory.zeroed(n),
         seed: order.seed,
     }))
 }
 
+#[derive(Clone)]
 struct SortTiles {
     keys: u64,
     n: usize,
@@ -51,6 +49,7 @@ impl Kernel for SortTiles {
 }
 
 /// Merges pairs of runs of `run` keys.
+#[derive(Clone)]
 struct Merge {
     from: u64,
     to: u64,
@@ -165,16 +164,13 @@ impl Prepared for Sort {
     fn run(&mut self, job: &Job<'_>) -> Result<(), JobError> {
         let n = self.keys.len();
         let tiles = SortTiles {
-            keys: address_of_mut(&mut self.keys),
+            keys: self.keys.address_mut(),
             n,
         };
         job.launch("tiles", &tiles, groups(n, GROUP))?;
         let mut run = GROUP;
         while run < n {
-            let (from, to) = (
-                address_of_mut(&mut self.keys),
-                address_of_mut(&mut self.spare),
-            );
+            let (from, to) = (self.keys.address(), self.spare.address_mut());
             job.launch("merge", &Merge { from, to, n, run }, groups(n, GROUP))?;
             core::mem::swap(&mut self.keys, &mut self.spare);
             run *= 2;
@@ -190,7 +186,8 @@ impl Prepared for Sort {
         };
         let n = count(self.keys.len());
         let given = digest(&mut (0..n).map(|i| mix(self.seed.wrapping_add(i))));
-        self.keys.is_sorted() && digest(&mut self.keys.iter().copied()) == given
+        let keys = self.keys.view();
+        keys.is_sorted() && digest(&mut keys.iter().copied()) == given
     }
 }
 
@@ -203,15 +200,15 @@ mod tests {
         let mut keys: Vec<u64> = (0..100).map(|i| mix(5 + i)).collect();
         keys.sort_unstable();
         let mut sort = Sort {
-            keys,
-            spare: Vec::new(),
+            keys: keys.into(),
+            spare: Vec::new().into(),
             seed: 5,
         };
         assert!(sort.verify());
-        sort.keys.swap(3, 4);
+        sort.keys.change(|keys| keys.swap(3, 4));
         assert!(!sort.verify());
-        sort.keys.swap(3, 4);
-        sort.keys[50] = sort.keys[49];
+        sort.keys.change(|keys| keys.swap(3, 4));
+        sort.keys.change(|keys| keys[50] = keys[49]);
         assert!(!sort.verify());
     }
 }

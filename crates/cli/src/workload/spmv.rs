@@ -3,8 +3,8 @@
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of, address_of_mut, below, count,
-    elements, exact, groups, index, mix, part,
+    Array, Job, JobError, Order, PrepareError, Prepared, below, count, elements, exact, groups,
+    index, mix, part,
 };
 
 /// Entries of one row.
@@ -18,10 +18,10 @@ const GROUP: usize = 4096;
 const TILE: usize = 128;
 
 struct Spmv {
-    columns: Vec<u32>,
-    values: Vec<f64>,
-    x: Vec<f64>,
-    y: Vec<f64>,
+    columns: Array<u32>,
+    values: Array<f64>,
+    x: Array<f64>,
+    y: Array<f64>,
 }
 
 /// A banded matrix with random entries.
@@ -32,16 +32,16 @@ pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> 
         let start = (i / PER_ROW).saturating_sub(BAND / 2);
         u32::try_from((start + below(random, BAND)).min(rows - 1)).unwrap_or(0)
     };
+    let memory = &order.memory;
     Ok(Box::new(Spmv {
-        columns: (0..rows * PER_ROW).map(column).collect(),
-        values: (0..rows * PER_ROW)
-            .map(|i| exact(mix(count(i)) % 10))
-            .collect(),
-        x: (0..rows).map(|i| exact(count(i) % 100)).collect(),
-        y: vec![-1.0; rows],
+        columns: memory.array(rows * PER_ROW, column),
+        values: memory.array(rows * PER_ROW, |i| exact(mix(count(i)) % 10)),
+        x: memory.array(rows, |i| exact(count(i) % 100)),
+        y: memory.array(rows, |_| -1.0),
     }))
 }
 
+#[derive(Clone)]
 struct Multiply {
     columns: u64,
     values: u64,
@@ -93,32 +93,24 @@ impl Prepared for Spmv {
     fn run(&mut self, job: &Job<'_>) -> Result<(), JobError> {
         let rows = self.y.len();
         let kernel = Multiply {
-            columns: address_of(&self.columns),
-            values: address_of(&self.values),
-            x: address_of(&self.x),
-            y: address_of_mut(&mut self.y),
+            columns: self.columns.address(),
+            values: self.values.address(),
+            x: self.x.address(),
+            y: self.y.address_mut(),
             rows,
         };
         job.launch("rows", &kernel, groups(rows, GROUP))
     }
 
     fn verify(&self) -> bool {
-        let rows = self
-            .columns
-            .chunks(PER_ROW)
-            .zip(self.values.chunks(PER_ROW));
+        let (columns, values) = (self.columns.view(), self.values.view());
+        let (x, y) = (self.x.view(), self.y.view());
         let product = |(columns, values): (&[u32], &[f64])| -> f64 {
-            let x = |column: &u32| self.x[usize::try_from(*column).unwrap_or(0)];
-            columns
-                .iter()
-                .map(x)
-                .zip(values)
-                .map(|(x, value)| x * value)
-                .sum()
+            let x = |column: &u32| x[usize::try_from(*column).unwrap_or(0)];
+            let terms = columns.iter().map(x).zip(values);
+            terms.map(|(x, value)| x * value).sum()
         };
-        self.y
-            .iter()
-            .zip(rows.map(product))
-            .all(|(y, want)| *y == want)
+        let rows = columns.chunks(PER_ROW).zip(values.chunks(PER_ROW));
+        y.iter().zip(rows.map(product)).all(|(y, want)| *y == want)
     }
 }

@@ -3,8 +3,7 @@
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of, address_of_mut, count, elements,
-    exact, groups, mix, part,
+    Array, Job, JobError, Order, PrepareError, Prepared, count, elements, exact, groups, mix, part,
 };
 
 /// Columns.
@@ -14,26 +13,26 @@ const SWEEPS: usize = 4;
 const GROUP: usize = 32;
 
 struct Stencil {
-    grids: [Vec<f64>; 2],
+    grids: [Array<f64>; 2],
     seed: u64,
 }
 
 /// Two grids of half the size.
 pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> {
     let rows = elements(order.size, 2 * 8 * count(WIDTH), 3)?;
-    let first = initial(rows, order.seed);
-    let second = first.clone();
+    let grid = |_| {
+        let memory = &order.memory;
+        memory.array(rows * WIDTH, |i| initial(order.seed, i))
+    };
     Ok(Box::new(Stencil {
-        grids: [first, second],
+        grids: [0, 1].map(grid),
         seed: order.seed,
     }))
 }
 
 /// Whole numbers, so that averages stay exact for some sweeps.
-fn initial(rows: usize, seed: u64) -> Vec<f64> {
-    (0..count(rows * WIDTH))
-        .map(|i| exact(mix(seed.wrapping_add(i)) >> 52))
-        .collect()
+fn initial(seed: u64, i: usize) -> f64 {
+    exact(mix(seed.wrapping_add(count(i))) >> 52)
 }
 
 /// One row from the three around it. The border keeps its values.
@@ -47,6 +46,7 @@ fn sweep_row(above: &[f64], row: &[f64], below: &[f64], out: &mut [f64]) {
     }
 }
 
+#[derive(Clone)]
 struct Sweep {
     from: u64,
     to: u64,
@@ -99,8 +99,8 @@ impl Prepared for Stencil {
                 (second, first)
             };
             let kernel = Sweep {
-                from: address_of(from),
-                to: address_of_mut(to),
+                from: from.address(),
+                to: to.address_mut(),
                 rows,
             };
             job.launch("sweep", &kernel, groups(rows, GROUP))?;
@@ -110,7 +110,7 @@ impl Prepared for Stencil {
 
     fn verify(&self) -> bool {
         let rows = self.grids[0].len() / WIDTH;
-        let mut from = initial(rows, self.seed);
+        let mut from: Vec<f64> = (0..rows * WIDTH).map(|i| initial(self.seed, i)).collect();
         let mut to = from.clone();
         for _sweep in 0..SWEEPS {
             for row in 1..rows - 1 {
@@ -120,7 +120,7 @@ impl Prepared for Stencil {
             }
             core::mem::swap(&mut from, &mut to);
         }
-        from == self.grids[SWEEPS % 2]
+        from == *self.grids[SWEEPS % 2].view()
     }
 }
 

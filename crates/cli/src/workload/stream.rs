@@ -3,8 +3,7 @@
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of, address_of_mut, count, elements,
-    exact, groups, index, part,
+    Array, Job, JobError, Order, PrepareError, Prepared, count, elements, exact, groups, part,
 };
 
 /// Passes; the scalar of pass `p` is `p + 1`.
@@ -15,24 +14,24 @@ const GROUP: usize = 64 << 10;
 const TILE: usize = 512;
 
 struct Stream {
-    a: Vec<f64>,
-    b: Vec<f64>,
-    c: Vec<f64>,
+    a: Array<f64>,
+    b: Array<f64>,
+    c: Array<f64>,
 }
 
 /// Three arrays of a third of the size.
 pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> {
     let n = elements(order.size, 24, 1)?;
     let seed = order.seed;
-    let b = (0..count(n)).map(|i| exact((i + seed) % 1000)).collect();
-    let c = (0..count(n)).map(|i| exact(i % 77)).collect();
+    let memory = &order.memory;
     Ok(Box::new(Stream {
-        a: vec![-1.0; n],
-        b,
-        c,
+        b: memory.array(n, |i| exact((count(i) + seed) % 1000)),
+        c: memory.array(n, |i| exact(count(i) % 77)),
+        a: memory.array(n, |_| -1.0),
     }))
 }
 
+#[derive(Clone)]
 struct Triad {
     a: u64,
     b: u64,
@@ -81,9 +80,9 @@ impl Prepared for Stream {
         let n = self.a.len();
         for pass in 1..=PASSES {
             let kernel = Triad {
-                a: address_of_mut(&mut self.a),
-                b: address_of(&self.b),
-                c: address_of(&self.c),
+                a: self.a.address_mut(),
+                b: self.b.address(),
+                c: self.c.address(),
                 n,
                 scalar: f64::from(pass),
             };
@@ -94,13 +93,9 @@ impl Prepared for Stream {
 
     fn verify(&self) -> bool {
         let scalar = f64::from(PASSES);
-        let sum = |(b, c): (&f64, &f64)| b + scalar * c;
-        index(count(self.a.len())) == self.b.len()
-            && self
-                .a
-                .iter()
-                .zip(self.b.iter().zip(&self.c).map(sum))
-                .all(|(a, want)| *a == want)
+        let (a, b, c) = (self.a.view(), self.b.view(), self.c.view());
+        let sums = b.iter().zip(&*c).map(|(b, c)| b + scalar * c);
+        a.len() == b.len() && a.iter().zip(sums).all(|(a, want)| *a == want)
     }
 }
 
@@ -111,13 +106,14 @@ mod tests {
     #[test]
     fn one_wrong_element_is_noticed() {
         let mut stream = Stream {
-            a: vec![0.0; 9],
-            b: vec![1.0; 9],
-            c: vec![2.0; 9],
+            a: vec![0.0; 9].into(),
+            b: vec![1.0; 9].into(),
+            c: vec![2.0; 9].into(),
         };
-        cpu_triad(&mut stream.a, &stream.b, &stream.c, 3.0);
+        let (b, c) = (stream.b.view(), stream.c.view());
+        stream.a.change(|a| cpu_triad(a, &b, &c, 3.0));
         assert!(stream.verify());
-        stream.a[8] += 1.0;
+        stream.a.change(|a| a[8] += 1.0);
         assert!(!stream.verify());
     }
 }

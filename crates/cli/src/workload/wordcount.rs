@@ -2,20 +2,19 @@
 //!
 //! A word is a run of bytes that are not ASCII white space, as `wc` counts in the C locale.
 
-use gpusvm_live::FileMapping;
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
 use crate::workload::{
-    Job, JobError, Order, PrepareError, Prepared, address_of_mut, count, groups, part,
+    Array, File, Job, JobError, Order, PrepareError, Prepared, count, groups, part,
 };
 
 const GROUP: usize = 1 << 20;
 const TILE: usize = 32 << 10;
 
 struct WordCount {
-    file: FileMapping,
+    file: File,
     /// Lines and words of each group.
-    counts: Vec<[u64; 2]>,
+    counts: Array<[u64; 2]>,
 }
 
 /// Maps the input.
@@ -25,11 +24,11 @@ pub(super) fn prepare(order: &Order) -> Result<Box<dyn Prepared>, PrepareError> 
         path: path.clone(),
         why: why.to_string(),
     };
-    let file = FileMapping::open(path).map_err(refused)?;
+    let file = order.memory.map(path).map_err(refused)?;
     let parts = file.len().div_ceil(GROUP);
     Ok(Box::new(WordCount {
         file,
-        counts: vec![[0; 2]; parts],
+        counts: order.memory.zeroed(parts),
     }))
 }
 
@@ -57,6 +56,7 @@ const fn is_space(byte: u8) -> bool {
     byte.is_ascii_whitespace() || byte == 0x0b
 }
 
+#[derive(Clone)]
 struct Count {
     file: u64,
     len: usize,
@@ -88,7 +88,8 @@ impl Kernel for Count {
 impl WordCount {
     /// Lines and words of the whole file.
     fn totals(&self) -> [u64; 2] {
-        [0, 1].map(|which: usize| self.counts.iter().map(|counts| counts[which]).sum())
+        let all = self.counts.view();
+        [0, 1].map(|which: usize| all.iter().map(|counts| counts[which]).sum())
     }
 }
 
@@ -104,11 +105,10 @@ impl Prepared for WordCount {
     fn run(&mut self, job: &Job<'_>) -> Result<(), JobError> {
         let len = self.file.len();
         job.mirror_read_only(self.file.address(), count(len))?;
-        let counts = address_of_mut(&mut self.counts);
         let kernel = Count {
             file: self.file.address(),
             len,
-            counts,
+            counts: self.counts.address_mut(),
         };
         job.launch("count", &kernel, groups(len, GROUP))
     }

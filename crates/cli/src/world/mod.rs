@@ -1,7 +1,9 @@
 //! What worlds on the model host are made of: a device with its driver and VM, device memory, what is
-//! told, and the rules that hold between any two steps. [`explore`](crate::explore) and scenarios
-//! build their worlds of it.
+//! told, and the rules that hold between any two steps. [`explore`](crate::explore), scenarios and
+//! [`run`](crate::run) build their worlds of it.
 
+pub(crate) mod machine;
+pub(crate) mod mapped;
 pub(crate) mod oracle;
 mod port;
 pub(crate) mod sink;
@@ -40,12 +42,34 @@ impl Platform for ModelPlatform {
 pub(crate) struct NodeConfig {
     /// Pages of device memory.
     pub(crate) vram: usize,
+    /// How much of each page there is.
+    pub(crate) content: Content,
     /// The device.
     pub(crate) gpu: GpuConfig,
     /// Where faults are served.
     pub(crate) service: Service,
     /// Bytes of a notifier window.
     pub(crate) window: u64,
+}
+
+/// How much of each page of device memory there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// The first [`WORDS`](vram::WORDS) words.
+    FewWords,
+    /// All of it.
+    Whole,
+}
+
+impl Content {
+    /// Device memory of so many pages.
+    fn vram(self, pages: usize, wires: &Wires, written: &Arc<Written>) -> Arc<dyn VramStore> {
+        let (wires, written) = (wires.clone(), Arc::clone(written));
+        match self {
+            Self::FewWords => Arc::new(ModelVram::<{ vram::WORDS }>::new(pages, wires, written)),
+            Self::Whole => Arc::new(ModelVram::<{ vram::ALL_WORDS }>::new(pages, wires, written)),
+        }
+    }
 }
 
 /// Where device faults are served.
@@ -83,10 +107,9 @@ impl Node {
         wires: &Wires,
     ) -> Self {
         let written = Arc::<Written>::default();
-        let vram = ModelVram::new(config.vram, Arc::clone(&written), wires.clone());
         let gpu = SoftGpu::new(
             config.gpu,
-            Arc::new(vram) as Arc<dyn VramStore>,
+            config.content.vram(config.vram, wires, &written),
             Arc::clone(&wires.bus),
             Arc::new(ModelEnv) as Arc<dyn Park>,
         );

@@ -6,12 +6,12 @@ use gpusvm::addr::VramSpan;
 use gpusvm::event::{Event, EventSink};
 use gpusvm::seam::env::Ns;
 use gpusvm_model::sched::ModelEnv;
-use gpusvm_xe::stats::DeviceStats;
 
-use crate::notes::Notes;
+use crate::machine::Folds;
 
-/// Where the events of a world go; counters and notes only where somebody asks for them.
-pub(crate) type Sink = (Arc<Told>, Option<Arc<(DeviceStats, Notes)>>);
+/// Where the events of a world go; counters and what else a machine makes of them only where somebody asks
+/// for it.
+pub(crate) type Sink = (Arc<Told>, Option<Arc<Folds>>);
 
 /// A fold over events.
 #[derive(Debug, Default)]

@@ -1,46 +1,64 @@
-//! Device memory of a model world: pages that are mostly empty, page tables in full.
+//! Device memory of a model world: pages with as many words of content as the process's have, page tables
+//! in full.
 
-use gpusvm::addr::PAGE;
-use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus, VramStore};
-use gpusvm_model::sched::{Kind, ModelEnv};
+use core::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Words of a page that have content.
+use gpusvm::addr::PAGE;
+use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus, VramStore};
+use gpusvm_model::mm::memory::{load_bytes, store_bytes};
+use gpusvm_model::sched::{Kind, ModelEnv};
+use zerocopy::IntoBytes;
+
+/// Words of a page that have content, in worlds that keep little of it.
 pub(crate) const WORDS: usize = 4;
-/// Words of a page table.
-const TABLE: usize = 512;
+/// Words of a page.
+pub(crate) const ALL_WORDS: usize = 512;
+/// Accesses to host memory by which a page is copied, one after the other.
+const PIECES: usize = 4;
 
 /// One page: its first words, or all of it.
 #[derive(Clone, Debug)]
-enum Page {
-    Data([u64; WORDS]),
-    Table(Box<[u64; TABLE]>),
+enum Page<const N: usize> {
+    Data([u64; N]),
+    Table(Box<[u64; ALL_WORDS]>),
 }
 
-impl Page {
-    const EMPTY: Self = Self::Data([0; WORDS]);
+impl<const N: usize> Page<N> {
+    const EMPTY: Self = Self::Data([0; N]);
 
-    fn word(&self, at: usize) -> u64 {
+    /// The words that it has; those behind are zeros.
+    fn words(&self) -> &[u64] {
         match self {
-            Self::Data(words) => words.get(at).copied().unwrap_or(0),
-            Self::Table(words) => words[at],
+            Self::Data(words) => words,
+            Self::Table(words) => &words[..],
         }
     }
 
-    fn word_mut(&mut self, at: usize) -> &mut u64 {
+    /// The words that it has, at least so many.
+    fn words_mut(&mut self, least: usize) -> &mut [u64] {
         if let Self::Data(words) = self
-            && at >= WORDS
+            && least > N
         {
-            let mut table = Box::new([0; TABLE]);
-            table[..WORDS].copy_from_slice(words);
+            let mut table = Box::new([0; ALL_WORDS]);
+            table[..N].copy_from_slice(words);
             *self = Self::Table(table);
         }
         match self {
-            Self::Data(words) => &mut words[at],
-            Self::Table(words) => &mut words[at],
+            Self::Data(words) => words,
+            Self::Table(words) => &mut words[..],
         }
     }
+}
+
+/// Device memory whose pages have `N` words of content, a multiple of [`PIECES`]. Nobody gives way inside an
+/// access; each copied page is a switch point.
+pub(crate) struct ModelVram<const N: usize> {
+    pages: Mutex<Vec<Page<N>>>,
+    size: u64,
+    written: Arc<Written>,
+    wires: Wires,
 }
 
 /// What has been written to a device's memory: one bit for each page, modulo 64.
@@ -57,14 +75,6 @@ impl Written {
     pub(crate) fn take(&self) -> u64 {
         self.0.swap(0, Ordering::Relaxed)
     }
-}
-
-/// Device memory. Its accesses are whole words; each copied page is a switch point.
-pub(crate) struct ModelVram {
-    pages: Mutex<Vec<Page>>,
-    size: u64,
-    written: Arc<Written>,
-    wires: Wires,
 }
 
 /// What the memory of all devices of a world shares.
@@ -87,8 +97,8 @@ impl Wires {
     }
 }
 
-impl ModelVram {
-    pub(crate) fn new(pages: usize, written: Arc<Written>, wires: Wires) -> Self {
+impl<const N: usize> ModelVram<N> {
+    pub(crate) fn new(pages: usize, wires: Wires, written: Arc<Written>) -> Self {
         Self {
             pages: Mutex::new(vec![Page::EMPTY; pages]),
             size: u64::try_from(pages).unwrap_or(0) * PAGE,
@@ -111,24 +121,35 @@ impl ModelVram {
     }
 
     /// Never contended: no actor gives way inside.
-    fn with<R>(&self, act: impl FnOnce(&mut Vec<Page>) -> R) -> R {
+    fn with<R>(&self, act: impl FnOnce(&mut Vec<Page<N>>) -> R) -> R {
         act(&mut self.pages.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Changes the page at an offset.
-    fn change<R>(&self, offset: u64, act: impl FnOnce(&mut Page) -> R) -> R {
-        self.written
-            .0
-            .fetch_or(Written::bit(offset), Ordering::Relaxed);
+    fn change<R>(&self, offset: u64, act: impl FnOnce(&mut Page<N>) -> R) -> R {
+        let bit = Written::bit(offset);
+        self.written.0.fetch_or(bit, Ordering::Relaxed);
         self.wires.changes.fetch_add(1, Ordering::Relaxed);
         self.with(|pages| act(&mut pages[place(offset).0]))
     }
 }
 
-/// The page and the word at an offset.
+/// The page at an offset, and the byte in it.
 fn place(offset: u64) -> (usize, usize) {
     let number = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-    (number(offset / PAGE), number(offset % PAGE / 8))
+    (number(offset / PAGE), number(offset % PAGE))
+}
+
+/// The pieces of a span that lie in one page each: offset, and place in the whole.
+fn pieces(offset: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let mut done = 0;
+    core::iter::from_fn(move || {
+        let at = offset + u64::try_from(done).unwrap_or(u64::MAX);
+        let room = ALL_WORDS * 8 - place(at).1;
+        let piece = done..len.min(done + room);
+        done = piece.end;
+        (!piece.is_empty()).then_some((at, piece))
+    })
 }
 
 /// Offsets of the pages of a span.
@@ -136,35 +157,34 @@ fn pages(offset: u64, len: u64) -> impl Iterator<Item = u64> {
     (offset..offset + len).step_by(4096)
 }
 
-impl VramStore for ModelVram {
+impl<const N: usize> VramStore for ModelVram<N> {
     fn size(&self) -> u64 {
         self.size
     }
 
     fn read(&self, offset: u64, dst: &mut [u8]) {
         self.with(|pages| {
-            for (at, out) in (offset..).step_by(8).zip(dst.chunks_mut(8)) {
-                let (page, word) = place(at);
-                let bytes = pages[page].word(word).to_ne_bytes();
-                out.copy_from_slice(&bytes[..out.len()]);
+            for (at, piece) in pieces(offset, dst.len()) {
+                let (page, byte) = place(at);
+                load_bytes(pages[page].words(), byte, &mut dst[piece]);
             }
         });
     }
 
     fn write(&self, offset: u64, src: &[u8]) {
-        for (at, bytes) in (offset..).step_by(8).zip(src.chunks(8)) {
+        for (at, piece) in pieces(offset, src.len()) {
+            let byte = place(at).1;
+            let least = (byte + piece.len()).div_ceil(8);
             self.change(at, |page| {
-                let word = page.word_mut(place(at).1);
-                let mut whole = word.to_ne_bytes();
-                whole[..bytes.len()].copy_from_slice(bytes);
-                *word = u64::from_ne_bytes(whole);
+                store_bytes(page.words_mut(least), byte, &src[piece])
             });
         }
     }
 
     fn atomic(&self, offset: u64, op: AtomicOp) -> u64 {
+        let at = place(offset).1 / 8;
         self.change(offset, |page| {
-            let word = page.word_mut(place(offset).1);
+            let word = &mut page.words_mut(at + 1)[at];
             let old = *word;
             *word = op.apply(old);
             old
@@ -181,11 +201,10 @@ impl VramStore for ModelVram {
     fn copy_from_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
         for (at, from) in pages(offset, len).zip((bus..).step_by(4096)) {
             self.may_fail(from)?;
-            let mut words = [0; WORDS];
-            for (word, address) in words.iter_mut().zip((from..).step_by(8)) {
-                let mut bytes = [0; 8];
-                self.wires.bus.read(address, &mut bytes)?;
-                *word = u64::from_ne_bytes(bytes);
+            let mut words = [0; N];
+            let pieces = words.chunks_mut(N / PIECES);
+            for (piece, address) in pieces.zip((from..).step_by(8 * (N / PIECES))) {
+                self.wires.bus.read(address, piece.as_mut_bytes())?;
             }
             self.change(at, |page| *page = Page::Data(words));
             ModelEnv.point(Kind::Access);
@@ -196,9 +215,14 @@ impl VramStore for ModelVram {
     fn copy_to_bus(&self, offset: u64, bus: u64, len: u64) -> Result<(), BusError> {
         for (at, to) in pages(offset, len).zip((bus..).step_by(4096)) {
             self.may_fail(to)?;
-            for (word, address) in (0..WORDS).zip((to..).step_by(8)) {
-                let value = self.with(|pages| pages[place(at).0].word(word));
-                self.wires.bus.write(address, &value.to_ne_bytes())?;
+            for (n, address) in (0..PIECES).zip((to..).step_by(8 * (N / PIECES))) {
+                let first = n * (N / PIECES);
+                let mut piece = [0; N];
+                let piece = &mut piece[..N / PIECES];
+                self.with(|pages| {
+                    piece.copy_from_slice(&pages[place(at).0].words()[first..][..N / PIECES]);
+                });
+                self.wires.bus.write(address, piece.as_bytes())?;
             }
             ModelEnv.point(Kind::Access);
         }
@@ -211,5 +235,47 @@ impl VramStore for ModelVram {
 
     fn discard(&self, offset: u64, len: u64) {
         self.zero(offset, len);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where there is no host memory.
+    struct NoBus;
+
+    impl SystemBus for NoBus {
+        fn read(&self, address: u64, _dst: &mut [u8]) -> Result<(), BusError> {
+            Err(BusError { address })
+        }
+
+        fn write(&self, address: u64, _src: &[u8]) -> Result<(), BusError> {
+            Err(BusError { address })
+        }
+
+        fn atomic(&self, address: u64, _op: AtomicOp) -> Result<u64, BusError> {
+            Err(BusError { address })
+        }
+    }
+
+    fn assert_keeps_bytes<const N: usize>() {
+        let wires = Wires::new(Arc::new(NoBus), &Arc::default());
+        let vram = ModelVram::<N>::new(2, wires, Arc::default());
+        // Half a word at its end, behind the first words, across a border.
+        for at in [4, 8 * 100 + 4, PAGE - 2] {
+            vram.write(at, &[1, 2, 3, 4]);
+            let mut found = [9; 6];
+            vram.read(at - 1, &mut found);
+            assert_eq!(found, [0, 1, 2, 3, 4, 0], "{N} words, at {at}");
+        }
+        assert_eq!(vram.atomic(8 * 300, AtomicOp::Add(5)), 0);
+        assert_eq!(vram.atomic(8 * 300, AtomicOp::Add(1)), 5);
+    }
+
+    #[test]
+    fn bytes_stand_where_they_were_written() {
+        assert_keeps_bytes::<WORDS>();
+        assert_keeps_bytes::<ALL_WORDS>();
     }
 }

@@ -144,7 +144,7 @@ pub(crate) fn install() {
 }
 
 /// Where to go on when an instruction of a primitive faults.
-pub(super) fn fixup_for(at: usize) -> Option<usize> {
+pub(in crate::sys) fn fixup_for(at: usize) -> Option<usize> {
     let fix = gpusvm_fault_fixup as unsafe extern "sysv64" fn() as usize;
     let table: [(
         unsafe extern "sysv64" fn(),

@@ -27,6 +27,7 @@ pub(crate) mod pagemap;
 pub(crate) mod patch;
 pub(crate) mod probe;
 pub(crate) mod procmap;
+pub(crate) mod scratch;
 pub(crate) mod signals;
 pub(crate) mod stack;
 pub(crate) mod symbols;

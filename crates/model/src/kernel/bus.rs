@@ -13,7 +13,7 @@ use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus};
 use crate::kernel::Kernel;
 use crate::mm::Machine;
 use crate::mm::around::Around;
-use crate::mm::memory::FrameId;
+use crate::mm::memory::{FrameId, load_bytes, store_bytes};
 
 /// Bus address of frame 0. Nothing answers below it.
 const FIRST: u64 = 1 << 32;
@@ -144,44 +144,22 @@ fn frame_at(mm: &Machine, address: u64, access: Access) -> Result<Option<FrameId
     Ok(Some(FrameId(frame)))
 }
 
-/// Reads bytes of a page; those behind the words that a page has are zero.
-fn read_page(mm: &Machine, frame: Option<FrameId>, offset: usize, dst: &mut [u8]) {
-    let words = frame.map_or(&[][..], |frame| mm.memory().content(frame));
-    for (n, byte) in dst.iter_mut().enumerate() {
-        let at = offset + n;
-        *byte = words
-            .get(at / 8)
-            .map_or(0, |word| word.to_ne_bytes()[at % 8]);
-    }
-}
-
-/// Writes bytes of a page; those behind the words that a page has are dropped.
-fn write_page(mm: &mut Machine, frame: Option<FrameId>, offset: usize, src: &[u8]) {
-    let Some(frame) = frame else { return };
-    let words = mm.memory.content_mut(frame);
-    for (n, byte) in src.iter().enumerate() {
-        let at = offset + n;
-        if let Some(word) = words.get_mut(at / 8) {
-            let mut bytes = word.to_ne_bytes();
-            bytes[at % 8] = *byte;
-            *word = u64::from_ne_bytes(bytes);
-        }
-    }
-}
-
 impl<E: Environment> SystemBus for Bus<E> {
     fn read(&self, address: u64, dst: &mut [u8]) -> Result<(), BusError> {
         let len = dst.len();
         self.pieces(address, len, Access::Read, |mm, frame, piece| {
             let part = &mut dst[piece.done..piece.done + piece.len];
-            read_page(mm, frame, piece.offset, part);
+            let words = frame.map_or(&[][..], |frame| mm.memory().content(frame));
+            load_bytes(words, piece.offset, part);
         })
     }
 
     fn write(&self, address: u64, src: &[u8]) -> Result<(), BusError> {
         self.pieces(address, src.len(), Access::Write, |mm, frame, piece| {
             let part = &src[piece.done..piece.done + piece.len];
-            write_page(mm, frame, piece.offset, part);
+            if let Some(frame) = frame {
+                store_bytes(mm.memory.content_mut(frame), piece.offset, part);
+            }
         })
     }
 

@@ -16,9 +16,15 @@ use crate::mm::fault::{Hit, fault};
 use crate::mm::file::FileId;
 use crate::mm::flags::Prot;
 use crate::mm::map::Map;
-use crate::mm::memory::FrameId;
+use crate::mm::memory::{FrameId, load_bytes, store_bytes};
 use crate::mm::remap::Remap;
 use crate::mm::{advise, fork, ksm, map, protect, reclaim, remap};
+
+/// How many of `len` bytes from `at` on lie in the page of `at`.
+fn in_page(at: HostVa, len: usize) -> usize {
+    let room = usize::try_from(PAGE - at.get() % PAGE).unwrap_or(usize::MAX);
+    len.min(room)
+}
 
 impl<E: Environment> ModelSpace<E> {
     /// `mmap`.
@@ -72,7 +78,11 @@ impl<E: Environment> ModelSpace<E> {
     /// # Errors
     /// As the system call.
     pub fn process_madvise(&self, spans: &[HostSpan], advice: i32) -> Result<u64, Errno> {
-        advise::process_madvise(&*self.kernel, self.pid, spans, advice)
+        let spans: Vec<_> = spans
+            .iter()
+            .map(|span| (span.start(), span.bytes()))
+            .collect();
+        advise::process_madvise(&*self.kernel, self.pid, &spans, advice)
     }
 
     /// `mlock`.
@@ -115,7 +125,7 @@ impl<E: Environment> ModelSpace<E> {
     /// # Errors
     /// The signal that the thread gets.
     pub fn load(&self, at: HostVa) -> Result<u64, Signal> {
-        self.touch(at, Access::Read, |word| *word)
+        self.touch_word(at, Access::Read, |word| *word)
     }
 
     /// Stores the word at `at`, which is 8-byte aligned.
@@ -123,7 +133,7 @@ impl<E: Environment> ModelSpace<E> {
     /// # Errors
     /// The signal that the thread gets.
     pub fn store(&self, at: HostVa, value: u64) -> Result<(), Signal> {
-        self.touch(at, Access::Write, |word| *word = value)
+        self.touch_word(at, Access::Write, |word| *word = value)
     }
 
     /// Updates the word at `at` and returns what it was.
@@ -131,22 +141,70 @@ impl<E: Environment> ModelSpace<E> {
     /// # Errors
     /// The signal that the thread gets.
     pub fn atomic(&self, at: HostVa, op: AtomicOp) -> Result<u64, Signal> {
-        self.touch(at, Access::Write, |word| {
+        self.touch_word(at, Access::Write, |word| {
             let old = *word;
             *word = op.apply(old);
             old
         })
     }
 
-    /// Makes an access, faulting until it can be made. A word that pages of this machine do not
-    /// have reads as zero.
-    fn touch<R>(
+    /// Loads bytes from `at` on, page by page: what others store meanwhile may be half there.
+    ///
+    /// # Errors
+    /// The signal that the thread gets; a prefix is loaded then.
+    pub fn read(&self, at: HostVa, out: &mut [u8]) -> Result<(), Signal> {
+        let mut left = out;
+        let mut at = at;
+        while !left.is_empty() {
+            let (piece, rest) = left.split_at_mut(in_page(at, left.len()));
+            self.touch(at, Access::Read, |words, offset| {
+                load_bytes(words, offset, piece);
+            })?;
+            at = at.plus(piece.len() as u64);
+            left = rest;
+        }
+        Ok(())
+    }
+
+    /// Stores bytes from `at` on, page by page.
+    ///
+    /// # Errors
+    /// The signal that the thread gets; a prefix is stored then.
+    pub fn write(&self, at: HostVa, bytes: &[u8]) -> Result<(), Signal> {
+        let mut left = bytes;
+        let mut at = at;
+        while !left.is_empty() {
+            let (piece, rest) = left.split_at(in_page(at, left.len()));
+            self.touch(at, Access::Write, |words, offset| {
+                store_bytes(words, offset, piece);
+            })?;
+            at = at.plus(piece.len() as u64);
+            left = rest;
+        }
+        Ok(())
+    }
+
+    /// Accesses the word at `at`. A word that pages of this machine do not have reads as zero.
+    fn touch_word<R>(
         &self,
         at: HostVa,
         access: Access,
         act: impl FnOnce(&mut u64) -> R,
     ) -> Result<R, Signal> {
-        let word = usize::try_from(at.get() % PAGE / 8).unwrap_or(0);
+        self.touch(at, access, |words, offset| {
+            act(words.get_mut(offset / 8).unwrap_or(&mut 0))
+        })
+    }
+
+    /// Makes an access, faulting until it can be made. `act` is given the words that the page at `at` has,
+    /// none where it is the page of zeros, and the offset of `at` in the page.
+    fn touch<R>(
+        &self,
+        at: HostVa,
+        access: Access,
+        act: impl FnOnce(&mut [u64], usize) -> R,
+    ) -> Result<R, Signal> {
+        let offset = usize::try_from(at.get() % PAGE).unwrap_or(0);
         let page = self.kernel.shape().page(at).ok_or(Signal::Segv)?;
         let mut act = Some(act);
         loop {
@@ -157,7 +215,7 @@ impl<E: Environment> ModelSpace<E> {
                     Hit::Frame(frame) => mm.memory.content_mut(frame),
                     Hit::Zero => &mut [],
                 };
-                Some(act(words.get_mut(word).unwrap_or(&mut 0)))
+                Some(act(words, offset))
             });
             match done {
                 Some(result) => return Ok(result),

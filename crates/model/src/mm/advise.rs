@@ -1,19 +1,19 @@
 //! `madvise` and `process_madvise`: one table says what an advice is, one function per kind does it.
 
-use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::addr::HostVa;
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::mm::{Access, InvalidateReason};
 
 use crate::mm::around::{Around, MmapLock};
 use crate::mm::entry::{Block, Entry};
 use crate::mm::errno::{Errno, Signal};
 use crate::mm::fault::fault;
-use crate::mm::flags::{Bits, VmFlags};
-use crate::mm::map::{split_blocks, zap_pages};
-use crate::mm::memory::{FolioFlags, FrameId, Owner};
+use crate::mm::flags::VmFlags;
+use crate::mm::map::zap_pages;
 use crate::mm::protect::change_flags;
 use crate::mm::table::Zap;
 use crate::mm::vma::{Backing, Vma};
-use crate::mm::{Machine, Pages, Pid, ksm, reclaim, thp};
+use crate::mm::{Machine, Pages, Pid, idle, ksm, thp};
 
 /// An advice that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +87,10 @@ pub fn madvise<A: Around>(
     len: u64,
     advice: i32,
 ) -> Result<(), Errno> {
-    let advice = classify(advice).ok_or(Errno::Invalid)?;
+    let advice = match classify(advice) {
+        None if around.with(|mm| mm.has(Mutant::AdviceUnchecked)) => Advice::Nothing,
+        known => known.ok_or(Errno::Invalid)?,
+    };
     let pages = around.with(|mm| mm.argument(at, len))?;
     if pages.is_empty() {
         return Ok(());
@@ -125,14 +128,23 @@ pub fn madvise<A: Around>(
 pub fn process_madvise<A: Around>(
     around: &A,
     pid: Pid,
-    spans: &[HostSpan],
+    spans: &[(HostVa, u64)],
     advice: i32,
 ) -> Result<u64, Errno> {
-    let mut done = 0;
-    for span in spans {
-        match madvise(around, pid, span.start(), span.bytes(), advice) {
-            Ok(()) => done += span.bytes(),
+    if spans.iter().any(|(_, len)| i64::try_from(*len).is_err()) {
+        return Err(Errno::Invalid);
+    }
+    let (mut done, mut left) = (0, spans.iter().map(|(_, len)| *len).sum::<u64>());
+    for (at, len) in spans {
+        // Nothing is left to look at, not even whether the advice exists.
+        if left == 0 {
+            break;
+        }
+        left -= len;
+        match madvise(around, pid, *at, *len, advice) {
+            Ok(()) => done += len,
             Err(error) if done == 0 => return Err(error),
+            Err(_) if around.with(|mm| mm.has(Mutant::BatchOverrun)) => {}
             Err(_) => break,
         }
     }
@@ -165,38 +177,38 @@ fn visit<A: Around>(around: &A, pid: Pid, part: &Vma, advice: Advice) -> Result<
         Advice::Flags(number) => advise_flags(around, pid, part, number),
         Advice::Nothing | Advice::Privileged | Advice::Populate(_) => Ok(()),
         Advice::Collapse => thp::collapse_pages(around, pid, part),
-        Advice::Remove => remove(around, pid, part),
+        Advice::Remove => remove(around, part),
         Advice::DontNeed { even_locked } => {
             if raw || (locked && even_locked == Locked::Refuse) {
                 return Err(Errno::Invalid);
             }
-            zap_pages(
-                around,
-                pid,
-                part.pages,
-                Zap::KeepMarkers,
-                InvalidateReason::Clear,
-            );
+            let what = if around.with(|mm| mm.has(Mutant::GuardsSwept)) {
+                Zap::All
+            } else {
+                Zap::KeepMarkers
+            };
+            zap_pages(around, pid, part.pages, what, InvalidateReason::Clear);
+            around.with(|mm| mm.drop_empty_tables(pid, part.pages));
             Ok(())
         }
         Advice::Free if raw || locked || !part.is_anon() => Err(Errno::Invalid),
         Advice::Free => {
-            free_lazily(around, pid, part.pages);
+            idle::free(around, pid, part.pages);
             Ok(())
         }
         Advice::Cold | Advice::PageOut if raw || locked => Err(Errno::Invalid),
         Advice::Cold => {
-            around.with(|mm| mm.make_cold(pid, part.pages));
+            idle::cold(around, pid, part.pages);
             Ok(())
         }
         Advice::PageOut => {
-            reclaim::page_out(around, pid, part.pages);
+            idle::page_out(around, pid, part.pages);
             Ok(())
         }
         Advice::GuardInstall if raw || locked => Err(Errno::Invalid),
         Advice::GuardRemove if raw => Err(Errno::Invalid),
         Advice::GuardInstall => {
-            guard(around, pid, part.pages);
+            guard(around, pid, part);
             Ok(())
         }
         Advice::GuardRemove => {
@@ -261,20 +273,8 @@ fn populate<A: Around>(around: &A, pid: Pid, pages: Pages, access: Access) -> Re
     Ok(())
 }
 
-/// `MADV_FREE`: pages that belong to one mapping may be dropped until they are written again.
-fn free_lazily<A: Around>(around: &A, pid: Pid, pages: Pages) {
-    split_blocks(around, pid, pages);
-    let open = around.open(pid, pages, InvalidateReason::Clear);
-    let mut at = pages.start;
-    while let Some(page) = around.with(|mm| mm.next_used(pid, at, pages)) {
-        around.step();
-        at = around.with(|mm| mm.free_lazily(pid, page));
-    }
-    around.close(pid, open);
-}
-
 /// `MADV_REMOVE`: a hole in a file that may be written; every process loses the pages.
-fn remove<A: Around>(around: &A, pid: Pid, part: &Vma) -> Result<(), Errno> {
+fn remove<A: Around>(around: &A, part: &Vma) -> Result<(), Errno> {
     let Backing::File(file) = part.backing else {
         return Err(Errno::Invalid);
     };
@@ -291,21 +291,32 @@ fn remove<A: Around>(around: &A, pid: Pid, part: &Vma) -> Result<(), Errno> {
     );
     for other in around.with(|mm| mm.pids()) {
         for pages in around.with(|mm| mm.mapped_file_pages(other, file, holes)) {
-            let what = if other == pid {
-                Zap::KeepMarkers
-            } else {
-                Zap::All
-            };
-            zap_pages(around, other, pages, what, InvalidateReason::Clear);
+            zap_pages(
+                around,
+                other,
+                pages,
+                Zap::KeepMarkers,
+                InvalidateReason::Clear,
+            );
         }
     }
-    around.with(|mm| holes.iter().for_each(|index| mm.drop_cached(file, index)));
+    if !around.with(|mm| mm.has(Mutant::HoleKeepsFile)) {
+        around.with(|mm| holes.iter().for_each(|index| mm.drop_cached(file, index)));
+    }
     Ok(())
 }
 
 /// `MADV_GUARD_INSTALL`: what is there goes, and again if something comes meanwhile.
-fn guard<A: Around>(around: &A, pid: Pid, pages: Pages) {
-    around.with(|mm| mm.prepare_anon(pid, pages.start));
+fn guard<A: Around>(around: &A, pid: Pid, part: &Vma) {
+    let pages = part.pages;
+    around.with(|mm| {
+        if part.is_anon() {
+            mm.prepare_anon(pid, pages.start);
+        }
+        if let Some(vma) = mm.process_mut(pid).vmas.get_mut(pages.start) {
+            vma.flags = vma.flags.with(VmFlags::MAYBE_GUARD);
+        }
+    });
     while !around.with(|mm| mm.install_guards(pid, pages)) {
         zap_pages(
             around,
@@ -350,55 +361,6 @@ impl Machine {
             if self.entry(pid, page) == Entry::Guard {
                 self.replace(pid, page, Entry::None);
             }
-        }
-    }
-
-    fn free_lazily(&mut self, pid: Pid, page: u32) -> u32 {
-        let entry = self.entry(pid, page);
-        let frame = match entry {
-            Entry::Present(frame, _) => frame,
-            Entry::Swap(..) | Entry::HwPoison(_) => {
-                self.replace(pid, page, Entry::None);
-                return page + 1;
-            }
-            Entry::None
-            | Entry::Zero(_)
-            | Entry::Migration(..)
-            | Entry::DevicePrivate(..)
-            | Entry::DeviceExclusive(..)
-            | Entry::Guard
-            | Entry::UffdWp => return self.after(pid, page),
-        };
-        if self.is_sole_mapping(frame) {
-            let bits = entry.bits().without(Bits::DIRTY).without(Bits::YOUNG);
-            self.set_bits(pid, page, bits);
-            let folio = self.memory.folio_mut(frame);
-            let clean = folio.flags.without(FolioFlags::DIRTY);
-            folio.flags = clean.with(FolioFlags::LAZYFREE);
-        }
-        self.after(pid, page)
-    }
-
-    /// Whether an anonymous folio has one mapping, is not in swap, and is not being worked on.
-    fn is_sole_mapping(&self, frame: FrameId) -> bool {
-        let folio = self.memory.folio(frame);
-        let whole = folio.order == 0 || folio.entire == 1;
-        let locked = folio.flags.has(FolioFlags::LOCKED);
-        folio.owner == Owner::Anon && whole && folio.refs == 1 && folio.swap.is_none() && !locked
-    }
-
-    fn make_cold(&mut self, pid: Pid, pages: Pages) {
-        let mut at = pages.start;
-        while let Some(page) = self.next_used(pid, at, pages) {
-            let bits = self.entry(pid, page).bits();
-            if let Entry::Present(frame, _) = self.entry(pid, page) {
-                self.set_bits(pid, page, bits.without(Bits::YOUNG));
-                let folio = self.memory.folio_mut(frame);
-                folio.flags = folio
-                    .flags
-                    .without(FolioFlags::ACTIVE.with(FolioFlags::REFERENCED));
-            }
-            at = self.after(pid, page);
         }
     }
 

@@ -164,10 +164,11 @@ pub(super) fn check_entry(mm: &Machine, pid: Pid, page: u32) -> Result<(), Broke
 fn check_block(mm: &Machine, pid: Pid, page: u32) -> Result<(), Broken> {
     let block = mm.block(pid, page);
     let small = mm.process(pid).entries[page as usize];
-    let empty = block == Block::Table || small == Entry::None;
+    let table = mm.has_table(pid, page);
+    let empty = small == Entry::None || (block == Block::Table && table);
     rule!(
         empty,
-        "nothing lies below a block entry",
+        "nothing lies below a block entry, or where there is no table",
         At::Page(pid, page),
     )
 }

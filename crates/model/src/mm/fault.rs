@@ -16,6 +16,9 @@ use crate::mm::memory::{DevicePage, FolioFlags, FrameId, Owner};
 use crate::mm::vma::{Backing, Vma};
 use crate::mm::{Machine, Pages, Pid, Thp};
 
+/// Pages that one read fault of a file maps at most (`fault_around_bytes`).
+const AROUND: u32 = 16;
+
 /// What an access that needs no fault meets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hit {
@@ -216,7 +219,7 @@ impl Machine {
         wanted
             && !vma.flags.has(VmFlags::NO_HUGE)
             && vma.pages.covers(block)
-            && self.next_used(pid, block.start, block).is_none()
+            && !self.has_table(pid, page)
     }
 
     fn fault_anon_block(&mut self, pid: Pid, page: u32, access: Access, vma: &Vma) -> Faulted {
@@ -268,6 +271,12 @@ impl Machine {
         vma: &Vma,
         file: FileId,
     ) -> Faulted {
+        if access == Access::Read {
+            self.fault_around(pid, page, vma, file);
+            if self.entry(pid, page) != Entry::None {
+                return Faulted::Retry;
+            }
+        }
         let frame = match self.cached_page(file, vma.index_of(page)) {
             Ok(Some(frame)) if !self.memory.frame(frame).poisoned => frame,
             Ok(_) => return Faulted::Refused(Signal::Bus),
@@ -283,6 +292,22 @@ impl Machine {
         };
         self.replace(pid, page, Entry::Present(frame, bits));
         Faulted::Retry
+    }
+
+    /// A read fault maps the pages around it, too, that are in memory: [`AROUND`] pages from the
+    /// start of the aligned piece on, or from that of the mapping, inside the mapping and the table.
+    fn fault_around(&mut self, pid: Pid, page: u32, vma: &Vma, file: FileId) {
+        let start = (page - page % AROUND).max(vma.pages.start);
+        let around = Pages::new(start, start + AROUND).clip(vma.pages);
+        for page in around.clip(self.shape.block_around(page)).iter() {
+            let index = vma.index_of(page) as usize;
+            let cached = self.file(file).pages.get(index).copied().flatten();
+            let usable = cached.filter(|frame| !self.memory.frame(*frame).poisoned);
+            if let Some(frame) = usable.filter(|_| self.entry(pid, page) == Entry::None) {
+                let bits = Bits::YOUNG.with(Bits::SOFT_DIRTY);
+                self.replace(pid, page, Entry::Present(frame, bits));
+            }
+        }
     }
 
     fn fault_block(&mut self, pid: Pid, page: u32, access: Access, block: Block) -> Faulted {

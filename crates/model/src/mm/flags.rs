@@ -114,6 +114,8 @@ flags! {
         ACCOUNT = 1 << 21;
         /// The program serves faults of missing pages (userfaultfd).
         UFFD_MISSING = 1 << 22;
+        /// There are guards in it, or were.
+        MAYBE_GUARD = 1 << 23;
     }
 }
 
@@ -125,7 +127,7 @@ impl VmFlags {
     /// The two kinds of locking.
     pub const LOCKS: Self = Self::LOCKED.with(Self::LOCK_ON_FAULT);
     /// Flags that two mappings need not share to become one.
-    pub const MERGE_IGNORES: Self = Self::SOFT_DIRTY;
+    pub const MERGE_IGNORES: Self = Self::SOFT_DIRTY.with(Self::MAYBE_GUARD);
 }
 
 /// Rights as `mmap` and `mprotect` take them.

@@ -11,7 +11,7 @@ use crate::mm::flags::{Bits, VmFlags};
 use crate::mm::map::{split_block, unmap_locked};
 use crate::mm::memory::{FrameId, Owner};
 use crate::mm::vma::{Descent, Vma};
-use crate::mm::{Machine, Pages, Pid};
+use crate::mm::{Machine, Pages, Pid, Table};
 
 /// `fork`: a child with the same memory, copied when either writes.
 ///
@@ -35,7 +35,9 @@ pub fn fork<A: Around>(around: &A, parent: Pid) -> Result<Pid, Errno> {
             continue;
         }
         let copied = around.with(|mm| mm.inherit(child, &vma));
-        if copied.anon.is_some() && copy_pages(around, parent, child, &vma).is_err() {
+        let wiped = around.with(|mm| mm.wipes(&vma));
+        let needed = copied.anon.is_some() || vma.flags.has(VmFlags::MAYBE_GUARD);
+        if needed && !wiped && copy_pages(around, parent, child, &vma).is_err() {
             let whole = around.with(|mm| Pages::new(0, mm.shape.pages));
             unmap_locked(around, child, whole);
             return Err(Errno::NoMem);
@@ -48,6 +50,7 @@ pub fn fork<A: Around>(around: &A, parent: Pid) -> Result<Pid, Errno> {
 /// Copies the entries of a mapping with anonymous memory; the parent's lose the right to write.
 fn copy_pages<A: Around>(around: &A, parent: Pid, child: Pid, vma: &Vma) -> Result<(), NoFrame> {
     let open = around.open(parent, vma.pages, InvalidateReason::ProtectPage);
+    around.with(|mm| mm.copy_tables(parent, child, vma.pages));
     let mut result = Ok(());
     let mut at = vma.pages.start;
     while let Some(page) = around.with(|mm| mm.next_used(parent, at, vma.pages)) {
@@ -80,9 +83,14 @@ pub fn exit<A: Around>(around: &A, pid: Pid) {
 }
 
 impl Machine {
+    /// Whether a child finds a mapping empty.
+    fn wipes(&self, vma: &Vma) -> bool {
+        vma.flags.has(VmFlags::WIPE_ON_FORK) && !self.has(Mutant::WipeForgotten)
+    }
+
     /// Gives a child the mapping of its parent.
     fn inherit(&mut self, child: Pid, vma: &Vma) -> Vma {
-        let wiped = vma.flags.has(VmFlags::WIPE_ON_FORK);
+        let wiped = self.wipes(vma);
         let anon = vma.anon.filter(|_| !wiped).map(|_| self.new_anon());
         let copy = Vma {
             flags: vma.flags.without(VmFlags::LOCKS),
@@ -96,6 +104,16 @@ impl Machine {
         };
         self.process_mut(child).vmas.insert_apart(copy);
         copy
+    }
+
+    /// A child gets tables where its parent has them, also empty ones.
+    fn copy_tables(&mut self, parent: Pid, child: Pid, pages: Pages) {
+        let first = self.shape.block_around(pages.start).start;
+        for start in (first..pages.end).step_by(self.shape.block() as usize) {
+            if self.has_table(parent, start) {
+                self.set_table(child, start, Table::There);
+            }
+        }
     }
 
     fn pinned_block(&self, pid: Pid, page: u32) -> bool {
@@ -134,7 +152,9 @@ impl Machine {
             | Entry::DevicePrivate(frame, _)
             | Entry::DeviceExclusive(frame, _) => {
                 self.memory.frame_mut(frame).exclusive = false;
-                self.set_bits(parent, page, ours);
+                if !self.has(Mutant::ForkStaysWritable) {
+                    self.set_bits(parent, page, ours);
+                }
                 old.with_bits(ours)
             }
             Entry::Swap(..) | Entry::Migration(..) => {

@@ -106,6 +106,9 @@ pub(crate) fn unmap_locked<A: Around>(around: &A, pid: Pid, pages: Pages) {
     }
     around.with(|mm| {
         mm.process_mut(pid).detached = Pages::new(0, 0);
+        for vma in &gone {
+            mm.drop_unmapped_tables(pid, vma.pages);
+        }
         mm.forget(&gone);
     });
 }
@@ -238,8 +241,10 @@ impl Machine {
         Ok(Pages::new(start, end))
     }
 
-    fn near(&self, pid: Pid, at: HostVa, len: u32, what: What) -> Option<Pages> {
-        let hint = self.shape.page(at.plus(PAGE - 1).align_down(PAGE));
+    /// The pages at `at`, or where that is not possible the highest ones that are free; large enough
+    /// ones of private memory begin at a block.
+    pub(crate) fn near(&self, pid: Pid, at: HostVa, len: u32, what: What) -> Option<Pages> {
+        let hint = self.shape.page(at.align_down(PAGE));
         let wanted = hint.map(|start| Pages::new(start, start.saturating_add(len)));
         let fits = |pages: &Pages| pages.end <= self.shape.pages && !self.is_mapped(pid, *pages);
         if let Some(pages) = wanted.filter(fits) {

@@ -5,6 +5,8 @@
 //! the *head*. A frame with reference count zero is free. Host frames are handed out in turn, so
 //! that a freed one stays free for long: who still uses it is found out.
 
+use zerocopy::IntoBytes;
+
 use crate::mm::changes::Marks;
 use crate::mm::entry::SlotId;
 use crate::mm::rmap::RmapId;
@@ -349,6 +351,21 @@ impl Memory {
             }
         }
     }
+}
+
+/// Loads bytes of a page out of the words that it has, from byte `offset` on; those behind read as zeros.
+pub fn load_bytes(words: &[u64], offset: usize, dst: &mut [u8]) {
+    let there = words.as_bytes().get(offset..).unwrap_or_default();
+    let (from_words, behind) = dst.split_at_mut(there.len().min(dst.len()));
+    from_words.copy_from_slice(&there[..from_words.len()]);
+    behind.fill(0);
+}
+
+/// Stores bytes into the words that a page has, from byte `offset` on; those behind are dropped.
+pub fn store_bytes(words: &mut [u64], offset: usize, src: &[u8]) {
+    let there = words.as_mut_bytes().get_mut(offset..).unwrap_or_default();
+    let len = there.len().min(src.len());
+    there[..len].copy_from_slice(&src[..len]);
 }
 
 /// An index as the arenas keep it.

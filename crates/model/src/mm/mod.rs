@@ -25,17 +25,15 @@
 //!   reserved; calls that would cut one answer `EINVAL`. `mremap` and advice for them are left out.
 //! * Mappings that grow down, userfaultfd beyond the service of missing pages, limits on counts and
 //!   sizes, NUMA.
-//! * `mremap` with an old length of zero answers `EOPNOTSUPP` for shared memory.
 //! * Faults take the mmap lock, never a lock of one mapping; `munmap` keeps it for writing to the end;
 //!   `process_madvise` takes it once per span.
-//! * Only anonymous pages are reclaimed, one by one; pages of files stay. Merged pages neither migrate
-//!   nor leave.
-//! * A block counts as empty when no page below it has an entry: whether Linux would still have a table
-//!   there is not kept.
+//! * Only anonymous pages are reclaimed, one by one; pages of files stay but for `MADV_PAGEOUT`. Merged
+//!   pages neither migrate nor leave.
 //! * Reads of present pages by system calls have no events of their own; pins are for a device or a
 //!   call that stays.
-//! * Large folios are of the order of a block only; device pages are small, as before 6.19, unless
-//!   [`Shape::device_folios`] says otherwise; large folios are split before they are swapped out.
+//! * Large folios are anonymous and of the order of a block only; device pages are small, as before 6.19,
+//!   unless [`Shape::device_folios`] says otherwise; large folios are split before they are swapped out.
+//!   Their pages of zeros become the page of zeros where an advice splits them, not where a migration does.
 //! * `MADV_HWPOISON` and `MADV_SOFT_OFFLINE` answer `EPERM`, as for a process without privileges;
 //!   [`poison`](reclaim::poison) is the memory error itself.
 
@@ -52,6 +50,7 @@ pub mod errno;
 pub mod fault;
 pub mod file;
 pub mod fork;
+mod idle;
 pub mod ksm;
 pub mod map;
 pub mod memory;
@@ -76,7 +75,7 @@ use crate::mm::changes::Changes;
 use crate::mm::entry::{Block, Entry};
 use crate::mm::errno::Errno;
 use crate::mm::file::File;
-use crate::mm::memory::Memory;
+use crate::mm::memory::{FrameId, Memory};
 use crate::mm::migrate::Device;
 use crate::mm::rmap::Rmaps;
 use crate::mm::swap::Swap;
@@ -261,6 +260,13 @@ impl Shape {
     }
 }
 
+/// Whether there is a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Table {
+    There,
+    Gone,
+}
+
 /// One process.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Process {
@@ -272,6 +278,8 @@ pub struct Process {
     pub(crate) detached: Pages,
     pub(crate) entries: Vec<Entry>,
     pub(crate) blocks: Vec<Block>,
+    /// Whether there is a table for small entries, by block. There may be an empty one.
+    pub(crate) tables: Vec<bool>,
 }
 
 /// A whole machine.
@@ -307,6 +315,7 @@ impl Machine {
             detached: Pages::new(0, 0),
             entries: vec![Entry::None; shape.pages as usize],
             blocks: vec![Block::Table; blocks as usize],
+            tables: vec![false; blocks as usize],
         };
         let mut processes = vec![process; usize::from(shape.processes)];
         if let Some(first) = processes.first_mut() {
@@ -326,6 +335,16 @@ impl Machine {
             next_anon: 0,
             shape,
         }
+    }
+
+    /// Re-introduces a known bug, or none.
+    pub fn plant(&mut self, bug: Option<Mutant>) {
+        self.mutant = bug;
+    }
+
+    /// Whether a known bug is there again.
+    pub(crate) fn has(&self, bug: Mutant) -> bool {
+        self.mutant == Some(bug)
     }
 
     /// Its sizes.
@@ -349,6 +368,14 @@ impl Machine {
     /// All processes, alive or not.
     pub fn pids(&self) -> impl Iterator<Item = Pid> + use<> {
         (0..self.shape.processes).map(Pid)
+    }
+
+    /// What a store does once [`access`](Self::access) has found its page: word `at` of the page
+    /// becomes `value`. Words that the pages of this machine do not have are dropped.
+    pub fn write_word(&mut self, frame: FrameId, at: usize, value: u64) {
+        if let Some(word) = self.memory.content_mut(frame).get_mut(at) {
+            *word = value;
+        }
     }
 
     /// Frames of host memory and device pages.
@@ -389,10 +416,30 @@ impl Machine {
             self.changes.page(pid, page);
         }
         let at = (page >> self.shape.pmd_order) as usize;
-        let former = &mut self.processes[usize::from(pid.0)].blocks[at];
+        let process = &mut self.processes[usize::from(pid.0)];
+        process.tables[at] = false;
+        let former = &mut process.blocks[at];
         for block in [core::mem::replace(former, block), block] {
             if let Block::Huge(head, _) = block {
                 self.memory.changed.add(head.0);
+            }
+        }
+    }
+
+    /// Whether there is a table for small entries above `page`.
+    #[must_use]
+    pub fn has_table(&self, pid: Pid, page: u32) -> bool {
+        self.process(pid).tables[(page >> self.shape.pmd_order) as usize]
+    }
+
+    pub(crate) fn set_table(&mut self, pid: Pid, page: u32, there: Table) {
+        let at = (page >> self.shape.pmd_order) as usize;
+        let now = there == Table::There;
+        let former = &mut self.processes[usize::from(pid.0)].tables[at];
+        // Whoever checks looks whether nothing is left in a table that goes.
+        if core::mem::replace(former, now) && !now {
+            for page in self.shape.block_around(page).iter() {
+                self.changes.page(pid, page);
             }
         }
     }

@@ -52,10 +52,14 @@ impl Machine {
             Entry::None => 0,
             Entry::Present(frame, _) => {
                 PM_PRESENT
-                    | (u64::from(self.is_sole(frame)) * PM_MMAP_EXCLUSIVE)
+                    | (u64::from(self.mapped_once(pid, page, frame)) * PM_MMAP_EXCLUSIVE)
                     | self.file_bit(frame, PM_FILE)
             }
-            Entry::Zero(_) => PM_PRESENT,
+            // The large page of zeros has an owner that counts as a file.
+            Entry::Zero(_) => match self.block(pid, page) {
+                Block::Zero(_) => PM_PRESENT | PM_FILE,
+                Block::Table | Block::Huge(..) | Block::Device(..) => PM_PRESENT,
+            },
             Entry::Guard => PM_SWAP | PM_GUARD_REGION,
             Entry::Migration(frame, _) => PM_SWAP | self.file_bit(frame, PM_FILE),
             Entry::Swap(..)
@@ -75,7 +79,10 @@ impl Machine {
         let entry = self.entry(pid, page);
         let bits = entry.bits();
         let kind = match entry {
-            Entry::None => return 0,
+            // Where there is no table, nobody looks.
+            Entry::None if !self.has_table(pid, page) => return 0,
+            Entry::None if self.process(pid).vmas.at(page).is_none() => return 0,
+            Entry::None => 0,
             Entry::Present(frame, _) => PAGE_IS_PRESENT | self.file_bit(frame, PAGE_IS_FILE),
             Entry::Zero(_) => PAGE_IS_PRESENT | PAGE_IS_PFNZERO,
             Entry::Guard => PAGE_IS_SWAPPED | PAGE_IS_GUARD,
@@ -93,6 +100,16 @@ impl Machine {
         kind | huge
             | (u64::from(!bits.has(Bits::UFFD_WP)) * PAGE_IS_WRITTEN)
             | (u64::from(bits.has(Bits::SOFT_DIRTY)) * PAGE_IS_SOFT_DIRTY)
+    }
+
+    /// Whether a page has one mapping. Of a block the first page counts for all.
+    fn mapped_once(&self, pid: Pid, page: u32, frame: FrameId) -> bool {
+        let head = self.memory.head(frame);
+        let counted = match self.block(pid, page) {
+            Block::Huge(..) | Block::Device(..) => head,
+            Block::Table | Block::Zero(_) => frame,
+        };
+        self.memory.frame(head).entire + self.memory.frame(counted).mapcount == 1
     }
 
     fn file_bit(&self, frame: FrameId, bit: u64) -> u64 {

@@ -1,6 +1,6 @@
 //! `mprotect`, `mlock` and `munlock`.
 
-use gpusvm::addr::HostVa;
+use gpusvm::addr::{HostVa, PAGE};
 use gpusvm::seam::mm::InvalidateReason;
 
 use crate::mm::around::{Around, MmapLock};
@@ -22,7 +22,12 @@ pub fn mprotect<A: Around>(
     len: u64,
     prot: Prot,
 ) -> Result<(), Errno> {
-    let pages = around.with(|mm| mm.argument(at, len))?;
+    if !at.is_aligned(PAGE) {
+        return Err(Errno::Invalid);
+    }
+    let pages = around
+        .with(|mm| mm.argument(at, len))
+        .map_err(|_end| Errno::NoMem)?;
     if pages.is_empty() {
         return Ok(());
     }
@@ -49,6 +54,8 @@ pub fn mprotect<A: Around>(
             change_flags(around, pid, part.pages, flags);
             protect_pages(around, pid, part.pages, flags);
             if becomes_writable(part.flags, flags) {
+                // Its pages come when the lock is gone, but what it merges with is decided now.
+                around.with(|mm| mm.prepare_anon(pid, part.pages.start));
                 locked.push(part.pages);
             }
         }
@@ -142,9 +149,9 @@ fn lock_flags<A: Around>(
     len: u64,
     locks: VmFlags,
 ) -> Result<Pages, Errno> {
-    let into = at.offset_from(at.align_down(gpusvm::addr::PAGE));
-    let len = len.checked_add(into).ok_or(Errno::Invalid)?;
-    let start = at.align_down(gpusvm::addr::PAGE);
+    let start = at.align_down(PAGE);
+    // Lengths wrap around zero unnoticed, and then there is nothing to do.
+    let len = len.wrapping_add(at.offset_from(start) + PAGE - 1) & !(PAGE - 1);
     let pages = around.with(|mm| mm.argument(start, len))?;
     let _lock = MmapLock::write(around, pid);
     for_each_part(around, pid, pages, |part| {

@@ -1,8 +1,8 @@
 //! Reclaim, swap, memory errors and page pins.
 //!
-//! Only anonymous pages are reclaimed; those of files stay. A page leaves in steps: it is locked
-//! and gets a slot, its mappings go one by one, each in a bracket of its own, and it is free when
-//! nobody else had a reference. Otherwise it stays in the swap cache.
+//! Only anonymous pages are reclaimed; those of files stay, unless an advice (`idle`) names them. A
+//! page leaves in steps: it is locked and gets a slot, its mappings go one by one, each in a bracket
+//! of its own, and it is free when nobody else had a reference. Otherwise it stays in the swap cache.
 
 use gpusvm::seam::mm::{Access, InvalidateReason};
 
@@ -11,6 +11,7 @@ use crate::mm::cow::commit;
 use crate::mm::entry::{Entry, SlotId};
 use crate::mm::errno::Signal;
 use crate::mm::fault::{Faulted, Hit, fault};
+use crate::mm::file::FileId;
 use crate::mm::flags::{Bits, VmFlags};
 use crate::mm::map::split_block;
 use crate::mm::memory::{DevicePage, FolioFlags, FrameId, Owner};
@@ -25,15 +26,6 @@ enum Leaves {
     Slot(SlotId),
     /// Nothing: it was freed lazily.
     Nothing,
-}
-
-/// Swaps the anonymous pages of a span out, as far as they go (`MADV_PAGEOUT`).
-pub fn page_out<A: Around>(around: &A, pid: Pid, pages: Pages) {
-    for page in pages.iter() {
-        if let Entry::Present(frame, _) = around.with(|mm| mm.entry(pid, page)) {
-            reclaim(around, frame);
-        }
-    }
 }
 
 /// Tries to free the page in `frame`, which no process may have mapped at all. Returns whether it
@@ -173,6 +165,16 @@ impl Machine {
         let counts =
             |mapping: &Mapping| self.entry(mapping.pid, mapping.page).mapped_frame() == Some(frame);
         self.rmaps.of(&self.memory, frame).find(counts)
+    }
+
+    /// Drops a page of a file that is as it was when it was read in, and that nobody uses.
+    pub(crate) fn drop_clean(&mut self, frame: FrameId) {
+        let folio = *self.memory.folio(frame);
+        if let (Owner::File(file, index), 1) = (folio.owner, folio.refs)
+            && !folio.flags.has(FolioFlags::DIRTY)
+        {
+            self.drop_cached(FileId(file), index);
+        }
     }
 
     fn begin_reclaim(&mut self, frame: FrameId) -> Option<Leaves> {

@@ -58,6 +58,12 @@ impl Swap {
         Some(slot)
     }
 
+    /// Whether there is a slot that nobody uses.
+    pub(crate) fn has_room(&self) -> bool {
+        let free = |slot: &Slot| slot.count == 0 && slot.cache.is_none();
+        self.slots.iter().any(free)
+    }
+
     /// The content of a slot.
     #[must_use]
     pub fn content(&self, slot: SlotId) -> &[u64] {

@@ -6,7 +6,7 @@ use crate::mm::flags::{Bits, VmFlags};
 use crate::mm::memory::{FolioFlags, FrameId, Owner};
 use crate::mm::rmap::{Level, Mapping};
 use crate::mm::vma::Vma;
-use crate::mm::{Machine, Pages, Pid};
+use crate::mm::{Machine, Pages, Pid, Table};
 
 /// What a zap leaves in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +81,9 @@ impl Machine {
     pub(crate) fn replace(&mut self, pid: Pid, page: u32, new: Entry) -> Entry {
         debug_assert_eq!(self.block(pid, page), Block::Table, "split first");
         let old = self.process(pid).entries[page as usize];
+        if new != Entry::None {
+            self.set_table(pid, page, Table::There);
+        }
         self.account_in(pid, page, new);
         self.set_entry(pid, page, new);
         self.account_out(pid, page, old);
@@ -168,7 +171,10 @@ impl Machine {
     /// Takes a page out of the swap cache.
     pub(crate) fn uncache_slot(&mut self, slot: SlotId, frame: FrameId) {
         self.swap.slot_mut(slot).cache = None;
-        self.memory.folio_mut(frame).swap = None;
+        let folio = self.memory.folio_mut(frame);
+        folio.swap = None;
+        // What was in swap is nowhere else now.
+        folio.flags = folio.flags.with(FolioFlags::DIRTY);
         self.put(frame);
     }
 
@@ -220,6 +226,7 @@ impl Machine {
             self.hold(head);
         }
         self.unmap_block(pid, page);
+        self.set_table(pid, page, Table::There);
         for (n, page) in (0..).zip(block.iter()) {
             match old {
                 Block::Table => {}
@@ -270,8 +277,11 @@ impl Machine {
             && !pages.covers(self.shape.block_around(page))
     }
 
+    /// A page of a file was written through an entry that goes. Of anonymous pages nobody keeps that:
+    /// what `MADV_FREE` gave away is lost with the other entries clean.
     fn note_dirty(&mut self, frame: FrameId, bits: Bits) {
-        if bits.has(Bits::DIRTY) {
+        let file = matches!(self.memory.folio(frame).owner, Owner::File(..));
+        if file && bits.has(Bits::DIRTY) {
             let folio = self.memory.folio_mut(frame);
             folio.flags = folio.flags.with(FolioFlags::DIRTY);
         }
@@ -309,6 +319,27 @@ impl Machine {
             self.replace(pid, page, Entry::None);
         }
         page + 1
+    }
+
+    /// Tables of whole blocks in `pages` go where they are empty.
+    pub(crate) fn drop_empty_tables(&mut self, pid: Pid, pages: Pages) {
+        let size = self.shape.block();
+        for start in (pages.start.next_multiple_of(size)..pages.end).step_by(size as usize) {
+            let block = self.shape.block_around(start);
+            if pages.covers(block) && self.next_used(pid, start, block).is_none() {
+                self.set_table(pid, start, Table::Gone);
+            }
+        }
+    }
+
+    /// Tables under mappings that are gone go, too, where nothing is mapped in their block any more.
+    pub(crate) fn drop_unmapped_tables(&mut self, pid: Pid, gone: Pages) {
+        let first = self.shape.block_around(gone.start).start;
+        for start in (first..gone.end).step_by(self.shape.block() as usize) {
+            if !self.is_mapped(pid, self.shape.block_around(start)) {
+                self.set_table(pid, start, Table::Gone);
+            }
+        }
     }
 
     /// The first page of `pages` from `from` on that has something in its tables.

@@ -8,6 +8,7 @@ use crate::mm::errno::Errno;
 use crate::mm::fault::fault;
 use crate::mm::flags::{Bits, VmFlags};
 use crate::mm::memory::{FolioFlags, FrameId, Owner};
+use crate::mm::rmap::{Level, Mapping};
 use crate::mm::vma::Vma;
 use crate::mm::{Machine, Pages, Pid};
 
@@ -19,12 +20,22 @@ pub(crate) fn collapse_pages<A: Around>(around: &A, pid: Pid, part: &Vma) -> Res
         let vma = mm.process(pid).vmas.at(part.pages.start);
         vma.is_some_and(|vma| vma.pages.start.next_multiple_of(block) + block <= vma.pages.end)
     };
-    if part.flags.has(VmFlags::NO_HUGE) || !part.is_anon() || !around.with(room) {
+    let untouched = part.anon.is_none();
+    if part.flags.has(VmFlags::NO_HUGE) || !part.is_anon() || untouched || !around.with(room) {
+        return Err(Errno::Invalid);
+    }
+    let mut start = part.pages.start.next_multiple_of(block);
+    // Inside of one block: the number of blocks is less than none.
+    if start > part.pages.end - part.pages.end % block {
         return Err(Errno::Invalid);
     }
     let mut result = Ok(());
-    let mut start = part.pages.start.next_multiple_of(block);
     while start + block <= part.pages.end {
+        // Where there is not even a table, the rest is not looked at.
+        let whole = |mm: &mut Machine| mm.block(pid, start) != Block::Table;
+        if !around.with(|mm| whole(mm) || mm.has_table(pid, start)) {
+            return Err(Errno::Invalid);
+        }
         if let Err(error) = collapse(around, pid, Pages::new(start, start + block)) {
             result = Err(error);
         }
@@ -34,7 +45,7 @@ pub(crate) fn collapse_pages<A: Around>(around: &A, pid: Pid, part: &Vma) -> Res
 }
 
 fn collapse<A: Around>(around: &A, pid: Pid, block: Pages) -> Result<(), Errno> {
-    if around.with(|mm| mm.is_huge(pid, block.start)) {
+    if around.with(|mm| mm.block(pid, block.start) != Block::Table) {
         return Ok(());
     }
     let open = around.open(pid, block, InvalidateReason::Clear);
@@ -102,7 +113,6 @@ impl Machine {
     }
 
     fn check_collapse(&self, pid: Pid, block: Pages) -> Result<(), Errno> {
-        let mut present = 0;
         for page in block.iter() {
             match self.entry(pid, page) {
                 Entry::None | Entry::Zero(_) => {}
@@ -115,7 +125,6 @@ impl Machine {
                     if busy || folio.held > 0 {
                         return Err(Errno::Again);
                     }
-                    present += 1;
                 }
                 Entry::Swap(..)
                 | Entry::Migration(..)
@@ -126,9 +135,6 @@ impl Machine {
                 | Entry::UffdWp => return Err(Errno::Invalid),
             }
         }
-        if present == 0 {
-            return Err(Errno::Invalid);
-        }
         Ok(())
     }
 
@@ -136,13 +142,7 @@ impl Machine {
     pub fn split_folio(&mut self, frame: FrameId, how: Split) -> bool {
         let head = self.memory.head(frame);
         let folio = *self.memory.frame(head);
-        let mapped: u32 = self
-            .memory
-            .pages_of(head)
-            .map(|page| self.memory.frame(page).mapcount)
-            .sum();
-        let busy = folio.flags.has(FolioFlags::LOCKED) || folio.refs != mapped;
-        if folio.order == 0 || folio.entire > 0 || busy {
+        if folio.order == 0 || folio.entire > 0 || !self.may_split(head) {
             return folio.order == 0;
         }
         match how {
@@ -151,6 +151,49 @@ impl Machine {
         }
         self.drop_unmapped(head, folio.order);
         true
+    }
+
+    /// Whether nobody but entries has a large folio.
+    fn may_split(&self, head: FrameId) -> bool {
+        let folio = *self.memory.frame(head);
+        let pages = self.memory.pages_of(head);
+        let mapped: u32 = pages.map(|page| self.memory.frame(page).mapcount).sum();
+        !folio.flags.has(FolioFlags::LOCKED) && folio.refs == mapped + folio.entire
+    }
+
+    /// Splits a large folio that one process maps, block entry and all. Its pages of zeros become
+    /// the page of zeros where their mapping is not locked. Devices must have let go of it.
+    pub(crate) fn split_anon(&mut self, head: FrameId) {
+        if !self.may_split(head) {
+            return;
+        }
+        let block = |mapping: &Mapping| mapping.level == Level::Block;
+        let mapping = self.rmaps.of(&self.memory, head).find(block);
+        if let Some(mapping) = mapping {
+            self.split_block(mapping.pid, mapping.page);
+        }
+        let pages: Vec<_> = self.memory.pages_of(head).collect();
+        if self.split_folio(head, Split::Uniform) {
+            for page in pages {
+                self.share_zeros(page);
+            }
+        }
+    }
+
+    fn share_zeros(&mut self, frame: FrameId) {
+        let zeros = self.memory.content(frame).iter().all(|word| *word == 0);
+        if !zeros || self.memory.frame(frame).poisoned {
+            return;
+        }
+        let mappings: Vec<_> = self.rmaps.of(&self.memory, frame).collect();
+        for Mapping { pid, page, .. } in mappings {
+            let vma = self.process(pid).vmas.at(page);
+            let locked = vma.is_some_and(|vma| vma.flags.has(VmFlags::LOCKED));
+            if let (Entry::Present(_, bits), false) = (self.entry(pid, page), locked) {
+                let bits = bits.without(Bits::WRITE.with(Bits::DIRTY));
+                self.replace(pid, page, Entry::Zero(bits));
+            }
+        }
     }
 
     /// Halves the folio again and again on the side of `page`.

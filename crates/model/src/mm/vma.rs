@@ -1,6 +1,6 @@
 //! Mappings of one process: found, split, and merged by the rules of 6.18.
 //!
-//! Two neighbours become one where flags (but soft-dirty), backing and offsets fit and their
+//! Two neighbours become one where flags (but soft-dirty and maybe-guard), backing and offsets fit and their
 //! anonymous memory does: it is the same, or one side has none and the other's was not inherited
 //! from a parent. With both neighbours of a changed piece compatible, all three become one only if
 //! the outer two are compatible with each other; otherwise the left one wins.
@@ -330,10 +330,10 @@ fn joined(left: &Vma, right: &Vma) -> Vma {
         Some(anon) => (Some(anon), left.descent),
         None => (right.anon, right.descent),
     };
-    let soft_dirty = right.flags.common(VmFlags::SOFT_DIRTY);
+    let sticky = right.flags.common(VmFlags::MERGE_IGNORES);
     Vma {
         pages: Pages::new(left.pages.start, right.pages.end),
-        flags: left.flags.with(soft_dirty),
+        flags: left.flags.with(sticky),
         anon,
         descent,
         ..*left

@@ -118,6 +118,8 @@ pub enum KeepTape {
     OnFailure,
     /// Always.
     Always,
+    /// Never, not even of a failure: for long worlds that follow from their seed.
+    Never,
 }
 
 /// What happens when the order of locks has a cycle.

@@ -28,7 +28,7 @@ use crate::sched::fail::{Failure, FailureKind};
 use crate::sched::fiber::Fiber;
 use crate::sched::lock::LockTable;
 use crate::sched::lock_word::{HOST, Site};
-use crate::sched::options::{Kind, Options, Points, Texts};
+use crate::sched::options::{KeepTape, Kind, Options, Points, Texts};
 use crate::sched::oracle::{Moments, Oracle, When};
 use crate::sched::pick::{ACTORS_MAX, Candidates, Picker, What};
 use crate::sched::rng::{Stream, hash_text, mix};
@@ -433,7 +433,9 @@ impl World {
     #[inline]
     pub(super) fn choose(&mut self, n: u32, what: What, among: Candidates) -> u32 {
         let choice = self.picker.pick(n, what, among);
-        self.tape.push(choice);
+        if self.options.keep_tape != KeepTape::Never {
+            self.tape.push(choice);
+        }
         self.hash = mix(self.hash, (u64::from(n) << 32) | u64::from(choice));
         choice
     }

@@ -573,3 +573,24 @@ fn a_process_that_ended_answers_that_it_is_gone() {
     assert_eq!(bench.space.load(bench.at(0)), Err(Signal::Segv));
     bench.check();
 }
+
+#[test]
+fn bytes_are_loaded_and_stored_across_pages() {
+    let bench = Bench::new();
+    bench.map(0, 2);
+    let (before, border) = (bench.at(0).plus(PAGE - 2), bench.at(1));
+    // The last bytes of the first page lie behind the words that it has.
+    bench
+        .space
+        .write(before, &[1, 2, 3, 4, 5, 6])
+        .expect("mapped");
+    let mut found = [9; 7];
+    bench.space.read(before, &mut found).expect("mapped");
+    assert_eq!(found, [0, 0, 3, 4, 5, 6, 0]);
+    bench.space.write(border.plus(1), &[7]).expect("mapped");
+    let word = bench.space.load(border).expect("mapped");
+    assert_eq!(word.to_ne_bytes(), [3, 7, 5, 6, 0, 0, 0, 0]);
+    let behind = bench.space.write(bench.at(2), &[1]);
+    assert_eq!(behind, Err(Signal::Segv));
+    bench.check();
+}

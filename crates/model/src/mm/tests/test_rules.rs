@@ -187,7 +187,13 @@ fn pages_swapped_out_come_back_with_their_content() {
     map(&mut mm, 0, 2);
     write(&mut mm, P0, 0, 9);
     let child = fork(&Solo::new(&mut mm), P0).expect("room");
+    let Entry::Present(frame, _) = mm.entry(P0, 0) else {
+        panic!("not present");
+    };
+    // What others have, too, is left alone by an advice, but not by the system.
     advise(&mut mm, 0, 2, 21).expect("not locked");
+    assert_eq!(mm.entry(P0, 0).named_frame(), Some(frame));
+    reclaim::reclaim(&Solo::new(&mut mm), frame);
     assert!(matches!(mm.entry(P0, 0), Entry::Swap(..)));
     assert!(matches!(mm.entry(child, 0), Entry::Swap(..)));
     for pid in [P0, child] {
