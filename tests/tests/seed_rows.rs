@@ -206,7 +206,7 @@ fn tests_are_found_where_they_are_written_and_made() {
     let mut finder = Finder::default();
     let text = r#"
         #[test] fn plain() {}
-        #[test] #[ignore] fn asleep() {}
+        #[test] # [ignore] fn asleep() {}
         fn helper() {}
         proptest! { #![proptest_config(x)] #[test] fn random(a in b) {} }
         macro_rules! rows { ($($n:ident = $l:literal,)*) => { $(#[test] fn $n() {})* }; }

@@ -60,7 +60,7 @@ const NO_STD: [&str; 5] = ["core", "abi", "softgpu", "xe", "dmirror"];
 const NO_UNSAFE: [&str; 6] = ["core", "abi", "softgpu", "xe", "dmirror", "cli"];
 /// Where `unsafe` may stand.
 const UNSAFE: [&str; 2] = ["crates/live/src/sys/", "crates/model/src/sched/fiber.rs"];
-const DOCUMENTS: [&str; 7] = [
+const DOCUMENTS: [&str; 8] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
