@@ -8,8 +8,6 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use gpusvm::addr::{HostSpan, HostVa};
-use gpusvm::error::Failed;
 use gpusvm_abi::bus::AtomicOp;
 use gpusvm_cli::machine::{Machine, MachineConfig, Place};
 use gpusvm_live::{BracketChoice, LiveConfig, Protect, VramMode};
@@ -18,7 +16,6 @@ use gpusvm_tests::stage::{
     Add, MIB, assert_goes_on, assert_nothing_leaks, filled, modes, span_of, start, turn,
 };
 use gpusvm_xe::stats::Counter;
-use gpusvm_xe::vm::{MirrorArea, Rights};
 
 #[global_allocator]
 static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
@@ -593,32 +590,4 @@ fn stack_of_the_thread_that_launches_is_memory_like_any_other() {
         let faults = machine.stats().total(Counter::SvmPagefaultCount);
         assert!(faults < 2000, "{mode:?}: {faults} faults for 32 pages");
     }
-}
-
-#[test]
-fn area_that_a_device_uses_is_not_mirrored_anew() {
-    let _turn = turn();
-    let Some(machine) = start(MachineConfig::default()) else {
-        return;
-    };
-    let map = filled(4 * MIB, 0);
-    let span = span_of(&map);
-    machine
-        .launch(
-            &Add {
-                at: span.start,
-                by: 1,
-            },
-            4,
-        )
-        .expect("mapped");
-    let area = MirrorArea {
-        span: HostSpan::new(HostVa::new(span.start), HostVa::new(span.end)),
-        rights: Rights::ReadOnly,
-    };
-    let mirror = || gpusvm_live::thread::run(|| machine.vm().mirror(area));
-    assert_eq!(mirror(), Err(Failed::Permission(area.span.start())));
-    drop(map);
-    assert_eq!(mirror(), Ok(()), "its ranges are dead, and collected");
-    assert_nothing_leaks(&machine);
 }
