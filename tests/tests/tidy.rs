@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use gpusvm_tests::{Source, functions, root, skipped, sources, walk};
+use syn::visit::{self, Visit};
 
 /// Folder of each crate, and which of ours it may use.
 const CRATES: [(&str, &str, &[&str]); 10] = [
@@ -59,12 +60,13 @@ const NO_STD: [&str; 5] = ["core", "abi", "softgpu", "xe", "dmirror"];
 const NO_UNSAFE: [&str; 6] = ["core", "abi", "softgpu", "xe", "dmirror", "cli"];
 /// Where `unsafe` may stand.
 const UNSAFE: [&str; 2] = ["crates/live/src/sys/", "crates/model/src/sched/fiber.rs"];
-const DOCUMENTS: [&str; 7] = [
+const DOCUMENTS: [&str; 8] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/differences-from-linux.md",
+    "docs/seed-rows.md",
     "docs/model.md",
     "docs/scenarios.md",
 ];
@@ -378,6 +380,72 @@ fn the_project_speaks_of_itself_alone() {
         }
     }
     check(complaints);
+}
+
+/// Device memory belongs to a device, not to an address space of it.
+#[test]
+fn device_memory_knows_no_address_space() {
+    let of_memory = |path: &str| {
+        let places = ["crates/core/src/pagemap/", "crates/core/src/vram/"];
+        places.iter().any(|place| path.starts_with(place))
+    };
+    let above = ["svm", "range", "chunk", "pages"].map(|module| format!("crate::{module}"));
+    let mut complaints = Vec::new();
+    for source in sources().iter().filter(|source| of_memory(&source.path)) {
+        for module in above.iter().filter(|module| source.text.contains(*module)) {
+            complaints.push(format!("{} must not use {module}", source.path));
+        }
+    }
+    check(complaints);
+}
+
+#[test]
+fn no_match_over_page_table_entries_has_a_catch_all() {
+    let mut finder = CatchAlls::default();
+    for source in sources() {
+        if source.path.starts_with("crates/model/src") && !source.is_test() {
+            finder.path.clone_from(&source.path);
+            finder.visit_file(&source.file);
+        }
+    }
+    assert!(finder.seen > 20, "{} matches over entries", finder.seen);
+    check(finder.complaints);
+}
+
+/// Finds matches over kinds of entries.
+#[derive(Default)]
+struct CatchAlls {
+    path: String,
+    seen: usize,
+    complaints: Vec<String>,
+}
+
+impl<'ast> Visit<'ast> for CatchAlls {
+    fn visit_expr_match(&mut self, found: &'ast syn::ExprMatch) {
+        let mut kinds = Kinds(0);
+        found.arms.iter().for_each(|arm| kinds.visit_pat(&arm.pat));
+        let catches = |arm: &syn::Arm| match &arm.pat {
+            syn::Pat::Ident(name) => name.subpat.is_none(),
+            pattern => matches!(pattern, syn::Pat::Wild(_)),
+        };
+        self.seen += usize::from(kinds.0 > 0);
+        if kinds.0 > 0 && found.arms.iter().any(catches) {
+            let line = found.match_token.span.start().line;
+            let place = format!("{}:{line}", self.path);
+            self.complaints.push(format!("{place}: name all kinds"));
+        }
+        visit::visit_expr_match(self, found);
+    }
+}
+
+/// Counts kinds of entries in patterns.
+struct Kinds(usize);
+
+impl<'ast> Visit<'ast> for Kinds {
+    fn visit_path(&mut self, path: &'ast syn::Path) {
+        let first = path.segments.first();
+        self.0 += usize::from(first.is_some_and(|one| one.ident == "Entry"));
+    }
 }
 
 #[test]

@@ -384,6 +384,34 @@ fn closed_address_space_queues_no_garbage() {
 }
 
 #[test]
+fn a_thousand_dead_ranges_are_collected_after_closing() {
+    const RANGES: u64 = 1000;
+    let mut world = world();
+    let all = span(0, RANGES * PAGE_2M);
+    if let Some(vma) = world
+        .host
+        .vma
+        .lock()
+        .expect("no test panics under the lock")
+        .as_mut()
+    {
+        vma.span = all;
+    }
+    for n in 0..RANGES {
+        let range = world.range(n * PAGE_2M);
+        world.bind(&range, Access::Write).expect("nothing changed");
+    }
+    world.invalidate(all, InvalidateReason::Unmap);
+    world.svm.close(&mut world.owner);
+    let mut collected = 0;
+    while let Some(dead) = world.svm.pop_garbage(&mut world.owner) {
+        world.remove(&dead);
+        collected += 1;
+    }
+    assert_eq!((collected, world.svm.range_count()), (RANGES, 0));
+}
+
+#[test]
 fn mapping_decides_how_a_look_up_fails() {
     let mut world = world();
     let find = |at: u64, access| FindRange {

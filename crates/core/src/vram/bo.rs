@@ -64,3 +64,17 @@ impl<E: Environment> Drop for Bo<E> {
         self.manager.release(self);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::PAGE_2M;
+    use crate::test_env::TestEnv;
+
+    #[test]
+    fn an_object_costs_nothing_beside_what_it_holds() {
+        let bytes = u64::try_from(size_of::<Bo<TestEnv>>()).expect("64-bit");
+        // Five in ten thousand.
+        assert!(bytes * 10_000 < PAGE_2M * 5, "{bytes}");
+    }
+}
