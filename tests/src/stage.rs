@@ -106,14 +106,20 @@ pub fn assert_goes_on(machine: &Machine) {
 pub fn assert_nothing_leaks(machine: &Machine) {
     gpusvm_live::thread::run(|| machine.space().bring_everything_home());
     for node in machine.nodes() {
-        let used = || node.device().pagemap().vram().used();
-        // Whoever brought pages home wakes their users before it lets go of the memory.
-        let mut looks = 0;
-        while used() != node.device().table_bytes() && looks < 1_000_000 {
+        let look = || {
+            (
+                node.device().pagemap().vram().used(),
+                node.device().table_bytes(),
+            )
+        };
+        // Whoever brought pages home wakes their users before it lets go of the memory, and the
+        // collector may be freeing tables.
+        let (mut looks, mut found) = (0, look());
+        while found.0 != found.1 && looks < 1_000_000 {
             std::thread::yield_now();
-            looks += 1;
+            (looks, found) = (looks + 1, look());
         }
-        assert_eq!(used(), node.device().table_bytes(), "device memory leaks");
+        assert_eq!(found.0, found.1, "device memory leaks");
     }
 }
 
