@@ -43,12 +43,10 @@ pub struct LiveMigration<'a> {
 }
 
 /// Where pages go, and how.
-#[derive(Clone)]
 struct Goal {
     allocation: AllocationRef,
     aperture: Option<HostSpan>,
     folios: Folios,
-    rights: Stores,
 }
 
 /// Whether the mapping that pages leave may be written.
@@ -99,15 +97,14 @@ impl LiveSpace {
                 allocation,
                 aperture,
                 folios,
-            } => self.begin_out(
-                span,
-                &Goal {
+            } => {
+                let goal = Goal {
                     allocation,
                     aperture,
                     folios,
-                    rights: Stores::Allowed,
-                },
-            ),
+                };
+                self.begin_out(span, &goal)
+            }
             MigrateTo::System {
                 allocation,
                 part,
@@ -118,7 +115,6 @@ impl LiveSpace {
                     allocation,
                     aperture,
                     folios,
-                    rights: Stores::Allowed,
                 };
                 Ok(self.begin_home(&goal, part))
             }
@@ -140,16 +136,13 @@ impl LiveSpace {
         if !leaves(&piece) || !piece.span.covers(span) {
             return Err(Failed::NotMigratable(span.start()).into());
         }
-        let goal = &Goal {
-            rights: if read_only {
-                Stores::Forbidden
-            } else {
-                Stores::Allowed
-            },
-            ..goal.clone()
+        let stores = if read_only {
+            Stores::Forbidden
+        } else {
+            Stores::Allowed
         };
         for _attempt in 0..ATTEMPTS {
-            match self.try_out(span, goal)? {
+            match self.try_out(span, goal, stores)? {
                 Ok(set) => return Ok(set),
                 Err(Refused::Mapping) => return Err(Stale::PagesRefused.into()),
                 Err(Refused::News) => return Err(Stale::PagesBusy.into()),
@@ -167,6 +160,7 @@ impl LiveSpace {
         &self,
         span: HostSpan,
         goal: &Goal,
+        stores: Stores,
     ) -> Result<Result<LiveMigration<'_>, Refused>, Interrupted> {
         let Some(shard) = self.shard_of(span) else {
             return Ok(Err(Refused::Mapping));
@@ -190,13 +184,13 @@ impl LiveSpace {
             .and_then(|()| self.arm(span, shard).map_err(|CannotArm| Refused::Mapping))
             .and_then(|()| {
                 let leave = || legs.iter().try_for_each(|leg| self.leave(leg));
-                match goal.rights {
+                match stores {
                     Stores::Allowed => leave(),
                     Stores::Forbidden => self.with_stores(span, shard, leave),
                 }
             });
         drop(unread);
-        if goal.rights == Stores::Forbidden {
+        if stores == Stores::Forbidden {
             self.unprotect(span, shard);
         }
         if left.is_ok() {

@@ -54,7 +54,7 @@ impl<E: Environment> Bo<E> {
 
     /// Notes that nothing is on its way any more; whether something was. The caller holds the `vram`
     /// lock.
-    pub(super) fn is_filled_now(&self) -> bool {
+    pub(super) fn end_filling(&self) -> bool {
         self.filling.swap(false, Ordering::Relaxed)
     }
 }

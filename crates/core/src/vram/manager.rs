@@ -150,7 +150,7 @@ impl<E: Environment> Manager<E> {
     pub fn make_evictable(&self, bo: &Bo<E>, who: Weak<dyn Evict>) {
         let mut state = self.state.lock();
         state.lru.insert(Entry { id: bo.id(), who });
-        let filled = bo.is_filled_now();
+        let filled = bo.end_filling();
         state.filling -= usize::from(filled);
         drop(state);
         if filled {
@@ -223,7 +223,7 @@ impl<E: Environment> Manager<E> {
         let span = bo.span();
         let mut state = self.state.lock();
         let entry = state.lru.remove(bo.id());
-        state.filling -= usize::from(bo.is_filled_now());
+        state.filling -= usize::from(bo.end_filling());
         state.buddy.free(span);
         drop(state);
         drop(entry);
