@@ -20,9 +20,11 @@ impl LiveSpace {
     /// Whether `span` is private anonymous memory that may be read only, in one mapping without guards.
     /// Only where brackets see changes of rights before they happen: they wait for the travel.
     pub(crate) fn is_read_only(&self, vma: &Vma, span: HostSpan) -> bool {
-        if !vma.read || vma.write || !self.level().is_patched() {
-            return false;
-        }
+        vma.read && !vma.write && self.level().is_patched() && self.shows_read_only(span)
+    }
+
+    /// The same, as the system shows it at this moment.
+    fn shows_read_only(&self, span: HostSpan) -> bool {
         let Ok(Some(map)) = self.procmap.query(span.start()) else {
             return false;
         };
@@ -33,13 +35,17 @@ impl LiveSpace {
     }
 
     /// Does `leave` while the mapping at `span`, which travels and is armed, may be written. What stayed
-    /// is write-protected afterwards, until [`unprotect`](Self::unprotect).
+    /// is write-protected afterwards, until [`unprotect`](Self::unprotect). Refused where the program may
+    /// write by now: it must keep that right. From here on its calls wait for the travel.
     pub(crate) fn with_stores(
         &self,
         span: HostSpan,
         shard: ShardId,
         leave: impl FnOnce() -> Result<(), Refused>,
     ) -> Result<(), Refused> {
+        if !self.shows_read_only(span) {
+            return Err(Refused::Mapping);
+        }
         let uffd = self.watch.shards.uffd(shard);
         uffd.protect(span).map_err(|errno| match errno {
             Errno::AGAIN => Refused::News,
@@ -57,5 +63,32 @@ impl LiveSpace {
         }
         self.remembered.forget();
         left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gpusvm::addr::{HostVa, PAGE};
+
+    use crate::sys::mapping::{AnonMapping, Huge};
+    use crate::sys::vram::VramMode;
+    use crate::toy::Bench;
+
+    #[test]
+    fn program_that_may_write_again_keeps_that_right() {
+        let Some(bench) = Bench::open(VramMode::Adopt) else {
+            return;
+        };
+        let mut map = AnonMapping::new(4096, Huge::Never).expect("a page can be mapped");
+        map.words_mut().fill(3);
+        let span = HostSpan::at(HostVa::new(map.address()), PAGE);
+        // It was read only when the migration began.
+        let left = bench
+            .space
+            .with_stores(span, ShardId::FIRST, || unreachable!("nothing leaves"));
+        assert!(matches!(left, Err(Refused::Mapping)));
+        map.words_mut().fill(4);
+        assert!(map.words().iter().all(|word| *word == 4));
     }
 }
