@@ -162,10 +162,11 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
                 return Err(Stale::CpuMappingChanged.into());
             }
             let pages = (0..).zip(before.iter().zip(now));
-            entries.extend(pages.filter_map(|(n, (before, now))| {
-                let entry = self.entry_for(before, now)?;
-                Some((span.start().plus(n * PAGE), entry))
-            }));
+            for (n, (before, now)) in pages {
+                if let Some(entry) = self.entry_for(before, now) {
+                    entries.insert(span.start().plus(n * PAGE), entry);
+                }
+            }
             Ok(())
         });
         // Without entries the command answers that the pages are not there.

@@ -185,7 +185,7 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
             let at = span.start().plus(n * PAGE);
             let offset = usize::try_from(n * PAGE).map_err(|_large| Errno::NoMem)?;
             let entries = self.table.0.lock();
-            let found = access(offset, entries.get(&at).copied());
+            let found = access(offset, entries.get(at));
             drop(entries);
             match found {
                 None => return Ok(n),
@@ -241,8 +241,7 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
 
     fn check_exclusive(&self, span: HostSpan) -> Result<Done, Errno> {
         let entries = self.table.0.lock();
-        let mut inside = entries.range(span.start()..span.end());
-        if inside.any(|(_, entry)| entry.tag == Tag::Atomic) {
+        if entries.inside(span).any(|entry| entry.tag == Tag::Atomic) {
             return Err(Errno::Perm);
         }
         Ok(Done::default())
