@@ -133,6 +133,18 @@ impl ModelEnv {
         with(|world| world.current)
     }
 
+    /// Name of the actor that runs.
+    #[must_use]
+    pub fn actor_name(&self) -> String {
+        with(|world| world.name_of(world.current))
+    }
+
+    /// Whether the world keeps texts: it is played for people.
+    #[must_use]
+    pub fn keeps_texts(&self) -> bool {
+        with(|world| world.keeps_texts())
+    }
+
     /// Says that a rule is broken: the world has failed. Returns only where the caller is no
     /// actor, or unwinds already.
     pub fn fail(&self, text: impl Into<String>) {

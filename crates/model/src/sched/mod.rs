@@ -11,6 +11,7 @@
 //! | `env` | [`ModelEnv`], the framework's [`Environment`](gpusvm::seam::env::Environment) |
 //! | `world`, `queue`, `chaos` | who can run, who waits, what time it is, what fails |
 //! | `stage` | what actors do to their world |
+//! | `inside` | who is inside an invalidation |
 //! | `fiber` | coroutines, and [`ModelMutex`], which blocks the actor |
 //! | `lock` | names, ranks and orders of locks |
 //! | `pick`, `dfs` | pickers: random, PCT, playback, all worlds |
@@ -46,6 +47,7 @@ mod env;
 mod explore;
 mod fail;
 mod fiber;
+mod inside;
 mod lock;
 mod lock_word;
 mod options;
@@ -70,6 +72,7 @@ pub use env::{Busy, ModelEnv};
 pub use explore::{Explorer, Summary};
 pub use fail::{Failure, FailureKind};
 pub use fiber::ModelMutex;
+pub use inside::Invalidating;
 pub use lock::{Order, Rank};
 pub use options::{Chaos, KeepTape, Kind, LockRules, Options, Points, Texts};
 pub use oracle::When;

@@ -130,6 +130,8 @@ pub(super) struct World {
     touched: bool,
     pub(super) looking: bool,
     pub(super) busy: u32,
+    /// Actors inside an invalidation, one bit each.
+    pub(super) invalidating: u64,
     pub(super) deferred: Vec<Work>,
     random: Stream,
     pub(super) chaos_sites: Vec<(&'static str, u32)>,
@@ -201,6 +203,7 @@ impl World {
             touched: false,
             looking: false,
             busy: 0,
+            invalidating: 0,
             deferred: Vec::new(),
             random: Stream::ZERO,
             chaos_sites: Vec::new(),
@@ -238,7 +241,7 @@ impl World {
         (self.now, self.earliest, self.streak, self.dying_waits) = (0, NEVER, 0, 0);
         (self.phase, self.calm_since) = (Phase::Safety, options.safety_steps);
         (self.watched, self.touched) = (Moments::NONE, true);
-        (self.looking, self.busy) = (false, 0);
+        (self.looking, self.busy, self.invalidating) = (false, 0, 0);
         self.lock_waiters = 0;
         (self.current, self.next) = (HOST, None);
         (self.failure, self.panic_site) = (None, None);
