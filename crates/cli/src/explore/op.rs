@@ -49,13 +49,23 @@ operations! {
     Pin = "pin",
     /// A page is made exclusive to a device, until a CPU touches it.
     Exclusive = "exclusive",
+    /// `MADV_HWPOISON`, and `MADV_DONTNEED` to get a page that is well.
+    Poison = "poison",
+    /// Pages are protected against stores by userfaultfd, until the program is done with them.
+    WriteProtect = "write_protect",
 }
 
 impl Op {
     /// Whether it changes pages that nobody else changes meanwhile.
     pub(super) const fn is_alone(self) -> bool {
         match self {
-            Self::Discard | Self::Unmap | Self::Move | Self::ProtectRead | Self::Guard => true,
+            Self::Discard
+            | Self::Unmap
+            | Self::Move
+            | Self::ProtectRead
+            | Self::Guard
+            | Self::Poison
+            | Self::WriteProtect => true,
             Self::Load
             | Self::Store
             | Self::Send

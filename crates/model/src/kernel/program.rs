@@ -231,13 +231,6 @@ impl<E: Environment> ModelSpace<E> {
         frame.is_some_and(|frame| reclaim::reclaim(&*self.kernel, frame))
     }
 
-    /// Has a memory error in the page at `at`.
-    pub fn poison(&self, at: HostVa) {
-        if let Some(frame) = self.present(at) {
-            reclaim::poison(&*self.kernel, frame);
-        }
-    }
-
     /// Merges the page at `first` with the one at `second` of another process or this one.
     #[must_use]
     pub fn merge(&self, first: HostVa, other: &Self, second: HostVa) -> bool {

@@ -7,10 +7,10 @@
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::mm::{Access, InvalidateReason};
 
-use crate::mm::around::{Around, MmapLock};
+use crate::mm::around::{Around, MmapLock, Waited};
 use crate::mm::cow::commit;
 use crate::mm::entry::{Entry, SlotId};
-use crate::mm::errno::Signal;
+use crate::mm::errno::{Errno, Signal};
 use crate::mm::fault::{Faulted, Hit, fault};
 use crate::mm::file::FileId;
 use crate::mm::flags::{Bits, VmFlags};
@@ -91,10 +91,14 @@ pub(crate) enum Unmapped {
     Stays,
 }
 
-/// A memory error in a page of host memory: its processes lose it, and nobody gets it again.
-pub fn poison<A: Around>(around: &A, frame: FrameId) {
-    make_small(around, frame);
-    around.with(|mm| mm.mark_poisoned(frame));
+/// A memory error in a page (`MADV_HWPOISON`): it is brought in as for a load, its processes lose it, and
+/// nobody gets it again. Who moves it at the time is waited for.
+///
+/// # Errors
+/// `EFAULT` where a load gets a signal, `ENOMEM`; `EBUSY` for pages that nobody can lose: that of zeros,
+/// and those of a large page that does not split; `ENXIO` for device memory.
+pub fn poison<A: Around>(around: &A, pid: Pid, page: u32) -> Result<(), Errno> {
+    let frame = begin_poison(around, pid, page)?;
     unmap_all(around, frame, |mm, mapping| {
         let entry = mm.entry(mapping.pid, mapping.page);
         if entry.mapped_frame() == Some(frame) {
@@ -102,8 +106,44 @@ pub fn poison<A: Around>(around: &A, frame: FrameId) {
         }
         Unmapped::Gone
     });
-    around.with(|mm| mm.unhold(frame));
+    around.with(|mm| {
+        mm.unlock(frame);
+        mm.unhold(frame);
+    });
     around.announce();
+    Ok(())
+}
+
+/// Finds the page, locks, holds and marks it.
+fn begin_poison<A: Around>(around: &A, pid: Pid, page: u32) -> Result<FrameId, Errno> {
+    loop {
+        let seen = around.changes();
+        fault(around, pid, page, Access::Read).map_err(|signal| match signal {
+            Signal::OutOfMemory => Errno::NoMem,
+            Signal::Segv | Signal::Bus => Errno::Fault,
+        })?;
+        let frame = match around.with(|mm| mm.access(pid, page, Access::Read)) {
+            Some(Hit::Frame(frame)) => frame,
+            Some(Hit::Zero) => return Err(Errno::Busy),
+            None => continue,
+        };
+        make_small(around, frame);
+        match around.with(|mm| mm.mark_poisoned(pid, page, frame))? {
+            Marked::Yes => return Ok(frame),
+            Marked::Moved => {}
+            Marked::Locked if around.wait(seen) == Waited::Hopeless => return Err(Errno::Busy),
+            Marked::Locked => {}
+        }
+    }
+}
+
+/// What came of marking a page as one with an error.
+enum Marked {
+    Yes,
+    /// The page is somewhere else by now.
+    Moved,
+    /// Somebody else is at work on it.
+    Locked,
 }
 
 /// Pins the page at `page` for a device or a system call; it is faulted in like a CPU access. A
@@ -254,9 +294,22 @@ impl Machine {
         alone
     }
 
-    fn mark_poisoned(&mut self, frame: FrameId) {
+    fn mark_poisoned(&mut self, pid: Pid, page: u32, frame: FrameId) -> Result<Marked, Errno> {
+        if !matches!(self.entry(pid, page), Entry::Present(found, _) if found == frame) {
+            return Ok(Marked::Moved);
+        }
+        if self.memory.is_device(frame) {
+            return Err(Errno::NxIo);
+        }
+        if self.memory.folio(frame).order > 0 {
+            return Err(Errno::Busy);
+        }
+        if !self.try_lock(frame) {
+            return Ok(Marked::Locked);
+        }
         self.hold(frame);
         self.memory.frame_mut(frame).poisoned = true;
+        Ok(Marked::Yes)
     }
 
     /// Takes the pin, if the page is still what the access needs and belongs to nobody else.

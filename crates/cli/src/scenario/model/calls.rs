@@ -8,11 +8,15 @@ use gpusvm_model::mm::errno::{Errno, Signal};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{self, What};
 use gpusvm_model::mm::remap::{Remap, Target};
+use gpusvm_model::mm::uffd::Stores;
 
 use crate::scenario::host::Refusal;
 use crate::scenario::model::ModelHost;
 use crate::scenario::play::locked;
 use crate::scenario::words::{Advice, Backing, Deed, Rights};
+
+/// `MADV_HWPOISON`.
+const HWPOISON: i32 = 100;
 
 impl ModelHost {
     pub(super) fn map(
@@ -69,7 +73,13 @@ impl ModelHost {
                     made.map_err(|_why| Refusal::With("EBUSY".to_owned()))?;
                 }
             }
-            Deed::Poison => pages.for_each(|at| self.space.poison(at)),
+            Deed::Poison => return self.space.madvise(start, len, HWPOISON).map_err(errno),
+            Deed::WriteProtect => {
+                let served = self.space.serve_stores(span);
+                let protected = served.and_then(|()| self.space.write_protect(span, Stores::Wait));
+                return protected.map_err(errno);
+            }
+            Deed::WriteAllow => return self.space.stop_serving(span).map_err(errno),
         }
         Ok(())
     }
@@ -113,7 +123,9 @@ pub(super) fn errno(errno: Errno) -> Refusal {
     Refusal::With(
         match errno {
             Errno::Perm => "EPERM",
+            Errno::NoEnt => "ENOENT",
             Errno::Io => "EIO",
+            Errno::NxIo => "ENXIO",
             Errno::Again => "EAGAIN",
             Errno::NoMem => "ENOMEM",
             Errno::Access => "EACCES",

@@ -17,7 +17,7 @@ use crate::mm::pagemap::{PM_GUARD_REGION, PM_MMAP_EXCLUSIVE, PM_PRESENT, PM_SWAP
 use crate::mm::protect::{mlock, mprotect};
 use crate::mm::remap::{Remap, Target, mremap};
 use crate::mm::thp::Split;
-use crate::mm::{Machine, Pages, Pid, Shape, ksm, reclaim};
+use crate::mm::{Machine, Pages, Pid, Privilege, Shape, ksm, reclaim};
 
 const RW: VmFlags = VmFlags::READ.with(VmFlags::WRITE);
 const P0: Pid = Pid(0);
@@ -297,7 +297,8 @@ fn a_poisoned_page_is_an_error_and_never_comes_again() {
     map(&mut mm, 0, 2);
     write(&mut mm, P0, 0, 1);
     let frame = mm.entry(P0, 0).named_frame().expect("present");
-    reclaim::poison(&Solo::new(&mut mm), frame);
+    reclaim::poison(&Solo::new(&mut mm), P0, 0).expect("the page can go");
+    assert_eq!(mm.memory().taken_frames().count(), 0);
     assert_eq!(
         fault(&Solo::new(&mut mm), P0, 0, Access::Read),
         Err(Signal::Bus)
@@ -308,6 +309,52 @@ fn a_poisoned_page_is_an_error_and_never_comes_again() {
         write(&mut mm, P0, page, 1);
         assert_ne!(mm.entry(P0, page).named_frame(), Some(frame));
     }
+    check_quiet(&mm).expect("consistent");
+}
+
+#[test]
+fn poison_is_inherited_moved_and_unmapped() {
+    let mut mm = Machine::new(Shape {
+        processes: 3,
+        ..Shape::default()
+    });
+    map(&mut mm, 0, 2);
+    write(&mut mm, P0, 0, 1);
+    let child = fork(&Solo::new(&mut mm), P0).expect("room");
+    // Whoever shares the page loses it, too.
+    reclaim::poison(&Solo::new(&mut mm), P0, 0).expect("the page can go");
+    let grandchild = fork(&Solo::new(&mut mm), child).expect("room");
+    for pid in [P0, child, grandchild] {
+        let bus = fault(&Solo::new(&mut mm), pid, 0, Access::Read);
+        assert_eq!(bus, Err(Signal::Bus), "{pid:?}");
+        assert_eq!(mm.pagemap(pid, 0) & (PM_SWAP | PM_PRESENT), PM_SWAP);
+    }
+    assert_eq!(mm.collect(P0, 0), Collected::Refused);
+    munmap(&Solo::new(&mut mm), P0, at(0), bytes(1)).expect("mapped");
+    map(&mut mm, 0, 1);
+    write(&mut mm, P0, 0, 2);
+    check_quiet(&mm).expect("consistent");
+}
+
+#[test]
+fn a_memory_error_needs_privileges_and_a_page_that_can_go() {
+    let mut mm = mm();
+    map(&mut mm, 0, 4);
+    assert_eq!(advise(&mut mm, 0, 1, 100), Err(Errno::Perm));
+    mm.shape.privilege = Privilege::Admin;
+    assert_eq!(
+        advise(&mut mm, 0, 1, 100),
+        Err(Errno::Busy),
+        "the page of zeros"
+    );
+    assert_eq!(advise(&mut mm, 9, 1, 100), Err(Errno::Fault));
+    write(&mut mm, P0, 0, 1);
+    advise(&mut mm, 0, 1, 100).expect("a page of its own");
+    assert_eq!(
+        advise(&mut mm, 0, 1, 100),
+        Err(Errno::Fault),
+        "it is lost already"
+    );
     check_quiet(&mm).expect("consistent");
 }
 
