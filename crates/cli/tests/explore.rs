@@ -89,7 +89,7 @@ fn a_leak_is_told_with_the_place_where_it_was_taken() {
     // What has an owner at the end, and what nobody refers to in between.
     for (bug, what) in [
         ("release-forgotten", "device memory ["),
-        ("undo-skipped", "frame "),
+        ("fork-drops-reference", "frame "),
     ] {
         let save = file(&format!("{bug}.tape"));
         let save = save.to_str().expect("text");
