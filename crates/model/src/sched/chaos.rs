@@ -23,12 +23,21 @@ pub enum Fate {
 }
 
 impl World {
+    /// Nobody is chosen: the running actor is told something.
+    #[inline]
+    pub(super) fn nobody(&self) -> Candidates {
+        Candidates {
+            ready: 0,
+            first: u32::try_from(self.current).unwrap_or(0),
+        }
+    }
+
     /// One answer of chaos at a site.
     pub(super) fn chaos(&mut self, site: &'static str, n: u32) -> u32 {
         if self.phase() == Phase::Liveness || !self.is_live() {
             return 0;
         }
-        let nobody = Candidates { ready: 0, first: 0 };
+        let nobody = self.nobody();
         match self.options.chaos {
             Chaos::Off => 0,
             Chaos::OneIn(one_in) => self.choose(n, What::Rare(one_in), nobody),

@@ -15,7 +15,7 @@
 //! | `fiber` | coroutines, and [`ModelMutex`], which blocks the actor |
 //! | `lock` | names, ranks and orders of locks |
 //! | `pick`, `dfs` | pickers: random, PCT, playback, all worlds |
-//! | `tape`, `shrink` | the record of choices, and how to make it short |
+//! | `tape`, `script`, `shrink` | the record of choices, in order and by actor, and how to make it short |
 //! | `explore` | many worlds: [`Explorer`] |
 //! | `trace`, `fail` | last events, timelines, failures in words |
 //!
@@ -55,6 +55,7 @@ mod oracle;
 mod pick;
 mod queue;
 mod rng;
+mod script;
 mod shrink;
 mod sim;
 mod stage;
@@ -78,6 +79,7 @@ pub use options::{Chaos, KeepTape, Kind, LockRules, Options, Points, Texts};
 pub use oracle::When;
 pub use pick::{ACTORS_MAX, Pct, Picker, Playback, Random, What};
 pub use rng::{Stream, hash_text, mix};
+pub use script::Scripted;
 pub use shrink::{Progress, Verdict, shrink};
 pub use sim::{Outcome, Sim, Trouble, keep_panics_quiet, lock_orders, replay, run};
 pub use stage::Life;

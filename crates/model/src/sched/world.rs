@@ -419,8 +419,7 @@ impl World {
             return true;
         }
         let one_in = self.options.jump_one_in;
-        let nobody = Candidates { ready: 0, first: 0 };
-        one_in != 0 && self.choose(2, What::Rare(one_in), nobody) != 0
+        one_in != 0 && self.choose(2, What::Rare(one_in), self.nobody()) != 0
     }
 
     pub(super) fn pick_actor(&mut self, n: u32, what: What, among: Candidates) -> usize {
