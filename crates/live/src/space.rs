@@ -13,7 +13,7 @@ use gpusvm::addr::{BusAddr, HostSpan, HostVa};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::{Event, EventSink, HomeCause};
 use gpusvm::mmu::{Interval, IntervalNotifiers, Seq};
-use gpusvm::seam::env::{Environment, Mutex};
+use gpusvm::seam::env::{Environment, Mutex, Point};
 use gpusvm::seam::mm::{
     AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Seen, Vma,
 };
@@ -224,6 +224,11 @@ impl LiveSpace {
         if let Some(reader) = reader {
             reader.stop(self);
         }
+    }
+
+    /// Between two steps of something that others must not see half done, and that they may meet.
+    pub(crate) fn step(&self) {
+        self.env.yield_point(Point::PteWrite);
     }
 
     pub(crate) fn emit(&self, event: &Event) {
