@@ -132,6 +132,9 @@ pub struct RunArgs {
     /// What torture does to the address space, of all that it can do.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "OP,...")]
     pub(crate) ops: Vec<Op>,
+    /// Let torture's threads sleep for a moment at one of N places where others may meet them.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub jitter: Option<u32>,
     /// Plant a bug, to see torture find it.
     #[arg(long = "break", value_enum, value_name = "BUG")]
     pub planted: Option<Planted>,

@@ -221,6 +221,9 @@ fn select(args: &RunArgs) -> Result<Vec<Planned>, RunError> {
     if !args.ops.is_empty() {
         return Err(RunError::Needless("--ops"));
     }
+    if args.jitter.is_some() {
+        return Err(RunError::Needless("--jitter"));
+    }
     if args.cpu_faults == CpuFaults::InThread {
         return Err(RunError::Needless("--cpu-faults in-thread"));
     }

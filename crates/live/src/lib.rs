@@ -45,6 +45,7 @@ mod fault_in;
 mod fork;
 mod in_thread;
 mod inside;
+mod large;
 mod leg;
 mod level;
 mod mappings;

@@ -148,6 +148,7 @@ impl LiveSpace {
                 Err(Refused::News) => return Err(Stale::PagesBusy.into()),
                 // A write fault makes fork-shared pages exclusive; pinned ones stay refused.
                 Err(Refused::NotExclusive) => {
+                    self.step();
                     advise::populate_write(span).map_err(|_errno| Stale::PagesRefused)?;
                 }
             }
@@ -169,8 +170,10 @@ impl LiveSpace {
             .lock()
             .claim(span, shard)
             .map_err(|Busy| Stale::PagesBusy)?;
+        self.step();
         let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
         self.residency.lock().depart(span);
+        self.step();
         let mut from = Mapping { shard, left_at: 0 };
         let aperture = goal.aperture;
         let mut legs = self.legs_out(span, from, goal);
@@ -424,6 +427,7 @@ impl MigrationSet for LiveMigration<'_> {
                     }
                 }
                 for piece in pieces {
+                    self.space.step();
                     let released = self.space.residency.lock().release(piece.span);
                     self.space.arrived(piece.span, piece.shard);
                     drop(released);
@@ -452,7 +456,10 @@ impl LiveMigration<'_> {
     fn undo(&self) {
         match &self.way {
             Way::Out { span, from, .. } => {
-                self.legs.iter().for_each(|leg| self.space.come_in(leg));
+                for leg in &self.legs {
+                    self.space.come_in(leg);
+                    leg.empty();
+                }
                 let released = self.space.residency.lock().release(*span);
                 self.space.arrived(*span, from.shard);
                 drop(released);

@@ -187,6 +187,7 @@ pub(crate) fn run(
     config.units = crew.units();
     let machine = Machine::start(config).map_err(RunError::Machine)?;
     plant(args, &machine);
+    machine.env().set_jitter(args.jitter.unwrap_or(0));
     let stats = Arc::clone(machine.stats());
     let seconds = args.seconds.unwrap_or(SECONDS);
     let world = {
