@@ -279,15 +279,15 @@ mod tests {
     /// Three actors are told numbers; one of them must not be told a certain one at a certain time.
     fn build(sim: &Sim) {
         for name in ["a", "b", "c"] {
-            sim.spawn(name, move || {
-                for n in 0..10 {
-                    let told = ModelEnv.choose(5);
-                    ModelEnv.point(Kind::Other);
-                    if (name, n, told) == ("b", 6, 3) {
-                        ModelEnv.fail("told too much");
-                    }
-                }
-            });
+            sim.spawn(name, move || (0..10).for_each(|n| ask(name, n)));
+        }
+    }
+
+    fn ask(name: &str, n: u32) {
+        let told = ModelEnv.choose(5);
+        ModelEnv.point(Kind::Other);
+        if (name, n, told) == ("b", 6, 3) {
+            ModelEnv.fail("told too much");
         }
     }
 
