@@ -89,6 +89,25 @@ pub enum Location {
     },
 }
 
+impl Location {
+    /// The place `bytes` bytes further on in the same memory.
+    #[must_use]
+    pub const fn plus(self, bytes: u64) -> Self {
+        match self {
+            Self::System(bus) => Self::System(bus.plus(bytes)),
+            Self::Device {
+                pagemap,
+                allocation,
+                vram,
+            } => Self::Device {
+                pagemap,
+                allocation,
+                vram: vram.plus(bytes),
+            },
+        }
+    }
+}
+
 /// A run of consecutive pages in one place, contiguous there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageRun {
@@ -301,6 +320,9 @@ pub struct SeenPage {
     pub access: Access,
     /// Pages that the CPU's entry maps, as a power of two.
     pub order: u8,
+    /// Pages of the large page (folio) that it is a part of, as a power of two: they stay together
+    /// where small entries map them, too, so that a device may have one entry for them.
+    pub folio: u8,
     /// What kind of page it is.
     pub kind: PageKind,
 }

@@ -7,6 +7,7 @@
 
 use zerocopy::IntoBytes;
 
+use crate::mm::Shape;
 use crate::mm::changes::Marks;
 use crate::mm::entry::SlotId;
 use crate::mm::rmap::RmapId;
@@ -124,10 +125,13 @@ pub struct Memory {
     refused: u32,
     /// Heads of large device folios that are free.
     device_free_large: Vec<u32>,
+    /// Order of those.
+    large: u8,
 }
 
 impl Memory {
-    pub(crate) fn new(host: u32, coherent: u32, per_page: u32) -> Self {
+    pub(crate) fn new(shape: &Shape) -> Self {
+        let (host, coherent, per_page) = (shape.frames, shape.coherent, shape.words);
         let frames = host + coherent;
         let words = vec![0; (frames * per_page) as usize];
         let mut frames = vec![Frame::default(); frames as usize];
@@ -147,6 +151,7 @@ impl Memory {
             patience: 0,
             refused: 0,
             device_free_large: Vec::new(),
+            large: shape.pmd_order,
         }
     }
 
@@ -354,7 +359,8 @@ impl Memory {
 
     /// Gives the frames of a folio back that nobody references.
     pub(crate) fn release(&mut self, head: FrameId) {
-        let large = self.frame(head).order > 0;
+        // A piece of a large one is free page by page.
+        let large = self.frame(head).order == self.large;
         let private = self.is_device(head) && !self.is_coherent(head);
         if private && large {
             self.device_free_large.push(head.0);

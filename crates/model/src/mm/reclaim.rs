@@ -45,8 +45,13 @@ pub fn reclaim<A: Around>(around: &A, frame: FrameId) -> bool {
     freed
 }
 
-/// Splits a large folio, entries first.
+/// Splits a large folio into single pages, entries first.
 pub(crate) fn make_small<A: Around>(around: &A, frame: FrameId) {
+    split_large(around, frame, Split::Uniform);
+}
+
+/// Splits a large folio, entries first.
+pub(crate) fn split_large<A: Around>(around: &A, frame: FrameId, how: Split) {
     if around.with(|mm| mm.memory.folio(frame).owner == Owner::HugePages) {
         return;
     }
@@ -57,7 +62,7 @@ pub(crate) fn make_small<A: Around>(around: &A, frame: FrameId) {
     while let Some(mapping) = around.with(block) {
         split_block(around, mapping.pid, mapping.page);
     }
-    around.with(|mm| mm.split_folio(frame, Split::Uniform));
+    around.with(|mm| mm.split_folio(frame, how));
 }
 
 /// Visits every mapping that a page has, each inside a bracket, until `unmap` has dealt with all

@@ -168,13 +168,13 @@ impl Bench {
         })
     }
 
-    /// Brings part of an allocation home; large pages are split.
-    pub(super) fn bring(&self, toy: &Arc<Toy>, part: VramSpan) -> PageCount {
+    /// Brings part of an allocation home.
+    pub(super) fn bring(&self, toy: &Arc<Toy>, part: VramSpan, folios: Folios) -> PageCount {
         let to = MigrateTo::System {
             allocation: Arc::clone(toy) as AllocationRef,
             part,
             aperture: None,
-            folios: Folios::Split,
+            folios,
         };
         let set = self.space.migrate_begin(toy.origin, to).expect("free");
         self.copy(set.moves());
