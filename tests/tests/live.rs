@@ -8,6 +8,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
+use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::error::Failed;
 use gpusvm_abi::bus::AtomicOp;
 use gpusvm_cli::machine::{Machine, MachineConfig, Place};
 use gpusvm_live::{BracketChoice, LiveConfig, Protect, VramMode};
@@ -16,6 +18,7 @@ use gpusvm_tests::stage::{
     Add, MIB, assert_goes_on, assert_nothing_leaks, filled, modes, span_of, start, turn,
 };
 use gpusvm_xe::stats::Counter;
+use gpusvm_xe::vm::{MirrorArea, Rights};
 
 #[global_allocator]
 static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
@@ -590,4 +593,56 @@ fn stack_of_the_thread_that_launches_is_memory_like_any_other() {
         let faults = machine.stats().total(Counter::SvmPagefaultCount);
         assert!(faults < 2000, "{mode:?}: {faults} faults for 32 pages");
     }
+}
+
+#[test]
+fn area_that_a_device_uses_is_neither_mirrored_anew_nor_taken_away() {
+    let _turn = turn();
+    let Some(machine) = start(MachineConfig::default()) else {
+        return;
+    };
+    let map = filled(4 * MIB, 0);
+    let words = span_of(&map);
+    let add = Add {
+        at: words.start,
+        by: 1,
+    };
+    machine.launch(&add, 4).expect("mapped");
+    let span = HostSpan::new(HostVa::new(words.start), HostVa::new(words.end));
+    let area = |rights| MirrorArea { span, rights };
+    let mirror = |rights| gpusvm_live::thread::run(|| machine.vm().mirror(area(rights)));
+    let unmirror = |span| gpusvm_live::thread::run(|| machine.vm().unmirror(span));
+    let in_use = |at| Err(Failed::Permission(at));
+    assert_eq!(mirror(Rights::ReadOnly), in_use(span.start()));
+    assert_eq!(unmirror(span), in_use(span.start()));
+    let page = HostSpan::at(span.start().plus(2 << 20), 4096);
+    assert_eq!(unmirror(page), in_use(page.start()), "nor a part of it");
+    machine.launch(&add, 4).expect("as before");
+    drop(map);
+    assert_eq!(unmirror(span), Ok(()), "its ranges are dead, and collected");
+    assert_eq!(mirror(Rights::ReadOnly), Ok(()));
+    assert_eq!(mirror(Rights::ReadWrite), Ok(()), "nobody uses it yet");
+    assert_nothing_leaks(&machine);
+}
+
+#[test]
+fn memory_that_is_not_mirrored_is_out_of_reach() {
+    let _turn = turn();
+    let Some(machine) = start(MachineConfig::default()) else {
+        return;
+    };
+    let mut map = filled(4 * MIB, OLD);
+    let words = span_of(&map);
+    let span = HostSpan::new(HostVa::new(words.start), HostVa::new(words.end));
+    let rest = HostSpan::new(span.start().plus(2 << 20), span.end());
+    let unmirrored = gpusvm_live::thread::run(|| machine.vm().unmirror(rest));
+    unmirrored.expect("no device has used it");
+    let add = |at: HostVa| {
+        let at = at.get();
+        machine.launch(&Add { at, by: 1 }, 1)
+    };
+    add(span.start()).expect("what sticks out stays");
+    assert!(add(rest.start()).is_err(), "the device has no right there");
+    assert_eq!(map.words()[2 * MIB / 8], OLD);
+    assert_eq!(map.words()[0], OLD + 1);
 }
