@@ -211,6 +211,10 @@ pub trait DeviceAllocation: CpuFaultSink {
     /// # Errors
     /// `Stale` when another operation holds the pages; `Failed` when they cannot be moved.
     fn bring_home(self: Arc<Self>, cause: HomeCause) -> Result<PageCount, Interrupted>;
+    /// The host has taken pages with a memory error away from all processes (`memory_failure` of
+    /// `dev_pagemap_ops`): they must not be used again. Called with no lock held; does nothing where
+    /// the memory is not used again anyway.
+    fn memory_failure(&self, _bad: VramSpan) {}
 }
 
 /// A counted reference to an allocation, as the host keeps it.

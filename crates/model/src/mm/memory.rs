@@ -377,12 +377,11 @@ impl Memory {
                 },
                 ..Frame::default()
             };
-            if self.is_device(page) {
-                if private && !large {
-                    self.device_free.push(page.0);
-                }
-            } else if !poisoned {
-                self.free += 1;
+            match (self.is_device(page), poisoned) {
+                (_, true) => {}
+                (false, false) => self.free += 1,
+                (true, false) if private && !large => self.device_free.push(page.0),
+                (true, false) => {}
             }
         }
     }

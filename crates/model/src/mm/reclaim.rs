@@ -96,7 +96,8 @@ pub(crate) enum Unmapped {
     Stays,
 }
 
-/// A memory error in a page of host memory: its processes lose it, and nobody gets it again.
+/// A memory error in a page, of a device's memory, too: its processes lose it, and nobody gets it
+/// again.
 pub fn poison<A: Around>(around: &A, frame: FrameId) {
     make_small(around, frame);
     around.with(|mm| mm.mark_poisoned(frame));

@@ -530,6 +530,88 @@ fn half_of_a_large_device_page_can_be_unmapped_moved_and_inherited() {
 }
 
 #[test]
+fn a_mixed_span_comes_home_by_its_device_pages_and_nothing_else_moves() {
+    let bench = Bench::new();
+    bench.map(0, 8);
+    (0..8).for_each(|page| bench.store(page, u64::from(page) + 1));
+    let frame = |page| {
+        bench
+            .space
+            .entry(bench.at(page))
+            .and_then(Entry::mapped_frame)
+    };
+    let (_, first) = bench.send(bench.span(2, 2)).expect("free");
+    let (_, second) = bench.send(bench.span(5, 1)).expect("free");
+    let stay = [0, 1, 4, 6, 7];
+    let before = stay.map(frame);
+    let request = FaultIn {
+        span: bench.span(0, 8),
+        access: Access::Read,
+        keep: None,
+        pager: Pager::Wait,
+    };
+    let home = bench.space.fault_in(&request, &mut Vec::new());
+    home.expect("mapped");
+    assert_eq!(stay.map(frame), before);
+    assert_eq!(placement(&bench, 0, 8), Placement::System);
+    assert!(first.upgrade().is_none() && second.upgrade().is_none());
+    assert_eq!([2, 3, 5].map(|page| bench.load(page)), [3, 4, 6]);
+    bench.check();
+}
+
+#[test]
+fn a_bad_device_page_is_lost_and_all_others_come_home() {
+    for folios in [DeviceFolios::Small, DeviceFolios::Large] {
+        let bench = Bench::of(Shape {
+            device_folios: folios,
+            ..Shape::default()
+        });
+        bench.map(0, 4);
+        let huge = bench.space.madvise(bench.at(0), 4 * PAGE, 14);
+        huge.expect("anonymous");
+        (0..4).for_each(|page| bench.store(page, u64::from(page) + 1));
+        let (_, allocation) = bench.send(bench.span(0, 4)).expect("free");
+        let allocation = allocation.upgrade().expect("it has pages");
+        let frame = |page| {
+            bench
+                .space
+                .entry(bench.at(page))
+                .and_then(Entry::named_frame)
+        };
+        let bad = frame(1).expect("on the device");
+        bench.space.poison(bench.at(1));
+        bench.check();
+        let at = |page: u64| allocation.vram().start().plus(page * PAGE);
+        let lost = VramSpan::at(at(1), PAGE);
+        assert_eq!(allocation.lost(), [lost], "the device is told");
+        // The CPU, and the device.
+        assert_eq!(bench.space.load(bench.at(1)), Err(Signal::Bus));
+        let request = FaultIn {
+            span: bench.span(0, 4),
+            access: Access::Read,
+            keep: Some(PagemapId(1)),
+            pager: Pager::Wait,
+        };
+        let refused = bench.space.fault_in(&request, &mut Vec::new());
+        assert_eq!(refused, Err(Failed::BadPage(bench.at(1)).into()));
+        let home = MigrateTo::home(allocation.clone(), None);
+        let set = bench.space.migrate_begin(bench.span(0, 4), home);
+        let set = set.expect("free");
+        let read = |vram: VramSpan| set.moves().iter().any(|copy| copy.vram.overlaps(vram));
+        assert!(!read(lost) && read(VramSpan::at(at(2), PAGE)));
+        bench.copy(set.moves());
+        assert_eq!(set.finalize(), pages(3));
+        assert_eq!([0, 2, 3].map(|page| bench.load(page)), [1, 3, 4]);
+        // A new mapping in its place, and device pages, among which it is not.
+        bench.space.munmap(bench.at(0), 4 * PAGE).expect("mapped");
+        bench.map(0, 8);
+        bench.send(bench.span(0, 8)).expect("free");
+        assert!((0..8).all(|page| frame(page).is_some_and(|frame| frame != bad)));
+        bench.check();
+    }
+}
+
+#[test]
 fn coherent_pages_are_used_where_they_are() {
     let bench = large();
     bench.store(1, 4);
