@@ -231,6 +231,14 @@ impl Memory {
         (head.0..head.0 + (1 << self.frame(head).order)).map(FrameId)
     }
 
+    /// Whether a memory error was found in any page of the folio that `frame` is in
+    /// (`folio_contain_hwpoisoned_page`).
+    #[must_use]
+    pub fn has_poison(&self, frame: FrameId) -> bool {
+        let mut pages = self.pages_of(self.head(frame));
+        pages.any(|page| self.frame(page).poisoned)
+    }
+
     /// Whether the frame is in device memory.
     #[must_use]
     pub const fn is_device(&self, frame: FrameId) -> bool {
