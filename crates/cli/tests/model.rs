@@ -125,3 +125,41 @@ fn what_the_model_has_not_is_told_in_one_line() {
         assert!(said.contains(why), "{args:?}: {said}");
     }
 }
+
+/// A memory error in a full device memory: the page is lost, all others come home, and whatever needs
+/// device memory afterwards goes without it.
+const BAD_PAGE: &str = "\
+scenario 1 a bad page of device memory
+  live skipped: this process has no memory errors
+  vram 1M
+  map a 512K
+  cpu write a 7
+  gpu write a 8
+  expect placed a gpu
+  poison a[3]
+  expect entries a[0..16] none
+  cpu read a[3] 8 -> SIGBUS
+  gpu read a[3] 8 -> ENOENT|EFAULT|EBUSY
+  gpu evict
+  cpu read a[0..3] 8
+  cpu read a[4..128] 8
+  expect vram <= 128K
+  map b 512K
+  cpu write b 1
+  gpu write b 2 x20
+  cpu read b 2
+";
+
+#[test]
+fn a_bad_page_of_device_memory_is_neither_copied_nor_used_again() {
+    let file = std::env::temp_dir().join(format!("gpusvm-bad-page-{}.scn", std::process::id()));
+    std::fs::write(&file, BAD_PAGE).expect("a file can be written");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gpusvm"));
+    command
+        .args(["conformance", "scenarios", "--file"])
+        .arg(&file);
+    let output = command.output().expect("the command runs");
+    std::fs::remove_file(&file).expect("it is there");
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{shown}");
+}

@@ -247,6 +247,7 @@ impl AddressSpace for Process {
                 at: run.at,
                 access,
                 order: 0,
+                folio: 0,
                 kind: PageKind::Plain,
             })
         };

@@ -185,7 +185,7 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
             let at = span.start().plus(n * PAGE);
             let offset = usize::try_from(n * PAGE).map_err(|_large| Errno::NoMem)?;
             let entries = self.table.0.lock();
-            let found = access(offset, entries.get(&at).copied());
+            let found = access(offset, entries.at(at));
             drop(entries);
             match found {
                 None => return Ok(n),
@@ -225,7 +225,7 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
                         at: Location::System(bus),
                         tag: Tag::Atomic,
                     };
-                    self.table.0.lock().insert(at, entry);
+                    self.table.0.lock().enter(at, entry, 0);
                 })
             })
             .map_err(|why| match why {
@@ -239,10 +239,15 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
         Ok(())
     }
 
+    /// Entries of the device's page table: a large page has one.
+    #[must_use]
+    pub fn entries(&self) -> usize {
+        self.table.0.lock().len()
+    }
+
     fn check_exclusive(&self, span: HostSpan) -> Result<Done, Errno> {
         let entries = self.table.0.lock();
-        let mut inside = entries.range(span.start()..span.end());
-        if inside.any(|(_, entry)| entry.tag == Tag::Atomic) {
+        if entries.has_exclusive(span) {
             return Err(Errno::Perm);
         }
         Ok(Done::default())

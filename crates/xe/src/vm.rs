@@ -58,22 +58,27 @@ impl VmState {
 
     /// Puts `area` in; what it covers of others goes.
     fn insert_area(&mut self, area: MirrorArea) {
+        self.remove_areas(area.span);
+        self.areas.insert(area.span.start(), area);
+    }
+
+    /// Takes `span` out of all areas; what sticks out of it stays.
+    fn remove_areas(&mut self, span: HostSpan) {
         let hit: alloc::vec::Vec<_> = self
             .areas
             .values()
-            .filter(|other| other.span.overlaps(area.span))
+            .filter(|other| other.span.overlaps(span))
             .copied()
             .collect();
         for other in hit {
             self.areas.remove(&other.span.start());
-            let head = HostSpan::new(other.span.start(), area.span.start());
-            let tail = HostSpan::new(area.span.end(), other.span.end());
+            let head = HostSpan::new(other.span.start(), span.start());
+            let tail = HostSpan::new(span.end(), other.span.end());
             for span in [head, tail].into_iter().filter(|rest| !rest.is_empty()) {
                 self.areas
                     .insert(span.start(), MirrorArea { span, ..other });
             }
         }
-        self.areas.insert(area.span.start(), area);
     }
 }
 
@@ -160,18 +165,37 @@ impl<P: Platform> Vm<P> {
     /// [`Failed::Permission`] where ranges are live in the span, as their rights would change
     /// under the device, [`Failed::Closed`].
     pub fn mirror(&self, area: MirrorArea) -> Result<(), Failed> {
-        if area.span.is_empty() || !user_space().covers(area.span) {
-            return Err(Failed::OutOfArea(area.span.start()));
+        self.change_areas(area.span, |state| state.insert_area(area))
+    }
+
+    /// Mirrors `span` no longer: device accesses there are refused from now on
+    /// (`svm-design.md` section 5.9: `UNMAP` of mirror VMAs). Where nothing is mirrored, nothing
+    /// changes.
+    ///
+    /// # Errors
+    /// As [`mirror`](Self::mirror): nothing is taken from under the device.
+    pub fn unmirror(&self, span: HostSpan) -> Result<(), Failed> {
+        self.change_areas(span, |state| state.remove_areas(span))
+    }
+
+    /// Changes the areas of a span that has no live ranges. Dead ones are collected first.
+    fn change_areas(
+        &self,
+        span: HostSpan,
+        change: impl FnOnce(&mut VmState),
+    ) -> Result<(), Failed> {
+        if span.is_empty() || !user_space().covers(span) {
+            return Err(Failed::OutOfArea(span.start()));
         }
         let mut state = self.state.lock();
         if state.closed {
             return Err(Failed::Closed);
         }
         collect::run(self, &mut state);
-        if self.svm.has_mapping(area.span) {
-            return Err(Failed::Permission(area.span.start()));
+        if self.svm.has_mapping(span) {
+            return Err(Failed::Permission(span.start()));
         }
-        state.insert_area(area);
+        change(&mut state);
         Ok(())
     }
 

@@ -89,6 +89,25 @@ pub enum Location {
     },
 }
 
+impl Location {
+    /// The place `bytes` bytes further on in the same memory.
+    #[must_use]
+    pub const fn plus(self, bytes: u64) -> Self {
+        match self {
+            Self::System(bus) => Self::System(bus.plus(bytes)),
+            Self::Device {
+                pagemap,
+                allocation,
+                vram,
+            } => Self::Device {
+                pagemap,
+                allocation,
+                vram: vram.plus(bytes),
+            },
+        }
+    }
+}
+
 /// A run of consecutive pages in one place, contiguous there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageRun {
@@ -192,6 +211,10 @@ pub trait DeviceAllocation: CpuFaultSink {
     /// # Errors
     /// `Stale` when another operation holds the pages; `Failed` when they cannot be moved.
     fn bring_home(self: Arc<Self>, cause: HomeCause) -> Result<PageCount, Interrupted>;
+    /// The host has taken pages with a memory error away from all processes (`memory_failure` of
+    /// `dev_pagemap_ops`): they must not be used again. Called with no lock held; does nothing where
+    /// the memory is not used again anyway.
+    fn memory_failure(&self, _bad: VramSpan) {}
 }
 
 /// A counted reference to an allocation, as the host keeps it.
@@ -301,6 +324,9 @@ pub struct SeenPage {
     pub access: Access,
     /// Pages that the CPU's entry maps, as a power of two.
     pub order: u8,
+    /// Pages of the large page (folio) that it is a part of, as a power of two: they stay together
+    /// where small entries map them, too, so that a device may have one entry for them.
+    pub folio: u8,
     /// What kind of page it is.
     pub kind: PageKind,
 }

@@ -94,7 +94,7 @@ fn look_at(mm: &Machine, pid: Pid, page: u32, keep: Option<PagemapId>) -> Seen {
         Block::Table => 0,
         Block::Huge(..) | Block::Device(..) | Block::Zero(_) => mm.shape().pmd_order,
     };
-    let seen = |at, bits: Bits, kind| {
+    let seen = |at, bits: Bits, (kind, folio)| {
         let access = if bits.has(Bits::WRITE) {
             Access::Write
         } else {
@@ -104,20 +104,22 @@ fn look_at(mm: &Machine, pid: Pid, page: u32, keep: Option<PagemapId>) -> Seen {
             at,
             access,
             order,
+            folio,
             kind,
         })
     };
     match mm.entry(pid, page) {
         Entry::Present(frame, bits) => {
             let kind = pagemap_of(mm, frame).map_or(PageKind::Plain, PageKind::Coherent);
-            seen(Location::System(address_of(frame)), bits, kind)
+            let at = Location::System(address_of(frame));
+            seen(at, bits, (kind, mm.memory().folio(frame).order))
         }
         Entry::Zero(bits) => {
             let at = Location::System(ZERO_PAGE);
-            seen(at, bits.without(Bits::WRITE), PageKind::Zero)
+            seen(at, bits.without(Bits::WRITE), (PageKind::Zero, 0))
         }
         Entry::DevicePrivate(frame, bits) => match own_location(mm, frame, keep) {
-            Some(at) => seen(at, bits, PageKind::Plain),
+            Some(at) => seen(at, bits, (PageKind::Plain, mm.memory().folio(frame).order)),
             None => Seen::Absent,
         },
         Entry::None
