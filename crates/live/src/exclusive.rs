@@ -13,12 +13,13 @@ use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::HomeCause;
 use gpusvm::seam::env::Mutex;
 use gpusvm::seam::mm::{
-    AllocationId, AllocationRef, CpuFault, CpuFaultOutcome, CpuFaultSink, DeviceAllocation,
-    MigrateTo, MigrationSet, PagemapId, VmaKind,
+    AllocationId, AllocationRef, CpuFault, CpuFaultOutcome, CpuFaultSink, DeviceAllocation, Folios,
+    InvalidateReason, MigrateTo, MigrationSet, Owner, PagemapId, VmaKind,
 };
 use gpusvm_abi::bus::VramStore;
 
 use crate::env::LiveEnv;
+use crate::migrate::Goal;
 use crate::space::LiveSpace;
 use crate::sys::advise;
 use crate::sys::vram::{LiveVram, VramMode};
@@ -90,6 +91,7 @@ impl LiveSpace {
     pub(crate) fn take_for_device(
         &self,
         at: HostVa,
+        owner: Owner,
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
         let span = HostSpan::at(at, PAGE);
@@ -108,7 +110,13 @@ impl LiveSpace {
         let aperture = page.aperture();
         memory.discard(place, PAGE);
         let there = aperture.ok_or(Failed::NotMigratable(at))?.start();
-        let set = self.begin(span, MigrateTo::device(page as AllocationRef, aperture))?;
+        let goal = Goal {
+            allocation: page as AllocationRef,
+            aperture,
+            folios: Folios::Keep,
+            reason: InvalidateReason::Exclusive(owner),
+        };
+        let set = self.begin_out(span, &goal)?;
         commit(BusAddr::new(there.get()));
         set.finalize();
         Ok(())
@@ -218,7 +226,9 @@ mod tests {
         let at = HostVa::new(map.address());
         let page = HostSpan::at(at, PAGE);
         let mut given = None;
-        let made = bench.space.make_exclusive(at, &mut |bus| given = Some(bus));
+        let made = bench
+            .space
+            .make_exclusive(at, Owner(1), &mut |bus| given = Some(bus));
         made.expect("private memory");
         let bus = given.expect("committed").get();
         assert_eq!(seen(&bench, page), [Seen::Absent]);
@@ -240,7 +250,7 @@ mod tests {
         let own = std::env::current_exe().expect("a program has a file");
         let map = FileMapping::open(&own).expect("it can be read");
         let at = HostVa::new(map.address());
-        let made = bench.space.make_exclusive(at, &mut |_bus| ());
+        let made = bench.space.make_exclusive(at, Owner(1), &mut |_bus| ());
         assert!(matches!(made, Err(Interrupted::Failed(_))), "{made:?}");
     }
 }

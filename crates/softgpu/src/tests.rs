@@ -14,7 +14,7 @@ use gpusvm_abi::bus::{
 use gpusvm_abi::fault::{FaultRecord, FaultResponse};
 use gpusvm_abi::pte;
 
-use crate::{Dispatch, FaultService, GpuConfig, Kernel, Planted, SoftGpu, Stop, Tile};
+use crate::{Dispatch, FaultService, GpuConfig, Kernel, Planted, SmemAtomics, SoftGpu, Stop, Tile};
 
 /// Memory as words; the same type stands for VRAM and for host memory.
 struct Words(Box<[AtomicU64]>);
@@ -135,6 +135,7 @@ const CONFIG: GpuConfig = GpuConfig {
     fault_ring: 1,
     asids: 2,
     tlb_timeout_ns: 500_000_000_000,
+    smem_atomics: SmemAtomics::OnTheBus,
     planted: None,
 };
 const ROOT: u64 = 0x1000;

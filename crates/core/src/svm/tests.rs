@@ -89,6 +89,7 @@ impl AddressSpace for Host {
     fn make_exclusive(
         &self,
         _at: HostVa,
+        _owner: Owner,
         _commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
         Err(Stale::PagesRefused.into())
@@ -179,6 +180,7 @@ fn world() -> World {
     let area = HostSpan::at(HostVa::new(0), 1 << 40);
     let config = SvmConfig {
         vm: 1,
+        owner: Owner(1),
         area,
         window_bytes: 512 << 20,
     };
@@ -217,6 +219,7 @@ impl World {
             access: Access::Write,
             device_memory: true,
             populated_up_to: 0,
+            largest: PAGE_2M,
         };
         self.svm
             .find_or_insert_range(&mut self.owner, &find)
@@ -420,6 +423,7 @@ fn mapping_decides_how_a_look_up_fails() {
         access,
         device_memory: true,
         populated_up_to: 0,
+        largest: PAGE_2M,
     };
     let beyond = HostVa::new(BASE + 8 * PAGE_2M);
     let missing = world

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use gpusvm::addr::PAGE;
 use gpusvm::error::Interrupted;
-use gpusvm::seam::mm::AddressSpace;
+use gpusvm::seam::mm::{AddressSpace, Owner};
 use gpusvm_abi::bus::AtomicOp;
 use proptest::prelude::*;
 
@@ -115,7 +115,12 @@ fn run(bench: &Bench, values: &mut BTreeMap<u32, u64>, op: &Op) {
             }
             child.exit();
         }
-        Op::Exclusive(page) => drop(bench.space.make_exclusive(bench.at(page), &mut |_bus| ())),
+        Op::Exclusive(page) => {
+            let made = bench
+                .space
+                .make_exclusive(bench.at(page), Owner(1), &mut |_bus| ());
+            drop(made);
+        }
     }
 }
 
