@@ -26,7 +26,8 @@ impl Atomics {
     #[must_use]
     pub const fn policy(self) -> AtomicPolicy {
         match self {
-            Self::System | Self::Naive => AtomicPolicy::System,
+            Self::System => AtomicPolicy::System,
+            Self::Naive => AtomicPolicy::Naive,
             Self::Device => AtomicPolicy::Device,
             Self::Exclusive => AtomicPolicy::Exclusive,
             Self::Cpu => AtomicPolicy::Cpu,

@@ -13,8 +13,9 @@ use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::HomeCause;
 use gpusvm::seam::env::Mutex;
 use gpusvm::seam::mm::{
-    AllocationId, AllocationRef, CpuFault, CpuFaultOutcome, CpuFaultSink, DeviceAllocation, Folios,
-    InvalidateReason, MigrateTo, MigrationSet, Owner, PagemapId, VmaKind,
+    Access, AddressSpace, AllocationId, AllocationRef, CpuFault, CpuFaultOutcome, CpuFaultSink,
+    DeviceAllocation, FaultIn, Folios, InvalidateReason, MigrateTo, MigrationSet, Owner, PagemapId,
+    Pager, VmaKind,
 };
 use gpusvm_abi::bus::VramStore;
 
@@ -28,7 +29,7 @@ use crate::sys::vram::{LiveVram, VramMode};
 const NOBODYS: PagemapId = PagemapId(u32::MAX);
 
 /// Bytes that can be exclusive at a time. They cost address space only.
-const BYTES: u64 = 64 << 20;
+const BYTES: u64 = 1 << 30;
 
 /// Places for exclusive pages. The lock is a leaf.
 pub(crate) struct Lone {
@@ -96,7 +97,14 @@ impl LiveSpace {
     ) -> Result<(), Interrupted> {
         let span = HostSpan::at(at, PAGE);
         self.check_exclusive(at)?;
-        // A page that is on a device, or a device's own already, comes home by this, too.
+        // A page that is on a device, or a device's own already, comes home first.
+        let request = FaultIn {
+            span,
+            access: Access::Write,
+            keep: None,
+            pager: Pager::Wait,
+        };
+        self.fault_in(&request, &mut Vec::new())?;
         advise::populate_write(span).map_err(|_errno| Failed::BadPage(at))?;
         let memory = self.lone_memory()?;
         let space = self.lone.space.get().cloned().unwrap_or_default();

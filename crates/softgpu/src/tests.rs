@@ -273,6 +273,41 @@ fn write_to_a_read_only_leaf_faults_and_a_read_does_not() {
 }
 
 #[test]
+fn atomics_need_their_bit_wherever_the_page_is() {
+    let world = world(CONFIG);
+    world
+        .gpu
+        .set_fault_service(FaultService::Inline(Arc::new(Refuse::default())));
+    let update = Do(|_, tile: &mut Tile<'_>| tile.atomic(0, AtomicOp::Add(1)).map(|_old| ()));
+    for place in [0, pte::DEVICE_MEMORY] {
+        world.map(0, RW | place | 0x8000);
+        world.flush(0);
+        assert!(world.run(&update, 1).is_err());
+        world.map(0, RW | place | pte::ATOMIC_ENABLE | 0x8000);
+        assert_eq!(world.run(&update, 1), Ok(()), "rights may grow");
+    }
+}
+
+#[test]
+fn atomics_on_host_memory_are_done_with_and_without_a_bus_that_carries_them() {
+    for smem_atomics in [SmemAtomics::OnTheBus, SmemAtomics::ReadThenWrite] {
+        let world = world(GpuConfig {
+            smem_atomics,
+            ..CONFIG
+        });
+        world.map(0, RW | pte::ATOMIC_ENABLE | 0x2000);
+        let twice = Do(|_, tile: &mut Tile<'_>| {
+            assert_eq!(tile.atomic(8, AtomicOp::Add(5))?, 0);
+            assert_eq!(tile.atomic(8, AtomicOp::Xor(1))?, 5);
+            Ok(())
+        });
+        assert_eq!(world.run(&twice, 1), Ok(()));
+        let word = VramStore::atomic(&*world.host, 0x2008, AtomicOp::Add(0));
+        assert_eq!(word, 4, "{smem_atomics:?}");
+    }
+}
+
+#[test]
 fn bus_that_does_not_answer_is_reported_after_some_tries() {
     let world = world(CONFIG);
     world.map(0, RW | 0x7000_0000);

@@ -13,8 +13,6 @@ pub(crate) const ATTEMPTS: u32 = 3;
 /// Time for which the CPU leaves pages alone that an atomic has brought to the device
 /// (`atomic_svm_timeslice_ms`); doubled with every attempt.
 const TIMESLICE: Ns = Ns::from_millis(5);
-/// The last doubling: as many as there are attempts.
-const TIMESLICE_MAX: Ns = Ns(TIMESLICE.0 << (ATTEMPTS - 1));
 
 /// What a VM does about atomics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,6 +30,10 @@ pub enum AtomicPolicy {
     Exclusive,
     /// Nowhere: atomics are the CPU's.
     Cpu,
+    /// A wrong one, for tests: as [`System`](Self::System), on pages that stay where they are, whatever
+    /// the bus carries.
+    #[doc(hidden)]
+    Naive,
 }
 
 /// What the pages of a fault have to be for its access.
@@ -43,6 +45,8 @@ pub enum Need {
     DeviceMemory,
     /// In device memory, or the device's alone.
     Exclusive,
+    /// Accessible where they are.
+    InPlace,
 }
 
 impl AtomicPolicy {
@@ -56,6 +60,7 @@ impl AtomicPolicy {
             (AccessType::Atomic, Self::System) => Ok(Need::Access),
             (AccessType::Atomic, Self::Device) => Ok(Need::DeviceMemory),
             (AccessType::Atomic, Self::Exclusive) => Ok(Need::Exclusive),
+            (AccessType::Atomic, Self::Naive) => Ok(Need::InPlace),
             (AccessType::Atomic, Self::Cpu) => Err(Failed::AtomicForbidden(at)),
         }
     }
@@ -63,7 +68,7 @@ impl AtomicPolicy {
     /// Whether entries for `pages` allow atomics, where they allow stores.
     pub(crate) fn allows(self, pages: &PageSet) -> bool {
         match self {
-            Self::System => true,
+            Self::System | Self::Naive => true,
             Self::Device | Self::Exclusive => pages.is_exclusive() || pages.pagemap().is_some(),
             Self::Cpu => false,
         }
@@ -78,7 +83,7 @@ impl Need {
     pub(crate) fn check(self, pages: &PageSet, own: PagemapId) -> Result<(), Stale> {
         let there = pages.pagemap() == Some(own);
         let met = match self {
-            Self::Access => true,
+            Self::Access | Self::InPlace => true,
             Self::DeviceMemory => there,
             Self::Exclusive => there || pages.is_exclusive(),
         };
@@ -88,8 +93,37 @@ impl Need {
     /// Time for which the CPU leaves pages alone after the `n`th migration of a fault, counted from 0.
     pub(crate) fn timeslice(self, n: u32) -> Ns {
         match self {
-            Self::Access | Self::Exclusive => Ns::default(),
-            Self::DeviceMemory => Ns(TIMESLICE.0 << n.min(ATTEMPTS - 1)).min(TIMESLICE_MAX),
+            Self::Access | Self::Exclusive | Self::InPlace => Ns::default(),
+            Self::DeviceMemory => Ns(TIMESLICE.0 << n.min(ATTEMPTS - 1)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AT: HostVa = HostVa::new(0x1000);
+
+    #[test]
+    fn atomics_alone_need_more_than_access() {
+        let all = [
+            (AtomicPolicy::System, Ok(Need::Access)),
+            (AtomicPolicy::Device, Ok(Need::DeviceMemory)),
+            (AtomicPolicy::Exclusive, Ok(Need::Exclusive)),
+            (AtomicPolicy::Cpu, Err(Failed::AtomicForbidden(AT))),
+        ];
+        for (policy, need) in all {
+            assert_eq!(policy.need(AccessType::Atomic, AT), need);
+            assert_eq!(policy.need(AccessType::Write, AT), Ok(Need::Access));
+            assert_eq!(policy.need(AccessType::Read, AT), Ok(Need::Access));
+        }
+    }
+
+    #[test]
+    fn timeslice_doubles_as_often_as_there_are_attempts() {
+        let slices = [0, 1, 2, 3, 100].map(|n| Need::DeviceMemory.timeslice(n));
+        assert_eq!(slices, [5, 10, 20, 20, 20].map(Ns::from_millis));
+        assert_eq!(Need::Access.timeslice(2), Ns::default());
     }
 }

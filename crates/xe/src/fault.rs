@@ -222,7 +222,7 @@ fn find_request<P: Platform>(
         device_memory: true,
         populated_up_to: PAGE_64K,
         largest: match need {
-            Need::Access | Need::DeviceMemory => PAGE_2M,
+            Need::Access | Need::DeviceMemory | Need::InPlace => PAGE_2M,
             Need::Exclusive => PAGE,
         },
     }
@@ -353,7 +353,7 @@ impl Budget {
             deadline: started.after(RETRY_BUDGET),
             retries: 0,
             migrations: match need {
-                Need::Access | Need::Exclusive => MIGRATIONS,
+                Need::Access | Need::Exclusive | Need::InPlace => MIGRATIONS,
                 Need::DeviceMemory => atomics::ATTEMPTS,
             },
             migrated: 0,

@@ -40,7 +40,7 @@ pub const fn decide(question: &Question) -> Place {
         Need::Access if may_move && question.bytes >= PAGE_64K => Place::Device,
         Need::DeviceMemory if may_move => Place::Device,
         Need::Exclusive if !question.on_device => Place::Exclusive,
-        Need::Access | Need::DeviceMemory | Need::Exclusive => Place::AsTheyAre,
+        Need::Access | Need::DeviceMemory | Need::Exclusive | Need::InPlace => Place::AsTheyAre,
     }
 }
 

@@ -69,7 +69,7 @@ impl Owner {
 
     /// Whether entries may allow atomics on host memory that the CPU has as well.
     fn shares_atomics(&self) -> bool {
-        self.atomics == AtomicPolicy::System
+        matches!(self.atomics, AtomicPolicy::System | AtomicPolicy::Naive)
     }
 }
 

@@ -1,9 +1,12 @@
 //! Pages that a device has for itself, for atomics on host memory (`svm-design.md` section 4.6).
 //!
 //! The taking of the page is an invalidation like any other, but for one thing: it must not count as
-//! a change between the look at the page and the binding, or no binding would ever be in time.
+//! a change between the look at the page and the binding, or no binding would ever be in time. What
+//! comes before it does count: a page that an attempt has taken, and was too late to bind, is given
+//! back before the next one looks, or that one would be too late as well, by its own doing.
 
 use alloc::vec;
+use alloc::vec::Vec;
 
 use crate::addr::{HostSpan, HostVa, PAGE, PageCount};
 use crate::error::{Failed, Interrupted, Stale};
@@ -11,7 +14,7 @@ use crate::mutant::Mutant;
 use crate::pages::PageSet;
 use crate::range::RangeRef;
 use crate::seam::env::{Environment, Point};
-use crate::seam::mm::{Access, AddressSpace, InvalidateReason, Location, PageRun};
+use crate::seam::mm::{Access, AddressSpace, FaultIn, InvalidateReason, Location, PageRun, Pager};
 use crate::seam::{Platform, Seams};
 use crate::svm::{Bindings, Svm};
 
@@ -29,6 +32,13 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
             return Err(Failed::OutOfArea(at).into());
         }
         let Seams { space, env, .. } = &self.seams;
+        let request = FaultIn {
+            span: range.span,
+            access: Access::Write,
+            keep: None,
+            pager: Pager::Wait,
+        };
+        space.fault_in(&request, &mut Vec::new())?;
         let seq = space.read_begin(&range.interval);
         let mut given = None;
         space.make_exclusive(at, self.config.owner, &mut |bus| given = Some(bus))?;
