@@ -32,7 +32,6 @@ pub enum AtomicPolicy {
     Cpu,
     /// A wrong one, for tests: as [`System`](Self::System), on pages that stay where they are, whatever
     /// the bus carries.
-    #[doc(hidden)]
     Naive,
 }
 

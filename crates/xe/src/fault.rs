@@ -1,6 +1,6 @@
 //! A device fault, from the record to the answer (`svm-design.md` section 5.4).
 //!
-//! `service` owns the only loop; `attempt` is the list of steps. A step that finds the world
+//! `until_done` owns the only loop; `attempt` is the list of steps. A step that finds the world
 //! changed answers [`Stale`], and the loop starts over while the budget lasts. Order matters:
 //! garbage goes first, so that a dead range never satisfies a look-up; pages are gathered after
 //! the migration; entries are written last, under the notifier lock.
@@ -85,7 +85,7 @@ fn decode<P: Platform>(device: &Device<P>, record: &FaultRecord) -> Option<Devic
     })
 }
 
-/// Makes the access possible or tells why not. Owns the only loop.
+/// Makes the access possible or tells why not.
 fn service<P: Platform>(fault: &DeviceFault<P>) -> Result<(), Failed> {
     let DeviceFault {
         vm, gt, at, access, ..
@@ -117,7 +117,7 @@ fn service<P: Platform>(fault: &DeviceFault<P>) -> Result<(), Failed> {
     }
 }
 
-/// The loop: attempts until one succeeds, fails, or nothing is left to spend.
+/// The only loop: attempts until one succeeds, fails, or nothing is left to spend.
 fn until_done<P: Platform>(
     fault: &DeviceFault<P>,
     need: Need,

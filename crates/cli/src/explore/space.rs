@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PageCount};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PageCount};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::copy::CopyMove;
@@ -170,6 +170,8 @@ impl AddressSpace for Space {
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
         self.between.chaos.must_be_outside("make_exclusive");
+        let page = HostSpan::at(at, PAGE);
+        let _ends = self.between.watch.begin(Doing::TakeAlone, page);
         self.host.make_exclusive(at, owner, commit)
     }
 }

@@ -116,10 +116,9 @@ fn run(bench: &Bench, values: &mut BTreeMap<u32, u64>, op: &Op) {
             child.exit();
         }
         Op::Exclusive(page) => {
-            let made = bench
+            let _made = bench
                 .space
                 .make_exclusive(bench.at(page), Owner(1), &mut |_bus| ());
-            drop(made);
         }
     }
 }
