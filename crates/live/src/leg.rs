@@ -21,6 +21,7 @@ use crate::pool::Fate;
 use crate::shard::ShardId;
 use crate::space::LiveSpace;
 use crate::staging::{Kind, Left, Purpose, Slot};
+use crate::sys::advise;
 use crate::sys::fault_copy;
 use crate::sys::heap;
 use crate::sys::uffd::{Moved, Uffd};
@@ -172,6 +173,16 @@ impl Leg {
             from,
             road: Road::Through(slot),
             left: Left::Pages(pages),
+        }
+    }
+
+    /// Device memory that pages were to become is empty again, and can be tried once more: what was
+    /// dropped or copied on the way back is still there, and would pass for the content of holes.
+    pub(crate) fn empty(&self) {
+        match self.road {
+            Road::Straight => advise::drop_pages(self.parked_span()),
+            // Slots are emptied between two uses, and the heap's pages stay where they are.
+            Road::Through(_) | Road::Closed => {}
         }
     }
 

@@ -461,7 +461,10 @@ impl LiveMigration<'_> {
     fn undo(&self) {
         match &self.way {
             Way::Out { span, from, .. } => {
-                self.legs.iter().for_each(|leg| self.space.come_in(leg));
+                for leg in &self.legs {
+                    self.space.come_in(leg);
+                    leg.empty();
+                }
                 let released = self.space.residency.lock().release(*span);
                 self.space.arrived(*span, from.shard);
                 drop(released);
