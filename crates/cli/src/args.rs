@@ -9,7 +9,7 @@ use crate::atomics::Atomics;
 use crate::conformance::ConformanceArgs;
 use crate::machine::{MachineConfig, ServiceMode};
 use crate::size;
-use crate::torture::{self, op::Op};
+use crate::torture::op::Op;
 use gpusvm_live::{BracketChoice, FaultLevel, LevelChoice, LiveConfig, VramMode};
 
 /// GPU shared virtual memory in user space.
@@ -127,9 +127,10 @@ pub struct RunArgs {
     /// and NAME.gt0.stats. Made if it is not there.
     #[arg(long, value_name = "DIR")]
     pub report: Option<PathBuf>,
-    /// Where the device does its atomics [default: device; system for torture].
-    #[arg(long, value_enum)]
-    pub atomics: Option<Atomics>,
+    /// Where the device does its atomics. Torture has memory that can be nowhere else than it is, and the bus
+    /// for it.
+    #[arg(long, value_enum, default_value_t = Atomics::System)]
+    pub atomics: Atomics,
     /// How long torture lasts, or at least lasts what atomics adds. Seconds of the wall's clock, on the
     /// model host, too: there the rounds of additions are the same each time, but for how many there are.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
@@ -318,18 +319,6 @@ impl LiveArgs {
 }
 
 impl RunArgs {
-    /// Where the device of a workload does its atomics.
-    #[must_use]
-    pub fn atomics(&self) -> Atomics {
-        let of_torture = self.workload.as_deref() == Some(torture::NAME);
-        let default = if of_torture {
-            Atomics::System
-        } else {
-            Atomics::Device
-        };
-        self.atomics.unwrap_or(default)
-    }
-
     /// The machine that these options ask for, with `vram` bytes of device memory.
     #[must_use]
     pub fn machine(&self, vram: u64) -> MachineConfig {
@@ -345,7 +334,7 @@ impl RunArgs {
                 Service::Queue => ServiceMode::Queue,
             },
             live: self.live.config(),
-            atomics: self.atomics(),
+            atomics: self.atomics,
             seed: self.seed,
             timeline: self.report.is_some(),
             plant_stale_tlb: self.planted == Some(Planted::Tlb),

@@ -12,7 +12,7 @@ pub enum Atomics {
     System,
     /// In device memory alone. As with all that follow, the bus carries none.
     Device,
-    /// In device memory, or on pages that the device has for itself.
+    /// In device memory, or on pages that the device has for itself, which takes userfaultfd.
     Exclusive,
     /// Nowhere: they are the CPU's.
     #[value(skip)]

@@ -131,7 +131,7 @@ pub fn config_json(args: &RunArgs, size: u64, vram: u64) -> Value {
         "migration": format!("{:?}", args.migration).to_lowercase(),
         "fault_service": format!("{:?}", args.fault_service).to_lowercase(),
         "cpu_faults": value_name(args.cpu_faults),
-        "atomics": value_name(args.atomics()),
+        "atomics": value_name(args.atomics),
         "level": value_name(args.live.level),
         "brackets": value_name(args.live.brackets),
         "seed": args.seed,

@@ -171,6 +171,19 @@ fn no_addition_is_lost_under_either_policy() {
 }
 
 #[test]
+fn there_is_no_storm_where_no_touch_brings_pages_home() {
+    let args = ["run", "atomics", "--size", "1M", "--vram", "4M", "--json"];
+    let run = output(&[&args[..], &["--level", "explicit"]].concat());
+    if refused(&run) {
+        return;
+    }
+    assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
+    let object: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+    assert_eq!(object["counts"]["storm_moves"], 0);
+    assert_eq!(object["counts"]["lost_additions"], 0);
+}
+
+#[test]
 fn additions_are_lost_without_a_policy() {
     let Some((code, object)) = add_for_a_while("naive") else {
         return;

@@ -185,7 +185,7 @@ fn node(args: &RunArgs, vram: u64) -> NodeConfig {
         } else {
             NOTIFIER_BYTES
         },
-        atomics: args.atomics(),
+        atomics: args.atomics,
     }
 }
 

@@ -180,7 +180,7 @@ pub(crate) fn run(
         return Err(RunError::Needless("--report"));
     }
     // Some of its memory can be nowhere else.
-    if args.atomics() != Atomics::System {
+    if args.atomics != Atomics::System {
         return Err(RunError::Needless("--atomics"));
     }
     let (size, vram) = (args.size.unwrap_or(SIZE), args.vram.unwrap_or(VRAM));
