@@ -13,47 +13,57 @@ use crate::mm::{Machine, Pid};
 /// A set of small numbers.
 #[derive(Clone, Debug, Default)]
 pub struct Marks {
-    words: Vec<u64>,
+    /// One bit for each of the first numbers, the only ones where a machine is small.
+    near: [u64; NEAR],
+    /// The bits behind.
+    far: Vec<u64>,
     any: bool,
 }
 
 const BITS: u32 = u64::BITS;
+/// Words of bits that take no allocation.
+const NEAR: usize = 2;
 
 impl Marks {
     /// Adds a number.
     #[inline]
     pub(crate) fn add(&mut self, n: u32) {
-        let at = (n / BITS) as usize;
-        if at >= self.words.len() {
-            self.words.resize(at + 1, 0);
+        let (at, bit) = ((n / BITS) as usize, 1 << (n % BITS));
+        match self.near.get_mut(at) {
+            Some(word) => *word |= bit,
+            None => self.add_far(at - NEAR, bit),
         }
-        self.words[at] |= 1 << (n % BITS);
         self.any = true;
+    }
+
+    fn add_far(&mut self, at: usize, bits: u64) {
+        if at >= self.far.len() {
+            self.far.resize(at + 1, 0);
+        }
+        self.far[at] |= bits;
     }
 
     /// Moves all numbers of `other` here.
     #[inline]
     pub(crate) fn take_from(&mut self, other: &mut Self) {
-        if other.any {
-            self.add_all(other);
-            other.clear();
+        if !other.any {
+            return;
         }
-    }
-
-    /// Adds all numbers of `other`.
-    fn add_all(&mut self, other: &Self) {
-        if self.words.len() < other.words.len() {
-            self.words.resize(other.words.len(), 0);
-        }
-        for (word, more) in self.words.iter_mut().zip(&other.words) {
+        for (word, more) in self.near.iter_mut().zip(&other.near) {
             *word |= more;
         }
-        self.any |= other.any;
+        for (at, more) in other.far.iter().enumerate() {
+            self.add_far(at, *more);
+        }
+        self.any = true;
+        other.clear();
     }
 
+    #[inline]
     pub(crate) fn clear(&mut self) {
         if self.any {
-            self.words.iter_mut().for_each(|word| *word = 0);
+            self.near = [0; NEAR];
+            self.far.iter_mut().for_each(|word| *word = 0);
             self.any = false;
         }
     }
@@ -65,15 +75,38 @@ impl Marks {
     }
 
     /// The numbers, ascending.
-    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        (0..).zip(&self.words).flat_map(|(at, word)| {
-            let mut rest = *word;
-            core::iter::from_fn(move || {
-                let bit = (rest != 0).then(|| rest.trailing_zeros())?;
-                rest &= rest - 1;
-                Some(at * BITS + bit)
-            })
-        })
+    #[must_use]
+    pub const fn iter(&self) -> Numbers<'_> {
+        Numbers {
+            marks: self,
+            at: 0,
+            rest: self.near[0],
+        }
+    }
+}
+
+/// The numbers of a set, ascending.
+#[derive(Clone, Debug)]
+pub struct Numbers<'a> {
+    marks: &'a Marks,
+    /// The word that `rest` is of.
+    at: usize,
+    rest: u64,
+}
+
+impl Iterator for Numbers<'_> {
+    type Item = u32;
+
+    #[inline]
+    fn next(&mut self) -> Option<u32> {
+        while self.rest == 0 {
+            self.at += 1;
+            let near = self.marks.near.get(self.at);
+            self.rest = *near.or_else(|| self.marks.far.get(self.at - NEAR))?;
+        }
+        let bit = self.rest.trailing_zeros();
+        self.rest &= self.rest - 1;
+        Some(u32::try_from(self.at).unwrap_or(u32::MAX) * BITS + bit)
     }
 }
 

@@ -203,19 +203,24 @@ fn refuse(word: &LockWord, site: Site) {
 impl World {
     #[inline]
     fn take(&mut self, word: &LockWord, site: Site) -> Taking {
-        if self.state == State::Running
-            && self.current != HOST
+        if self.is_live()
             && let Err(taking) = self.check_lock(word, site)
         {
             return taking;
         }
         if word.claim(self.current) {
-            if self.state != State::Idle {
-                self.locks.took(self.current, word, site);
-            }
+            self.note_taken(word, site);
             return Taking::Taken;
         }
         self.wait_for_lock(word, site)
+    }
+
+    /// What an oracle takes is free again before anybody goes on: it is no matter of rules.
+    #[inline]
+    fn note_taken(&mut self, word: &LockWord, site: Site) {
+        if self.state != State::Idle && !self.looking {
+            self.locks.took(self.current, word, site);
+        }
     }
 
     fn check_lock(&mut self, word: &LockWord, site: Site) -> Result<(), Taking> {
@@ -261,7 +266,9 @@ impl World {
 
     #[inline]
     fn release(&mut self, word: &LockWord) {
-        self.locks.released(word);
+        if !self.looking {
+            self.locks.released(word);
+        }
         word.clear();
         if self.lock_waiters != 0 {
             self.wake_lock(word.address());
@@ -274,8 +281,8 @@ pub(super) fn try_lock(word: &LockWord, site: Site) -> bool {
     point(Kind::Lock);
     with(|world| {
         let claimed = word.claim(world.current);
-        if claimed && world.state != State::Idle {
-            world.locks.took(world.current, word, site);
+        if claimed {
+            world.note_taken(word, site);
         }
         claimed
     })

@@ -114,7 +114,8 @@ pub(super) struct World {
     pub(super) earliest: u64,
     pub(super) streak: u32,
     pub(super) phase: Phase,
-    calm_since: u64,
+    /// The last step of the phase.
+    phase_ends: u64,
     picker: Picker,
     pub(super) tape: Vec<u32>,
     pub(super) hash: u64,
@@ -188,7 +189,7 @@ impl World {
             earliest: NEVER,
             streak: 0,
             phase: Phase::Safety,
-            calm_since: 0,
+            phase_ends: 0,
             picker: Picker::NONE,
             tape: Vec::new(),
             hash: 0,
@@ -236,7 +237,7 @@ impl World {
         self.reached.clear();
         (self.ready, self.unfinished, self.steps, self.switches) = (0, 0, 0, 0);
         (self.now, self.earliest, self.streak, self.dying_waits) = (0, NEVER, 0, 0);
-        (self.phase, self.calm_since) = (Phase::Safety, options.safety_steps);
+        (self.phase, self.phase_ends) = (Phase::Safety, options.safety_steps);
         (self.watched, self.touched) = (Moments::NONE, true);
         (self.looking, self.busy) = (false, 0);
         self.lock_waiters = 0;
@@ -301,14 +302,19 @@ impl World {
         self.state == State::Running && self.current != HOST && !self.looking
     }
 
-    /// An actor arrives at a point.
+    /// An actor arrives at a place that may be a point.
     #[inline]
     pub(super) fn arrive(&mut self, kind: Kind) -> Due {
-        if !self.options.points.has(kind) || !self.is_live() {
-            return Due::Nothing;
+        if self.options.points.has(kind) && self.is_live() {
+            self.arrive_at_point(kind)
+        } else {
+            Due::Nothing
         }
+    }
+
+    fn arrive_at_point(&mut self, kind: Kind) -> Due {
         self.step();
-        if self.steps > self.calm_since && self.is_late() {
+        if self.steps > self.phase_ends && self.is_late() {
             return Due::Death;
         }
         match self.moments() {
@@ -360,7 +366,7 @@ impl World {
     #[cold]
     fn is_late(&mut self) -> bool {
         self.calm();
-        let late = self.steps - self.calm_since.min(self.steps) > self.options.calm_steps;
+        let late = self.steps > self.phase_ends;
         if late {
             let text = self.describe_waiting("the actors are not done in time");
             self.fail(FailureKind::Stuck, text);
@@ -372,7 +378,8 @@ impl World {
     pub(super) fn calm(&mut self) {
         if self.phase == Phase::Safety {
             self.phase = Phase::Liveness;
-            self.calm_since = self.steps.min(self.calm_since);
+            let began = self.steps.min(self.phase_ends);
+            self.phase_ends = began.saturating_add(self.options.calm_steps);
             if let Picker::Pct(_) = self.picker {
                 self.picker = Picker::uniform(mix(self.options.seed, self.steps));
             }
