@@ -44,6 +44,7 @@ mod exclusive;
 mod fault_in;
 mod fork;
 mod in_thread;
+mod large;
 mod leg;
 mod level;
 mod mappings;

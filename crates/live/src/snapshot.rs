@@ -4,12 +4,10 @@
 //! mapping that may be written, stands for it: wrong for a page that was shared by a child that has
 //! ended, until the next store.
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PAGE_2M, VramSpan};
-use gpusvm::seam::mm::{
-    Access, AllocationRef, Location, PageKind, PagemapId, Seen, SeenPage, Vma, VmaKind,
-};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE};
+use gpusvm::seam::mm::{Access, Location, PageKind, PagemapId, Seen, SeenPage, Vma, VmaKind};
 
-use crate::residency::{DevicePage, State};
+use crate::residency::State;
 use crate::space::LiveSpace;
 use crate::sys::pagemap::Look;
 use crate::sys::procmap::Sharing;
@@ -105,33 +103,6 @@ impl LiveSpace {
                 0
             },
             kind: PageKind::Plain,
-        })
-    }
-
-    /// `part` of an allocation's memory, with all of the huge page that it is part of.
-    pub(crate) fn whole_part(&self, allocation: &AllocationRef, part: VramSpan) -> VramSpan {
-        if part == allocation.vram() {
-            return part;
-        }
-        let found = self.residency.lock().find(allocation.id(), part.start());
-        let Some((span, first)) = found else {
-            return part;
-        };
-        let at = span.start().plus(part.start().offset_from(first.vram()));
-        if !self.is_large(span, &first, at) {
-            return part;
-        }
-        let into = at.align_down(PAGE_2M).offset_from(span.start());
-        part.join(VramSpan::at(first.vram().plus(into), PAGE_2M))
-    }
-
-    /// Whether the block around a page that is away is one huge page there.
-    fn is_large(&self, span: HostSpan, first: &DevicePage, at: HostVa) -> bool {
-        let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
-        let parked = first.parked.filter(|_| span.covers(block));
-        parked.is_some_and(|parked| {
-            let there = parked.plus(block.start().offset_from(span.start()));
-            self.pagemap.is_huge(HostSpan::at(there, PAGE_2M))
         })
     }
 }

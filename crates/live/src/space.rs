@@ -284,15 +284,16 @@ impl LiveSpace {
     pub(crate) fn bring_home(&self, span: HostSpan, cause: HomeCause) {
         loop {
             self.wait_settled(span);
-            let Some(allocation) = self.residency.lock().any_resident(span) else {
-                if self.residency.lock().is_travelling(span) {
-                    continue;
-                }
-                return;
-            };
-            // A failure is a page that cannot be copied; it was reported, and stays where it is.
-            if let Err(Interrupted::Failed(_)) = allocation.bring_home(cause) {
-                return;
+            // Asked at one moment: what travels may be put back where it was.
+            let table = self.residency.lock();
+            let (resident, travelling) = (table.any_resident(span), table.is_travelling(span));
+            drop(table);
+            match resident.map(|allocation| allocation.bring_home(cause)) {
+                // A page that cannot be copied; it was reported, and stays where it is.
+                Some(Err(Interrupted::Failed(_))) => return,
+                Some(Ok(_) | Err(Interrupted::Stale(_))) => {}
+                None if travelling => {}
+                None => return,
             }
         }
     }

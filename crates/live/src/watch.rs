@@ -75,6 +75,13 @@ impl Sets {
         }
     }
 
+    /// The shard that has the page at `at`.
+    fn owner(&self, at: HostVa) -> Option<ShardId> {
+        let page = HostSpan::at(at, PAGE);
+        let owner = self.shards.iter().find(|sets| sets.registered.covers(page));
+        owner.map(|sets| sets.id)
+    }
+
     /// The shard that has what touches `span`, if it is not `but`.
     fn beside(&self, span: HostSpan, but: Option<ShardId>) -> Option<ShardId> {
         let reach = around(span);
@@ -265,6 +272,10 @@ impl Watch {
     /// after it has marked its span as travelling: so a block is never disarmed, nor a page filled,
     /// under a migration.
     ///
+    /// Nothing is filled where another shard has what is mapped at `at` by now: the mapping in which the
+    /// thread waited is gone, and that one's pages leave without asking the reader of this shard. The
+    /// system would let this shard fill it.
+    ///
     /// False where nothing is armed at `at`.
     pub(crate) fn disarm(
         &self,
@@ -274,6 +285,9 @@ impl Watch {
     ) -> bool {
         let mut sets = self.sets.lock();
         let uffd = self.shards.uffd(shard);
+        if sets.owner(at).is_some_and(|owner| owner != shard) {
+            return true;
+        }
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
         let Some(sets) = sets.shard(shard) else {
             return false;

@@ -1,13 +1,14 @@
 //! Migrations while another arena makes events: sharded against one userfaultfd for everything.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use gpusvm::addr::{HostSpan, PAGE_2M};
 use gpusvm::error::{Interrupted, Stale};
+use gpusvm::seam::env::{Environment, Ns};
 use gpusvm_abi::bus::SystemBus;
 use gpusvm_live::{
-    Advise, BracketChoice, Huge, LiveBus, LiveConfig, Sharding, Territory, VramMode, thread,
+    Advise, BracketChoice, Huge, LiveBus, LiveConfig, LiveEnv, Sharding, Territory, VramMode,
+    thread,
 };
 
 use super::measure::Touch;
@@ -22,7 +23,7 @@ const CHURNED: u64 = 64 << 10;
 const CHURNED_BYTES: usize = 64 << 10;
 /// Between two events, so that there are some thousands in a second. Without a pause migrations into
 /// memory of the only userfaultfd may never find a moment without news.
-const PAUSE: Duration = Duration::from_micros(100);
+const PAUSE: Ns = Ns(100_000);
 /// Machines of each kind, in turn, and migrations on each.
 const ROUNDS: usize = 6;
 const MIGRATIONS: usize = 50;
@@ -54,14 +55,13 @@ impl Land {
 
     /// Makes events until it is told to stop.
     fn churn(&self, stop: &AtomicBool) {
+        let env = LiveEnv::new(0);
         while !stop.load(Ordering::Relaxed) {
             // Both go on where the other would fail: there is nothing to keep.
             let _filled = LiveBus.write(self.churned.start().get(), &[1; CHURNED_BYTES]);
             let _dropped = self.territory.advise(self.churned, Advise::Discard);
-            let clock = Stopwatch::start();
-            while clock.elapsed() < PAUSE {
-                std::hint::spin_loop();
-            }
+            // Asleep: the processors are for those who are measured.
+            env.sleep_until(env.now().after(PAUSE));
         }
     }
 }

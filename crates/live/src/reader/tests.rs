@@ -79,6 +79,29 @@ fn hole_is_filled_while_bringing_pages_home_waits_for_a_unit_at_the_hole() {
     bench.space.unsubscribe(&interval);
 }
 
+#[test]
+fn thread_that_waited_in_a_mapping_that_is_gone_gets_nothing_in_the_next_one() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(4 << 20).expect("there is room");
+    let span = filled(&land, 1);
+    bench.send(span).expect("plain memory migrates");
+    assert_eq!(byte(span.start()), 1, "home again, and watched");
+    land.advise(span, Advise::Discard).expect("a hole");
+    let shards = &bench.space.watch.shards;
+    let own = bench.space.watch.shard_of(span).expect("watched");
+    let other = shards.ids().find(|id| *id != own);
+    let at = span.start();
+    let fault = |shard| Fault { at, shard };
+    let page = HostSpan::at(at, PAGE);
+    for other in other {
+        assert!(bench.space.fill_hole(fault(other)), "there is nothing to do");
+        assert_eq!(bench.space.first_populated(page), None);
+    }
+    assert_eq!(byte(at), 0, "its own shard fills it");
+}
+
 /// A mapping of two blocks that is written all over with `value`, and reached by copies.
 fn filled(land: &Territory, value: u8) -> HostSpan {
     let span = HostSpan::at(land.span().start(), 2 * PAGE_2M);
