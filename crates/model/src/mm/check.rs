@@ -148,15 +148,14 @@ fn check_tables(mm: &Machine, pid: Pid) -> Result<(), Broken> {
 pub(super) fn check_entry(mm: &Machine, pid: Pid, page: u32) -> Result<(), Broken> {
     let (process, at) = (mm.process(pid), At::Page(pid, page));
     let (small, block) = (process.entries[page as usize], mm.block(pid, page));
-    let below = small == Entry::None || (block == Block::Table && mm.has_table(pid, page));
-    rule!(
-        below,
-        "nothing lies below a block entry, or where there is no table",
-        at,
-    )?;
     if small == Entry::None && block == Block::Table {
         return Ok(());
     }
+    rule!(
+        small == Entry::None || (block == Block::Table && mm.has_table(pid, page)),
+        "nothing lies below a block entry, or where there is no table",
+        at,
+    )?;
     let mapped = process.vmas.at(page).is_some();
     let dying = process.detached.contains(page);
     rule!(mapped || dying, "an entry lies in a mapping", at)?;

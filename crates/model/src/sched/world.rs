@@ -102,7 +102,9 @@ pub(super) struct World {
     pub(super) ready: u64,
     /// Required actors that are not done.
     pub(super) unfinished: u64,
-    /// Actors that wait for a lock.
+    /// Actors that wait for something.
+    pub(super) blocked: u64,
+    /// Those of them that wait for a lock.
     pub(super) lock_waiters: u64,
     pub(super) current: usize,
     /// Who is to be resumed by the thread.
@@ -180,6 +182,7 @@ impl World {
             stacks: Vec::new(),
             ready: 0,
             unfinished: 0,
+            blocked: 0,
             lock_waiters: 0,
             current: HOST,
             next: None,
@@ -240,7 +243,7 @@ impl World {
         (self.phase, self.phase_ends) = (Phase::Safety, options.safety_steps);
         (self.watched, self.touched) = (Moments::NONE, true);
         (self.looking, self.busy) = (false, 0);
-        self.lock_waiters = 0;
+        (self.blocked, self.lock_waiters) = (0, 0);
         (self.current, self.next) = (HOST, None);
         (self.failure, self.panic_site) = (None, None);
         self.hash = mix(options.seed, hash_text(&options.scenario));
@@ -393,21 +396,22 @@ impl World {
             self.now = self.now.max(self.earliest);
             self.wake_sleepers();
         }
-        let among = Candidates {
-            ready: self.ready,
-            first: u32::try_from(self.current).unwrap_or(0),
-        };
-        let n = among.count();
-        if n < 2 {
+        if self.ready & self.ready.wrapping_sub(1) == 0 {
+            // Nobody else can run.
             return Due::Nothing;
         }
-        let chosen = if kind == Kind::Spin || self.streak >= STREAK_MAX {
-            self.streak = 0;
-            let first = (among.first + 1) % 64;
-            self.pick_actor(n, What::Yield, Candidates { first, ..among })
-        } else {
-            self.pick_actor(n, What::Stay, among)
+        let gives_way = kind == Kind::Spin || self.streak >= STREAK_MAX;
+        let current = u32::try_from(self.current).unwrap_or(0);
+        let (what, first) = match gives_way {
+            true => (What::Yield, (current + 1) % 64),
+            false => (What::Stay, current),
         };
+        if gives_way {
+            self.streak = 0;
+        }
+        let ready = self.ready;
+        let among = Candidates { ready, first };
+        let chosen = self.pick_actor(among.count(), what, among);
         if chosen == self.current {
             self.streak += 1;
             return Due::Nothing;
