@@ -14,24 +14,22 @@ use crate::mm::{Machine, Pid};
 #[derive(Clone, Debug, Default)]
 pub struct Marks {
     /// One bit for each of the first numbers, the only ones where a machine is small.
-    near: [u64; NEAR],
+    near: u128,
     /// The bits behind.
     far: Vec<u64>,
     any: bool,
 }
 
 const BITS: u32 = u64::BITS;
-/// Words of bits that take no allocation.
-const NEAR: usize = 2;
+const NEAR: u32 = u128::BITS;
 
 impl Marks {
     /// Adds a number.
     #[inline]
     pub(crate) fn add(&mut self, n: u32) {
-        let (at, bit) = ((n / BITS) as usize, 1 << (n % BITS));
-        match self.near.get_mut(at) {
-            Some(word) => *word |= bit,
-            None => self.add_far(at - NEAR, bit),
+        match n.checked_sub(NEAR) {
+            None => self.near |= 1 << n,
+            Some(n) => self.add_far((n / BITS) as usize, 1 << (n % BITS)),
         }
         self.any = true;
     }
@@ -49,9 +47,7 @@ impl Marks {
         if !other.any {
             return;
         }
-        for (word, more) in self.near.iter_mut().zip(&other.near) {
-            *word |= more;
-        }
+        self.near |= other.near;
         for (at, more) in other.far.iter().enumerate() {
             self.add_far(at, *more);
         }
@@ -62,7 +58,7 @@ impl Marks {
     #[inline]
     pub(crate) fn clear(&mut self) {
         if self.any {
-            self.near = [0; NEAR];
+            self.near = 0;
             self.far.iter_mut().for_each(|word| *word = 0);
             self.any = false;
         }
@@ -76,11 +72,12 @@ impl Marks {
 
     /// The numbers, ascending.
     #[must_use]
-    pub const fn iter(&self) -> Numbers<'_> {
+    pub fn iter(&self) -> Numbers<'_> {
         Numbers {
-            marks: self,
-            at: 0,
-            rest: self.near[0],
+            near: self.near,
+            word: 0,
+            behind: NEAR,
+            far: &self.far,
         }
     }
 }
@@ -88,10 +85,12 @@ impl Marks {
 /// The numbers of a set, ascending.
 #[derive(Clone, Debug)]
 pub struct Numbers<'a> {
-    marks: &'a Marks,
-    /// The word that `rest` is of.
-    at: usize,
-    rest: u64,
+    near: u128,
+    /// Bits of the word behind which `far` begins.
+    word: u64,
+    /// The first number behind it.
+    behind: u32,
+    far: &'a [u64],
 }
 
 impl Iterator for Numbers<'_> {
@@ -99,14 +98,19 @@ impl Iterator for Numbers<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<u32> {
-        while self.rest == 0 {
-            self.at += 1;
-            let near = self.marks.near.get(self.at);
-            self.rest = *near.or_else(|| self.marks.far.get(self.at - NEAR))?;
+        if self.near != 0 {
+            let n = self.near.trailing_zeros();
+            self.near &= self.near - 1;
+            return Some(n);
         }
-        let bit = self.rest.trailing_zeros();
-        self.rest &= self.rest - 1;
-        Some(u32::try_from(self.at).unwrap_or(u32::MAX) * BITS + bit)
+        while self.word == 0 {
+            let (first, rest) = self.far.split_first()?;
+            (self.word, self.far) = (*first, rest);
+            self.behind += BITS;
+        }
+        let bit = self.word.trailing_zeros();
+        self.word &= self.word - 1;
+        Some(self.behind - BITS + bit)
     }
 }
 
@@ -177,8 +181,11 @@ impl Changes {
     /// Whether nothing has changed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        let rest = [&self.frames, &self.mappings, &self.slots, &self.places];
-        self.pages.iter().chain(rest).all(Marks::is_empty)
+        self.frames.is_empty()
+            && self.mappings.is_empty()
+            && self.slots.is_empty()
+            && self.places.is_empty()
+            && self.pages.iter().all(Marks::is_empty)
     }
 
     /// Pages of a process whose entries have changed, or lead to frames that have.
@@ -231,5 +238,37 @@ impl Machine {
             };
             pages.for_each(|page| tell(mapping.pid, page));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn marked(numbers: &[u32]) -> Marks {
+        let mut marks = Marks::default();
+        numbers.iter().for_each(|n| marks.add(*n));
+        marks
+    }
+
+    #[test]
+    fn numbers_come_back_in_order_near_and_far() {
+        let all = [0, 63, 64, 127, 128, 191, 192, 700];
+        let mut given = all;
+        given.reverse();
+        let marks = marked(&given);
+        assert!(marks.iter().eq(all));
+        assert!(marked(&[]).iter().eq([]), "an empty set has none");
+        assert!(marked(&[300]).iter().eq([300]), "only far away");
+    }
+
+    #[test]
+    fn what_is_taken_is_here_and_not_there() {
+        let (mut here, mut there) = (marked(&[5, 130]), marked(&[4, 131, 600]));
+        here.take_from(&mut there);
+        assert!(here.iter().eq([4, 5, 130, 131, 600]));
+        assert!(there.is_empty() && there.iter().next().is_none());
+        here.clear();
+        assert!(here.is_empty() && here.iter().next().is_none());
     }
 }

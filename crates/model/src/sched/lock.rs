@@ -220,12 +220,7 @@ impl LockTable {
 
     /// Checks whether `actor` may take a lock, whether or not it is free.
     #[inline]
-    pub(super) fn check(
-        &mut self,
-        actor: usize,
-        node: NodeId,
-        site: Site,
-    ) -> Result<(), Broken> {
+    pub(super) fn check(&mut self, actor: usize, node: NodeId, site: Site) -> Result<(), Broken> {
         if self.held[actor].is_empty() {
             return Ok(());
         }

@@ -86,12 +86,14 @@ impl World {
 
     /// Wakes whoever waits for the word at `address`; whether anybody did.
     pub(super) fn wake_word(&mut self, address: usize) -> bool {
-        let waits = |actor: &Actor| matches!(actor.block, Some(Block::Word(at, _)) if at == address);
+        let waits =
+            |actor: &Actor| matches!(actor.block, Some(Block::Word(at, _)) if at == address);
         self.unblock_all(self.blocked, waits)
     }
 
     pub(super) fn wake_lock(&mut self, address: usize) {
-        let waits = |actor: &Actor| matches!(actor.block, Some(Block::Lock(at, _)) if at == address);
+        let waits =
+            |actor: &Actor| matches!(actor.block, Some(Block::Lock(at, _)) if at == address);
         self.unblock_all(self.lock_waiters, waits);
     }
 
