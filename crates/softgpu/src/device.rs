@@ -453,9 +453,7 @@ impl<R: RawMutex + Send + Sync> DevicePort for SoftGpu<R> {
     }
 
     fn read_entry(&self, offset: u64) -> u64 {
-        let mut word = [0; 8];
-        self.vram.read(offset, &mut word);
-        u64::from_ne_bytes(word)
+        self.vram.word(offset)
     }
 
     fn set_root(&self, asid: u32, root: Option<u64>) {

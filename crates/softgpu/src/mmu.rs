@@ -161,11 +161,7 @@ const fn absent(level: u8) -> NoWay {
 
 fn read_entry(vram: &dyn VramStore, at: u64) -> Option<u64> {
     let inside = at.checked_add(8).is_some_and(|end| end <= vram.size());
-    inside.then(|| {
-        let mut word = [0; 8];
-        vram.read(at, &mut word);
-        u64::from_ne_bytes(word)
-    })
+    inside.then(|| vram.word(at))
 }
 
 /// Decodes a leaf entry; `None` for one that leads outside of device memory, or at a level that

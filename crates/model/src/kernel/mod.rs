@@ -240,7 +240,9 @@ impl<E: Environment> Around for Kernel<E> {
         self.refused
             .store(state.memory.refused(), Ordering::Relaxed);
         drop(state);
-        self.release(released);
+        if !released.is_empty() {
+            self.release(released);
+        }
         result
     }
 
