@@ -163,8 +163,8 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
             }
             let pages = (0..).zip(before.iter().zip(now));
             for (n, (before, now)) in pages {
-                if let Some(entry) = self.entry_for(before, now) {
-                    entries.insert(span.start().plus(n * PAGE), entry);
+                if let Some((entry, folio)) = self.entry_for(before, now) {
+                    entries.enter(span.start().plus(n * PAGE), entry, folio);
                 }
             }
             Ok(())
@@ -173,9 +173,10 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
         let _may_fail = entered;
     }
 
-    /// The entry of a page that is `now` on this device, and was as `before` says.
-    fn entry_for(&self, before: &Seen, now: Seen) -> Option<Entry> {
-        let Seen::Page(SeenPage { at, .. }) = now else {
+    /// The entry of a page that is `now` on this device, and was as `before` says, and the order of the
+    /// large page that it is in.
+    fn entry_for(&self, before: &Seen, now: Seen) -> Option<(Entry, u8)> {
+        let Seen::Page(SeenPage { at, folio, .. }) = now else {
             return None;
         };
         self.device.offset_of(at)?;
@@ -184,7 +185,7 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
         } else {
             Tag::Read
         };
-        Some(Entry { at, tag })
+        Some((Entry { at, tag }, folio))
     }
 
     /// Brings home what of a step is on this device.

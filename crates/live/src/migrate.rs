@@ -43,10 +43,12 @@ pub struct LiveMigration<'a> {
 }
 
 /// Where pages go, and how.
-struct Goal {
-    allocation: AllocationRef,
-    aperture: Option<HostSpan>,
-    folios: Folios,
+pub(crate) struct Goal {
+    pub(crate) allocation: AllocationRef,
+    pub(crate) aperture: Option<HostSpan>,
+    pub(crate) folios: Folios,
+    /// What devices are told.
+    pub(crate) reason: InvalidateReason,
 }
 
 /// Whether the mapping that pages leave may be written.
@@ -102,6 +104,7 @@ impl LiveSpace {
                     allocation,
                     aperture,
                     folios,
+                    reason: InvalidateReason::Migrate,
                 };
                 self.begin_out(span, &goal)
             }
@@ -115,13 +118,19 @@ impl LiveSpace {
                     allocation,
                     aperture,
                     folios,
+                    reason: InvalidateReason::Migrate,
                 };
                 Ok(self.begin_home(&goal, part))
             }
         }
     }
 
-    fn begin_out(&self, span: HostSpan, goal: &Goal) -> Result<LiveMigration<'_>, Interrupted> {
+    /// Pages leave their mapping for where `goal` says.
+    pub(crate) fn begin_out(
+        &self,
+        span: HostSpan,
+        goal: &Goal,
+    ) -> Result<LiveMigration<'_>, Interrupted> {
         let vma = self
             .vma_around(span.start())
             .filter(|vma| vma.span.contains(span.start()))
@@ -171,7 +180,7 @@ impl LiveSpace {
             .claim(span, shard)
             .map_err(|Busy| Stale::PagesBusy)?;
         self.step();
-        let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
+        let invalidation = self.notifiers.start(span, goal.reason);
         self.residency.lock().depart(span);
         self.step();
         let mut from = Mapping { shard, left_at: 0 };
@@ -285,7 +294,7 @@ impl LiveSpace {
         let mut legs = Vec::new();
         let mut moves = Vec::new();
         for piece in &pieces {
-            let invalidation = self.notifiers.start(piece.span, InvalidateReason::Migrate);
+            let invalidation = self.notifiers.start(piece.span, goal.reason);
             self.notifiers.end(&self.env, invalidation);
             self.legs_home(piece, goal, &mut legs, &mut moves);
         }

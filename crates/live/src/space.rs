@@ -15,7 +15,8 @@ use gpusvm::event::{Event, EventSink, HomeCause};
 use gpusvm::mmu::{Interval, IntervalNotifiers, Seq};
 use gpusvm::seam::env::{Environment, Mutex, Point};
 use gpusvm::seam::mm::{
-    AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Seen, Vma,
+    AddressSpace, FaultIn, InvalidationSink, MigrateTo, Owner, PageRun, PagemapId, Placement, Seen,
+    Vma,
 };
 
 use crate::attendant::Attendant;
@@ -432,8 +433,9 @@ impl AddressSpace for LiveSpace {
     fn make_exclusive(
         &self,
         at: HostVa,
+        owner: Owner,
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
-        self.take_for_device(at, commit)
+        self.take_for_device(at, owner, commit)
     }
 }

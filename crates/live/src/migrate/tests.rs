@@ -5,7 +5,7 @@ use gpusvm::addr::{PAGE, PAGE_2M};
 
 use crate::sys::fault_copy::LiveBus;
 use crate::sys::mapping::{AnonMapping, Huge};
-use crate::sys::territory::Territory;
+use crate::sys::territory::{Advise, Territory};
 use crate::sys::vram::VramMode;
 use crate::toy::Bench;
 use gpusvm_abi::bus::SystemBus;
@@ -167,6 +167,43 @@ fn content_that_came_meanwhile_wins_and_is_counted() {
         u64::try_from(word + 513).expect("64-bit")
     );
     assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 1);
+}
+
+/// Where pages are away, the system tells nobody of guards; copying over them would remove them,
+/// as Linux 6.18 does, and moving refuses.
+#[test]
+fn guards_that_nobody_told_of_stay_when_pages_are_handed_back() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(BYTES).expect("there is room");
+    let at = |page: u64| land.span().start().plus(page * PAGE).get();
+    land.map(land.span(), Huge::Never).expect("memory");
+    for page in 0..64 {
+        LiveBus::new().write(at(page), &[9; 8]).expect("mapped");
+    }
+    let there = HostSpan::at(land.span().start(), 64 * PAGE);
+    bench.send(there).expect("plain memory migrates");
+    let guarded = HostSpan::at(HostVa::new(at(20)), 8 * PAGE);
+    if let Err(why) = land.advise(guarded, Advise::GuardInstall) {
+        return println!("skipped: guards: {why}");
+    }
+    let read = |page| {
+        let mut found = [0xFF; 8];
+        let read = LiveBus::new().read(at(page), &mut found);
+        read.ok().map(|()| found[0])
+    };
+    let expect = |inside| {
+        for page in 0..64 {
+            let guarded = (20..28).contains(&page);
+            let wanted = if guarded { inside } else { Some(9) };
+            assert_eq!(read(page), wanted, "page {page}");
+        }
+    };
+    expect(None);
+    let removed = land.advise(guarded, Advise::GuardRemove);
+    removed.expect("they are there");
+    expect(Some(0));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::mm::fault::fault;
 use crate::mm::flags::VmFlags;
 use crate::mm::map::zap_pages;
 use crate::mm::protect::change_flags;
-use crate::mm::reclaim::poison;
+use crate::mm::reclaim::inject_error;
 use crate::mm::table::Zap;
 use crate::mm::vma::{Backing, Vma};
 use crate::mm::{Machine, Pages, Pid, Privilege, idle, ksm, thp};
@@ -102,7 +102,7 @@ pub fn madvise<A: Around>(
     match advice {
         Advice::Poison if around.with(|mm| mm.shape.privilege == Privilege::Admin) => {
             let mut pages = pages.iter();
-            pages.try_for_each(|page| poison(around, pid, page))
+            pages.try_for_each(|page| inject_error(around, pid, page))
         }
         Advice::Poison | Advice::SoftOffline => Err(Errno::Perm),
         Advice::Populate(access) => populate(around, pid, pages, access),

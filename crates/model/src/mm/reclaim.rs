@@ -45,8 +45,13 @@ pub fn reclaim<A: Around>(around: &A, frame: FrameId) -> bool {
     freed
 }
 
-/// Splits a large folio, entries first.
+/// Splits a large folio into single pages, entries first.
 pub(crate) fn make_small<A: Around>(around: &A, frame: FrameId) {
+    split_large(around, frame, Split::Uniform);
+}
+
+/// Splits a large folio, entries first.
+pub(crate) fn split_large<A: Around>(around: &A, frame: FrameId, how: Split) {
     if around.with(|mm| mm.memory.folio(frame).owner == Owner::HugePages) {
         return;
     }
@@ -57,7 +62,7 @@ pub(crate) fn make_small<A: Around>(around: &A, frame: FrameId) {
     while let Some(mapping) = around.with(block) {
         split_block(around, mapping.pid, mapping.page);
     }
-    around.with(|mm| mm.split_folio(frame, Split::Uniform));
+    around.with(|mm| mm.split_folio(frame, how));
 }
 
 /// Visits every mapping that a page has, each inside a bracket, until `unmap` has dealt with all
@@ -91,14 +96,11 @@ pub(crate) enum Unmapped {
     Stays,
 }
 
-/// A memory error in a page (`MADV_HWPOISON`): it is brought in as for a load, its processes lose it, and
-/// nobody gets it again. Who moves it at the time is waited for.
-///
-/// # Errors
-/// `EFAULT` where a load gets a signal, `ENOMEM`; `EBUSY` for pages that nobody can lose: that of zeros,
-/// and those of a large page that does not split; `ENXIO` for device memory.
-pub fn poison<A: Around>(around: &A, pid: Pid, page: u32) -> Result<(), Errno> {
-    let frame = begin_poison(around, pid, page)?;
+/// A memory error in a page, of a device's memory, too: its processes lose it, and nobody gets it
+/// again.
+pub fn poison<A: Around>(around: &A, frame: FrameId) {
+    make_small(around, frame);
+    around.with(|mm| mm.mark_poisoned(frame));
     unmap_all(around, frame, |mm, mapping| {
         let entry = mm.entry(mapping.pid, mapping.page);
         if entry.mapped_frame() == Some(frame) {
@@ -106,6 +108,19 @@ pub fn poison<A: Around>(around: &A, pid: Pid, page: u32) -> Result<(), Errno> {
         }
         Unmapped::Gone
     });
+    around.with(|mm| mm.unhold(frame));
+    around.announce();
+}
+
+/// Plays a memory error (`MADV_HWPOISON`) in a page of host memory, which is brought in as for a load. Who
+/// moves it at the time is waited for.
+///
+/// # Errors
+/// `EFAULT` where a load gets a signal, `ENOMEM`; `EBUSY` for pages that nobody can lose: that of zeros,
+/// and those of a large page that does not split; `ENXIO` for device memory.
+pub fn inject_error<A: Around>(around: &A, pid: Pid, page: u32) -> Result<(), Errno> {
+    let frame = seize(around, pid, page)?;
+    poison(around, frame);
     around.with(|mm| {
         mm.unlock(frame);
         mm.unhold(frame);
@@ -114,8 +129,8 @@ pub fn poison<A: Around>(around: &A, pid: Pid, page: u32) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Finds the page, locks, holds and marks it.
-fn begin_poison<A: Around>(around: &A, pid: Pid, page: u32) -> Result<FrameId, Errno> {
+/// Finds a page, locks and holds it.
+fn seize<A: Around>(around: &A, pid: Pid, page: u32) -> Result<FrameId, Errno> {
     loop {
         let seen = around.changes();
         fault(around, pid, page, Access::Read).map_err(|signal| match signal {
@@ -128,17 +143,17 @@ fn begin_poison<A: Around>(around: &A, pid: Pid, page: u32) -> Result<FrameId, E
             None => continue,
         };
         make_small(around, frame);
-        match around.with(|mm| mm.mark_poisoned(pid, page, frame))? {
-            Marked::Yes => return Ok(frame),
-            Marked::Moved => {}
-            Marked::Locked if around.wait(seen) == Waited::Hopeless => return Err(Errno::Busy),
-            Marked::Locked => {}
+        match around.with(|mm| mm.seize(pid, page, frame))? {
+            Seized::Yes => return Ok(frame),
+            Seized::Moved => {}
+            Seized::Locked if around.wait(seen) == Waited::Hopeless => return Err(Errno::Busy),
+            Seized::Locked => {}
         }
     }
 }
 
-/// What came of marking a page as one with an error.
-enum Marked {
+/// What came of locking a page.
+enum Seized {
     Yes,
     /// The page is somewhere else by now.
     Moved,
@@ -294,9 +309,14 @@ impl Machine {
         alone
     }
 
-    fn mark_poisoned(&mut self, pid: Pid, page: u32, frame: FrameId) -> Result<Marked, Errno> {
+    fn mark_poisoned(&mut self, frame: FrameId) {
+        self.hold(frame);
+        self.memory.frame_mut(frame).poisoned = true;
+    }
+
+    fn seize(&mut self, pid: Pid, page: u32, frame: FrameId) -> Result<Seized, Errno> {
         if !matches!(self.entry(pid, page), Entry::Present(found, _) if found == frame) {
-            return Ok(Marked::Moved);
+            return Ok(Seized::Moved);
         }
         if self.memory.is_device(frame) {
             return Err(Errno::NxIo);
@@ -305,11 +325,10 @@ impl Machine {
             return Err(Errno::Busy);
         }
         if !self.try_lock(frame) {
-            return Ok(Marked::Locked);
+            return Ok(Seized::Locked);
         }
         self.hold(frame);
-        self.memory.frame_mut(frame).poisoned = true;
-        Ok(Marked::Yes)
+        Ok(Seized::Yes)
     }
 
     /// Takes the pin, if the page is still what the access needs and belongs to nobody else.

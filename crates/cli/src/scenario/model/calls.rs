@@ -1,8 +1,7 @@
 //! Calls of the model's process, in the words of scenarios.
 
 use gpusvm::addr::{HostSpan, PAGE};
-use gpusvm::seam::mm::Access;
-use gpusvm::seam::mm::AddressSpace;
+use gpusvm::seam::mm::{Access, AddressSpace, Owner};
 use gpusvm_model::mm::around::Around;
 use gpusvm_model::mm::errno::{Errno, Signal};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
@@ -14,9 +13,6 @@ use crate::scenario::host::Refusal;
 use crate::scenario::model::ModelHost;
 use crate::scenario::play::locked;
 use crate::scenario::words::{Advice, Backing, Deed, Rights};
-
-/// `MADV_HWPOISON`.
-const HWPOISON: i32 = 100;
 
 impl ModelHost {
     pub(super) fn map(
@@ -69,11 +65,11 @@ impl ModelHost {
             }
             Deed::Exclusive => {
                 for at in pages {
-                    let made = self.space.make_exclusive(at, &mut |_page| {});
+                    let made = self.space.make_exclusive(at, Owner(0), &mut |_page| {});
                     made.map_err(|_why| Refusal::With("EBUSY".to_owned()))?;
                 }
             }
-            Deed::Poison => return self.space.madvise(start, len, HWPOISON).map_err(errno),
+            Deed::Poison => pages.for_each(|at| self.space.poison(at)),
             Deed::WriteProtect => {
                 let served = self.space.serve_stores(span);
                 let protected = served.and_then(|()| self.space.write_protect(span, Stores::Wait));

@@ -6,20 +6,20 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE, PageCount, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::env::Point;
 use gpusvm::seam::mm::{
-    Access, AddressSpace, DeviceAllocation, FaultIn, InvalidateReason, Location, MigrateTo,
-    MigrationSet, PagemapId, Pager, Placement, Seen, VmaKind,
+    Access, AddressSpace, DeviceAllocation, FaultIn, Folios, InvalidateReason, Location, MigrateTo,
+    MigrationSet, Owner, PagemapId, Pager, Placement, Seen, VmaKind,
 };
 use gpusvm_abi::bus::{AtomicOp, SystemBus};
 
-use super::test_bench::{Bench, Notes, RW};
+use super::test_bench::{Bench, Notes, RW, Toy};
 use crate::kernel::bus::{Bus, Violation};
 use crate::mm::entry::Entry;
 use crate::mm::errno::{Errno, Signal};
-use crate::mm::flags::VmFlags;
+use crate::mm::flags::{Prot, VmFlags};
 use crate::mm::map::{Map, Place, What};
+use crate::mm::memory::DevicePage;
 use crate::mm::remap::{Remap, Target};
-use crate::mm::uffd::Stores;
-use crate::mm::{DeviceFolios, Machine, Pid, Shape, reclaim};
+use crate::mm::{DeviceFolios, Machine, Shape};
 
 fn placement(bench: &Bench, page: u32, pages: u32) -> Placement {
     bench.space.placement(bench.span(page, pages))
@@ -368,7 +368,7 @@ fn an_exclusive_page_comes_back_when_the_cpu_touches_it() {
     let mut given = None;
     let made = bench
         .space
-        .make_exclusive(bench.at(0), &mut |bus| given = Some(bus));
+        .make_exclusive(bench.at(0), Owner(1), &mut |bus| given = Some(bus));
     made.expect("private memory");
     assert_eq!(bench.read(given.expect("committed")), 4);
     assert!(matches!(
@@ -434,7 +434,7 @@ fn part_of_a_large_device_page_comes_home_alone() {
     let (_, allocation) = bench.send(bench.span(0, 4)).expect("free");
     let allocation = allocation.upgrade().expect("it has pages");
     let part = VramSpan::at(allocation.vram().start().plus(PAGE), PAGE);
-    assert_eq!(bench.bring(&allocation, part), pages(1));
+    assert_eq!(bench.bring(&allocation, part, Folios::Split), pages(1));
     assert_eq!(order_at(&bench, 0), Some(0), "cut");
     assert!(matches!(
         bench.space.entry(bench.at(2)),
@@ -443,6 +443,73 @@ fn part_of_a_large_device_page_comes_home_alone() {
     bench.check();
     drop(allocation);
     assert_eq!((bench.load(1), bench.load(2)), (4, 5));
+    bench.check();
+}
+
+/// Pages of the folios of an allocation, in order, and what each keeps of its own: its references and
+/// where it is in the allocation.
+fn folios_of(bench: &Bench, allocation: &Toy) -> Vec<u32> {
+    let id = allocation.id().0;
+    bench.kernel.look(|mm| {
+        let place = mm.place_of(id).expect("it has pages");
+        let folios = mm.device_folios(place);
+        for (head, pages) in &folios {
+            let folio = mm.memory().frame(*head);
+            assert_eq!(folio.refs, pages.len(), "one mapping of each page");
+            let at = DevicePage {
+                place,
+                page: pages.start,
+            };
+            assert_eq!(mm.memory().device_page(*head), Some(at));
+        }
+        let covered = folios.iter().flat_map(|(_, pages)| pages.iter());
+        let covered: Vec<u32> = covered.collect();
+        assert!(
+            covered.is_sorted_by(|one, next| one < next),
+            "no page twice"
+        );
+        folios.iter().map(|(_, pages)| pages.len()).collect()
+    })
+}
+
+#[test]
+fn what_is_left_of_a_large_device_page_stays_as_large_as_it_can() {
+    let bench = Bench::of(Shape {
+        device_folios: DeviceFolios::Large,
+        pmd_order: 9,
+        pages: 512,
+        frames: 1024,
+        ..Shape::default()
+    });
+    bench.map(0, 512);
+    let huge = bench.space.madvise(bench.at(0), 512 * PAGE, 14);
+    huge.expect("anonymous");
+    for page in [0, 99, 100, 101, 511] {
+        bench.store(page, u64::from(page) + 1);
+    }
+    let (moved, allocation) = bench.send(bench.span(0, 512)).expect("free");
+    assert_eq!(moved, pages(512));
+    let allocation = allocation.upgrade().expect("it has pages");
+    // Small entries for one large page, as after any change of a part of it.
+    for prot in [Prot::READ, RW] {
+        let changed = bench.space.mprotect(bench.at(100), PAGE, prot);
+        changed.expect("mapped");
+    }
+    let at = |page: u64| allocation.vram().start().plus(page * PAGE);
+    let one = VramSpan::at(at(100), PAGE);
+    assert_eq!(bench.bring(&allocation, one, Folios::Keep), pages(1));
+    let left = [64, 32, 4, 1, 2, 8, 16, 128, 256];
+    assert_eq!(folios_of(&bench, &allocation), left);
+    bench.check();
+    // Three pages that lie in two of those.
+    let three = VramSpan::at(at(98), 3 * PAGE);
+    assert_eq!(bench.bring(&allocation, three, Folios::Keep), pages(2));
+    let left = [64, 32, 2, 1, 2, 8, 16, 128, 256];
+    assert_eq!(folios_of(&bench, &allocation), left);
+    bench.check();
+    drop(allocation);
+    let found = [0, 99, 100, 101, 511].map(|page| bench.load(page));
+    assert_eq!(found, [1, 100, 101, 102, 512]);
     bench.check();
 }
 
@@ -460,6 +527,88 @@ fn half_of_a_large_device_page_can_be_unmapped_moved_and_inherited() {
     assert_eq!((bench.load(1), bench.load(6)), (4, 9));
     child.exit();
     bench.check();
+}
+
+#[test]
+fn a_mixed_span_comes_home_by_its_device_pages_and_nothing_else_moves() {
+    let bench = Bench::new();
+    bench.map(0, 8);
+    (0..8).for_each(|page| bench.store(page, u64::from(page) + 1));
+    let frame = |page| {
+        bench
+            .space
+            .entry(bench.at(page))
+            .and_then(Entry::mapped_frame)
+    };
+    let (_, first) = bench.send(bench.span(2, 2)).expect("free");
+    let (_, second) = bench.send(bench.span(5, 1)).expect("free");
+    let stay = [0, 1, 4, 6, 7];
+    let before = stay.map(frame);
+    let request = FaultIn {
+        span: bench.span(0, 8),
+        access: Access::Read,
+        keep: None,
+        pager: Pager::Wait,
+    };
+    let home = bench.space.fault_in(&request, &mut Vec::new());
+    home.expect("mapped");
+    assert_eq!(stay.map(frame), before);
+    assert_eq!(placement(&bench, 0, 8), Placement::System);
+    assert!(first.upgrade().is_none() && second.upgrade().is_none());
+    assert_eq!([2, 3, 5].map(|page| bench.load(page)), [3, 4, 6]);
+    bench.check();
+}
+
+#[test]
+fn a_bad_device_page_is_lost_and_all_others_come_home() {
+    for folios in [DeviceFolios::Small, DeviceFolios::Large] {
+        let bench = Bench::of(Shape {
+            device_folios: folios,
+            ..Shape::default()
+        });
+        bench.map(0, 4);
+        let huge = bench.space.madvise(bench.at(0), 4 * PAGE, 14);
+        huge.expect("anonymous");
+        (0..4).for_each(|page| bench.store(page, u64::from(page) + 1));
+        let (_, allocation) = bench.send(bench.span(0, 4)).expect("free");
+        let allocation = allocation.upgrade().expect("it has pages");
+        let frame = |page| {
+            bench
+                .space
+                .entry(bench.at(page))
+                .and_then(Entry::named_frame)
+        };
+        let bad = frame(1).expect("on the device");
+        bench.space.poison(bench.at(1));
+        bench.check();
+        let at = |page: u64| allocation.vram().start().plus(page * PAGE);
+        let lost = VramSpan::at(at(1), PAGE);
+        assert_eq!(allocation.lost(), [lost], "the device is told");
+        // The CPU, and the device.
+        assert_eq!(bench.space.load(bench.at(1)), Err(Signal::Bus));
+        let request = FaultIn {
+            span: bench.span(0, 4),
+            access: Access::Read,
+            keep: Some(PagemapId(1)),
+            pager: Pager::Wait,
+        };
+        let refused = bench.space.fault_in(&request, &mut Vec::new());
+        assert_eq!(refused, Err(Failed::BadPage(bench.at(1)).into()));
+        let home = MigrateTo::home(allocation.clone(), None);
+        let set = bench.space.migrate_begin(bench.span(0, 4), home);
+        let set = set.expect("free");
+        let read = |vram: VramSpan| set.moves().iter().any(|copy| copy.vram.overlaps(vram));
+        assert!(!read(lost) && read(VramSpan::at(at(2), PAGE)));
+        bench.copy(set.moves());
+        assert_eq!(set.finalize(), pages(3));
+        assert_eq!([0, 2, 3].map(|page| bench.load(page)), [1, 3, 4]);
+        // A new mapping in its place, and device pages, among which it is not.
+        bench.space.munmap(bench.at(0), 4 * PAGE).expect("mapped");
+        bench.map(0, 8);
+        bench.send(bench.span(0, 8)).expect("free");
+        assert!((0..8).all(|page| frame(page).is_some_and(|frame| frame != bad)));
+        bench.check();
+    }
 }
 
 #[test]
@@ -505,105 +654,6 @@ fn pages_of_the_pool_come_whole_and_are_not_cut() {
     assert_eq!(bench.space.load(at.plus(PAGE)), Ok(7));
     child.exit();
     bench.space.munmap(at, 4 * PAGE).expect("whole");
-    bench.check();
-}
-
-#[test]
-fn missing_pages_are_filled_by_the_program() {
-    let bench = Bench::new();
-    bench.map(0, 2);
-    bench.space.serve_missing(bench.span(0, 2)).expect("mapped");
-    let mut request = FaultIn {
-        span: bench.span(0, 2),
-        access: Access::Read,
-        keep: None,
-        pager: Pager::Refuse,
-    };
-    let mut runs = Vec::new();
-    let refused = bench.space.fault_in(&request, &mut runs);
-    assert_eq!(refused, Err(Failed::BadPage(bench.at(0)).into()));
-    request.pager = Pager::Wait;
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for _page in 0..2 {
-                let at = bench.space.next_fault();
-                bench.space.fill_missing(at, &[7]).expect("missing");
-            }
-        });
-        bench.space.fault_in(&request, &mut runs).expect("filled");
-    });
-    assert_eq!((bench.load(0), bench.load(1)), (7, 7));
-    let full = bench.space.fill_missing(bench.at(0), &[8]);
-    assert_eq!(full, Err(Errno::Exist));
-    bench.check();
-}
-
-#[test]
-fn stores_to_protected_pages_wait_for_the_program() {
-    let bench = Bench::new();
-    bench.map(0, 2);
-    bench.store(0, 1);
-    let span = bench.span(0, 2);
-    let refused = bench.space.write_protect(span, Stores::Wait);
-    assert_eq!(refused, Err(Errno::NoEnt), "nobody serves them");
-    bench.space.serve_stores(span).expect("mapped");
-    bench
-        .space
-        .write_protect(span, Stores::Wait)
-        .expect("served");
-    let mut request = FaultIn {
-        span: bench.span(0, 1),
-        access: Access::Write,
-        keep: None,
-        pager: Pager::Refuse,
-    };
-    let mut runs = Vec::new();
-    let refused = bench.space.fault_in(&request, &mut runs);
-    assert_eq!(refused, Err(Failed::BadPage(bench.at(0)).into()));
-    request.access = Access::Read;
-    let read = bench.space.fault_in(&request, &mut runs);
-    read.expect("loads go on");
-    for page in 0..2 {
-        std::thread::scope(|scope| {
-            let stored = scope.spawn(|| bench.space.store(bench.at(page), 5));
-            assert_eq!(bench.space.next_fault(), bench.at(page));
-            assert!(!stored.is_finished());
-            let allowed = bench.space.write_protect(bench.span(page, 1), Stores::Go);
-            allowed.expect("served");
-            assert_eq!(stored.join().expect("it ends"), Ok(()));
-        });
-        assert_eq!(bench.load(page), 5);
-    }
-    bench.space.stop_serving(span).expect("a span");
-    bench.check();
-}
-
-#[test]
-fn a_memory_error_waits_for_a_migration_and_devices_are_refused() {
-    let bench = Bench::new();
-    bench.map(0, 2);
-    bench.store(0, 1);
-    bench.store(1, 2);
-    let span = bench.span(0, 1);
-    let to = MigrateTo::device(bench.allocation(span), None);
-    let set = bench.space.migrate_begin(span, to).expect("free");
-    std::thread::scope(|scope| {
-        let kernel = bench.space.kernel();
-        let lost = scope.spawn(|| reclaim::poison(&**kernel, Pid(0), 0));
-        (0..1000).for_each(|_| std::thread::yield_now());
-        assert!(!lost.is_finished(), "whoever moves it is waited for");
-        drop(set);
-        assert_eq!(lost.join().expect("it ends"), Ok(()));
-    });
-    assert_eq!(bench.space.load(bench.at(0)), Err(Signal::Bus));
-    let request = FaultIn {
-        span: bench.span(0, 2),
-        access: Access::Read,
-        keep: None,
-        pager: Pager::Wait,
-    };
-    let refused = bench.space.fault_in(&request, &mut Vec::new());
-    assert_eq!(refused, Err(Failed::BadPage(bench.at(0)).into()));
     bench.check();
 }
 
