@@ -91,12 +91,9 @@ pub(crate) fn entry_agrees(
             "the entry of device {device} for page {page} {why}: {found:?}, the process has {entry:?}"
         ))
     };
-    let same_page = |address, expected| {
-        if address == expected {
-            Ok(())
-        } else {
-            wrong("leads to another page")
-        }
+    let same_page = |address, expected| match address == expected {
+        true => Ok(()),
+        false => wrong("leads to another page"),
     };
     match (found, entry) {
         (
