@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use gpusvm::mutant::Mutant;
-use gpusvm_cli::scenario::{HostKind, Scenario, Verdict, library};
+use gpusvm_cli::scenario::{HostKind, Scenario, Verdict, library, parse};
 use gpusvm_tests::skipped;
 use gpusvm_tests::stage::turn;
 
@@ -133,6 +133,34 @@ fn every_scenario_of_the_reference_is_there_or_says_what_it_waits_for() {
     for (number, name) in TESTS {
         assert!(name.starts_with(&format!("s{number:02}_")), "{name}");
     }
+}
+
+/// What the model can do to pages and no live host.
+const BAD_PAGES: &str = "\
+scenario 1 pages with errors, and pages that are protected
+  map a 64K
+  cpu write a 7
+  poison a[3]
+  cpu read a[3] 7 -> SIGBUS
+  advise a[3] dontneed
+  cpu read a[3] 0
+  write-protect a[8..16]
+  cpu read a[8..16] 7
+  together
+    gpu write a[8..16] 9
+    write-allow a[8..16]
+  end
+  cpu read a[8..16] 9
+";
+
+#[test]
+fn pages_have_errors_and_are_protected() {
+    let scenarios = parse("here", BAD_PAGES).expect("it can be read");
+    let verdicts: Vec<_> = scenarios
+        .iter()
+        .map(|one| one.run(HostKind::Model))
+        .collect();
+    assert_eq!(verdicts, [Verdict::Passed]);
 }
 
 /// Scenarios are there to find bugs. Each of these finds one that is planted.

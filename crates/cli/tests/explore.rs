@@ -85,6 +85,25 @@ fn one_known_bug_is_explained() {
 }
 
 #[test]
+fn a_leak_is_told_with_the_place_where_it_was_taken() {
+    // What has an owner at the end, and what nobody refers to in between.
+    for (bug, what) in [
+        ("release-forgotten", "device memory ["),
+        ("fork-drops-reference", "frame "),
+    ] {
+        let save = file(&format!("{bug}.tape"));
+        let save = save.to_str().expect("text");
+        let output = explore(&["--mutant", bug, "--save", save]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let shown = text(&output.stdout);
+        let mut lines = shown.lines().map(str::trim);
+        let place = lines.find(|line| line.starts_with(what) && line.contains(": taken by "));
+        let place = place.unwrap_or_else(|| panic!("{bug}: {shown}"));
+        assert!(place.contains(" in ") && place.ends_with(" ns"), "{place}");
+    }
+}
+
+#[test]
 fn coverage_is_the_same_on_any_number_of_threads() {
     let args = ["--scenario", "swarm", "--seeds", "128", "--coverage"];
     let with = |more: &[&str]| {

@@ -81,6 +81,7 @@ mutants! {
         UndoSkipped = "undo-skipped": "A migration that is given up does not put its pages back.",
         PinnedReclaimed = "pinned-reclaimed": "Reclaim takes a page away that was pinned meanwhile.",
         LateBlockDropped = "late-block-dropped": "Dropping a part of a large page that came in meanwhile drops all of it.",
+        ReleaseForgotten = "release-forgotten": "The last page of an allocation goes, and the host keeps its reference.",
         ForkDropsReference = "fork-drops-reference": "fork copies a device entry and counts no reference for it.",
     }
     calls {

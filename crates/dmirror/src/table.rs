@@ -42,9 +42,14 @@ impl Entry {
     }
 }
 
-/// Entries by the address of their first page, with their bytes.
+/// Entries by the address of their first page, with their bytes. An invalidation leaves the places of
+/// what it takes, with no bytes: it must neither allocate nor free.
 #[derive(Debug, Default)]
-pub(crate) struct Entries(BTreeMap<HostVa, (Entry, u64)>);
+pub(crate) struct Entries {
+    places: BTreeMap<HostVa, (Entry, u64)>,
+    /// Places without bytes.
+    empty: usize,
+}
 
 impl Entries {
     /// What the device has for the page at `at`.
@@ -54,25 +59,29 @@ impl Entries {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.0.len()
+        self.places.len() - self.empty
     }
 
     pub(crate) fn has_exclusive(&self, span: HostSpan) -> bool {
-        let mut inside = self.0.range(span.start()..span.end());
-        inside.any(|(_, (entry, _))| entry.tag == Tag::Atomic)
+        let mut inside = self.places.range(span.start()..span.end());
+        inside.any(|(_, (entry, bytes))| *bytes > 0 && entry.tag == Tag::Atomic)
     }
 
-    /// Enters the page at `at`, which is in a large page of `order`.
+    /// Enters the page at `at`, which is in a large page of `order`. Empty places go where most are.
     pub(crate) fn enter(&mut self, at: HostVa, entry: Entry, order: u8) {
         if self.at(at) == Some(entry) {
             return;
+        }
+        if self.empty > self.places.len() / 2 {
+            self.places.retain(|_, (_, bytes)| *bytes > 0);
+            self.empty = 0;
         }
         self.cut_out(at);
         let (mut start, mut entry, mut bytes) = (at, entry, PAGE);
         while bytes < PAGE << order {
             let buddy = HostVa::new(start.get() ^ bytes);
             let (low, high) = (start.min(buddy), start.max(buddy));
-            let Some((other, size)) = self.0.get(&buddy).copied() else {
+            let Some((other, size)) = self.places.get(&buddy).copied() else {
                 break;
             };
             let first = if low == start { entry } else { other };
@@ -80,10 +89,16 @@ impl Entries {
             if size != bytes || first.plus(bytes) != second {
                 break;
             }
-            self.0.remove(&buddy);
+            self.places.remove(&buddy);
             (start, entry, bytes) = (low, first, 2 * bytes);
         }
-        self.0.insert(start, (entry, bytes));
+        self.put(start, entry, bytes);
+    }
+
+    fn put(&mut self, start: HostVa, entry: Entry, bytes: u64) {
+        if let Some((_, 0)) = self.places.insert(start, (entry, bytes)) {
+            self.empty -= 1;
+        }
     }
 
     /// Takes one page out of the entry that has it; the rest stays, in entries as large as can be.
@@ -91,7 +106,7 @@ impl Entries {
         let Some((mut start, mut entry, mut bytes)) = self.last_in(HostSpan::at(at, PAGE)) else {
             return;
         };
-        self.0.remove(&start);
+        self.places.remove(&start);
         while bytes > PAGE {
             bytes /= 2;
             let upper = (start.plus(bytes), entry.plus(bytes));
@@ -100,7 +115,7 @@ impl Entries {
             } else {
                 ((start, entry), upper)
             };
-            self.0.insert(stays.0, (stays.1, bytes));
+            self.put(stays.0, stays.1, bytes);
             (start, entry) = cut;
         }
     }
@@ -108,14 +123,20 @@ impl Entries {
     /// Empties a span. Entries that stick out go whole: an invalidation allocates nothing, and what
     /// was next to it is faulted in again.
     fn drop_in(&mut self, span: HostSpan) {
-        while let Some((start, ..)) = self.last_in(span) {
-            self.0.remove(&start);
+        let before = self.places.range_mut(..span.end());
+        for (start, (_, bytes)) in before.rev().filter(|(_, (_, bytes))| *bytes > 0) {
+            if start.plus(*bytes) <= span.start() {
+                return;
+            }
+            *bytes = 0;
+            self.empty += 1;
         }
     }
 
     /// The last entry that has pages of `span`.
     fn last_in(&self, span: HostSpan) -> Option<(HostVa, Entry, u64)> {
-        let (&start, &(entry, bytes)) = self.0.range(..span.end()).next_back()?;
+        let mut before = self.places.range(..span.end()).rev();
+        let (&start, &(entry, bytes)) = before.find(|(_, (_, bytes))| *bytes > 0)?;
         (start.plus(bytes) > span.start()).then_some((start, entry, bytes))
     }
 }
@@ -164,7 +185,8 @@ mod tests {
     /// First page and pages of each entry.
     fn sizes(entries: &Entries) -> Vec<(u64, u64)> {
         let pages = |bytes: u64| bytes / PAGE;
-        let each = entries.0.iter();
+        let each = entries.places.iter();
+        let each = each.filter(|(_, (_, bytes))| *bytes > 0);
         each.map(|(at, (_, bytes))| (pages(at.get()), pages(*bytes)))
             .collect()
     }
@@ -218,5 +240,8 @@ mod tests {
         assert_eq!(sizes(&entries), [(8, 8)]);
         entries.drop_in(HostSpan::new(va(0), va(9)));
         assert_eq!(entries.len(), 0);
+        assert_eq!(entries.places.len(), 2, "nothing is freed");
+        entries.enter(va(20), entry(1, Tag::Read), 0);
+        assert_eq!((entries.places.len(), entries.empty), (1, 0));
     }
 }

@@ -44,6 +44,7 @@ mod exclusive;
 mod fault_in;
 mod fork;
 mod in_thread;
+mod inside;
 mod large;
 mod leg;
 mod level;
@@ -86,6 +87,7 @@ pub mod scratch {
 pub use env::LiveEnv;
 pub use fork::begin_anew;
 pub use in_thread::ComputeOnly;
+pub use inside::is_invalidating;
 pub use level::{
     BracketChoice, BracketLevel, FaultLevel, Holes, Level, LevelChoice, LiveConfig, OpenError,
     Sharding, allocate_for,

@@ -25,6 +25,7 @@ use crate::env::LiveEnv;
 use crate::exclusive::Lone;
 use crate::fork::{self, Forks};
 use crate::in_thread;
+use crate::inside;
 use crate::level::{Descriptors, Holes, Level, LiveConfig, OpenError};
 use crate::mappings::Remembered;
 use crate::migrate::LiveMigration;
@@ -350,7 +351,7 @@ impl AddressSpace for LiveSpace {
         if self.closing.load(Ordering::Acquire) {
             return Err(Failed::AddressSpaceGone.into());
         }
-        Ok(self.notifiers.insert(window, sink))
+        Ok(self.notifiers.insert(window, inside::marked(sink)))
     }
 
     fn unsubscribe(&self, interval: &Arc<Interval>) {

@@ -5,7 +5,7 @@
 
 use alloc::vec::Vec;
 
-use gpusvm::error::{Failed, Stale};
+use gpusvm::error::{Interrupted, Stale};
 use gpusvm::mutant::Mutant;
 use gpusvm::pages::PageSet;
 use gpusvm::range::RangeRef;
@@ -20,13 +20,13 @@ use crate::vm::{Vm, VmState, mirrored};
 /// Entries for `pages` of `range`, not yet written.
 ///
 /// # Errors
-/// [`Failed::OutOfVram`] for a table; nothing has changed then.
+/// Where there is no memory for a table, or none just now; nothing has changed then.
 pub(crate) fn plan<P: Platform>(
     vm: &Vm<P>,
     state: &mut VmState,
     range: &RangeRef,
     pages: &PageSet,
-) -> Result<TablePlan, Failed> {
+) -> Result<TablePlan, Interrupted> {
     let flags = LeafFlags {
         write: pages.access() == Access::Write,
         atomic: allows_atomics(vm, pages),

@@ -6,7 +6,7 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use gpusvm::addr::{PAGE, VramAddr};
-use gpusvm::error::Failed;
+use gpusvm::error::{Failed, Interrupted};
 use gpusvm::seam::env::{Environment, Mutex};
 use gpusvm::seam::table::TableStore;
 use gpusvm::vram::{Bo, BoRequest, From, Manager, Purpose};
@@ -44,7 +44,7 @@ impl<E: Environment> VramTables<E> {
 }
 
 impl<E: Environment> TableStore for VramTables<E> {
-    fn alloc_table(&self) -> Result<VramAddr, Failed> {
+    fn alloc_table(&self) -> Result<VramAddr, Interrupted> {
         let bo = self.vram.allocate(BoRequest {
             bytes: PAGE,
             from: From::Top,

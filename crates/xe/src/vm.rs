@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use gpusvm::addr::{GpuSpan, HostSpan, HostVa};
-use gpusvm::error::Failed;
+use gpusvm::error::{Failed, Interrupted};
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::Platform;
 use gpusvm::seam::env::Environment;
@@ -136,7 +136,10 @@ impl<P: Platform> Vm<P> {
         if device.vm(asid).is_some() {
             return Err(Failed::Closed);
         }
-        let table = PageTable::new(&*device.tables)?;
+        let table = PageTable::new(&*device.tables).map_err(|why| match why {
+            Interrupted::Stale(why) => Failed::Budget(why),
+            Interrupted::Failed(why) => why,
+        })?;
         let root = table.root().get();
         let svm_config = SvmConfig {
             vm: asid,

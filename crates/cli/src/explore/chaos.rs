@@ -6,7 +6,7 @@
 //! Where pages could not be moved to a device they are used where they are, so that excuses nothing;
 //! where they could not be had, or could not come home, the access that wanted them may be refused.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm_model::kernel::Kernel;
@@ -69,8 +69,6 @@ pub(super) struct Chaos {
     sites: u32,
     /// Failures so far because of which an access may be refused.
     excuses: AtomicU32,
-    /// Actors inside of an invalidation, one bit each.
-    inside: AtomicU64,
 }
 
 impl Chaos {
@@ -138,27 +136,12 @@ impl Chaos {
         }
     }
 
-    /// The running actor enters an invalidation.
-    pub(super) fn enter(&self) {
-        self.inside.fetch_or(actor(), Ordering::Relaxed);
-    }
-
-    /// It leaves it.
-    pub(super) fn leave(&self) {
-        self.inside.fetch_and(!actor(), Ordering::Relaxed);
-    }
-
     /// Fails the world where the running actor does something that an invalidation must not do.
     pub(super) fn must_be_outside(&self, what: &str) {
-        if self.inside.load(Ordering::Relaxed) & actor() != 0 {
+        if ModelEnv.is_invalidating() {
             ModelEnv.fail(format!("{what} inside an invalidation"));
         }
     }
-}
-
-/// The bit of the running actor.
-fn actor() -> u64 {
-    1 << (ModelEnv.actor() % 64)
 }
 
 fn tell(site: Site) {

@@ -143,18 +143,6 @@ impl Never {
 
 const NEVER: &[Never] = &[
     Never {
-        doing: |_any| true,
-        kinds: &[Kind::UffdWp],
-        phases: &Phase::ALL,
-        why: "no actor write-protects pages by userfaultfd",
-    },
-    Never {
-        doing: |_any| true,
-        kinds: &[Kind::HwPoison],
-        phases: &Phase::ALL,
-        why: "no page has a memory error",
-    },
-    Never {
         doing: |doing| !matches!(doing, Doing::ToDevice | Doing::Home),
         kinds: &Kind::ALL,
         phases: &[Phase::Isolated],
@@ -171,6 +159,18 @@ const NEVER: &[Never] = &[
         kinds: &[Kind::Guard],
         phases: &Phase::ALL,
         why: "who installs guards removes them, and others that change pages keep away meanwhile",
+    },
+    Never {
+        doing: |doing| matches!(doing, Doing::Cpu(op) if op.is_alone() && op != Op::Poison),
+        kinds: &[Kind::HwPoison],
+        phases: &Phase::ALL,
+        why: "who has a memory error asks for another page, and others keep away meanwhile",
+    },
+    Never {
+        doing: |doing| matches!(doing, Doing::Cpu(op) if op.is_alone() && op != Op::WriteProtect),
+        kinds: &[Kind::UffdWp],
+        phases: &Phase::ALL,
+        why: "who protects pages ends that, and others keep away meanwhile",
     },
 ];
 

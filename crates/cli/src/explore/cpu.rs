@@ -11,6 +11,7 @@ use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::errno::Errno;
 use gpusvm_model::mm::flags::Prot;
 use gpusvm_model::mm::remap::{Remap, Target};
+use gpusvm_model::mm::uffd::Stores;
 use gpusvm_model::sched::{Kind, ModelEnv};
 
 use crate::explore::doing::Doing;
@@ -22,6 +23,7 @@ use crate::explore::world::{World, map};
 const DONTNEED: i32 = 4;
 const HUGEPAGE: i32 = 14;
 const COLLAPSE: i32 = 25;
+const HWPOISON: i32 = 100;
 const GUARD_INSTALL: i32 = 102;
 const GUARD_REMOVE: i32 = 103;
 /// What a child stores. No version of any word looks like it.
@@ -97,6 +99,8 @@ fn operate(world: &World, n: usize, op: Op, page: u32) {
             let at = address(page, 0);
             let _made = world.space.make_exclusive(at, NOBODY, &mut |_bus| {});
         }
+        Op::Poison => poison(world, page),
+        Op::WriteProtect => write_protect(world, &some(world, page)),
         Op::Add => add(world, page),
     }
 }
@@ -188,6 +192,32 @@ fn protect_read(world: &World, pages: &Range<u32>) {
         ModelEnv.point(Kind::Other);
         let back = Prot::READ.with(Prot::WRITE);
         world.space.mprotect(at, len, back)
+    });
+}
+
+/// A copy on write may save the page at the last moment: then it has no error, and can be loaded.
+fn poison(world: &World, page: u32) {
+    change(world, &(page..page + 1), Effect::Destroys, |at, len| {
+        world.space.madvise(at, len, HWPOISON)?;
+        ModelEnv.point(Kind::Other);
+        let mapped = world.space.entry(at).and_then(Entry::mapped_frame);
+        let bad = |frame| world.kernel.look(|mm| mm.memory().frame(frame).poisoned);
+        if mapped.is_some_and(bad) {
+            ModelEnv.fail(format!("page {page} has an error, and is mapped"));
+        }
+        world.space.madvise(at, len, DONTNEED)
+    });
+}
+
+/// Stores wait meanwhile, but those of devices to their own memory.
+fn write_protect(world: &World, pages: &Range<u32>) {
+    change(world, pages, Effect::Keeps, |at, len| {
+        let span = HostSpan::at(at, len);
+        world.space.serve_stores(span)?;
+        let protected = world.space.write_protect(span, Stores::Wait);
+        ModelEnv.point(Kind::Other);
+        world.space.stop_serving(span)?;
+        protected
     });
 }
 

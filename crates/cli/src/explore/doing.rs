@@ -188,6 +188,13 @@ impl Watch {
         self.change(|step| step.is_isolated = true);
     }
 
+    /// What the running actor does, and to which pages.
+    pub(super) fn now(&self) -> Option<(Doing, HostSpan)> {
+        let actors = lock(self.0.as_ref()?);
+        let mine = actors.steps.get(ModelEnv.actor())?;
+        mine.last().map(|step| (step.doing, step.span))
+    }
+
     fn change(&self, act: impl FnOnce(&mut Step)) {
         if let Some(actors) = &self.0 {
             with(actors, |mine| mine.last_mut().map(act));

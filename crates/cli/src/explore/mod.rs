@@ -14,8 +14,10 @@
 //! | `oracle` | when the rules of `crate::world` are looked at |
 //! | `port`, `space` | what stands between the driver and its device, and the host |
 //! | `doing`, `coverage` | what every actor is doing; which operations have met which entries |
+//! | `births` | where what leaks was taken |
 //! | `exam` | known bugs, each of which must be found |
 
+mod births;
 mod chaos;
 mod coverage;
 mod cpu;
@@ -376,7 +378,7 @@ fn play(plan: &'static Plan, tape: &Tape, mutant: Option<Mutant>) -> Outcome {
         ..options(plan, mutant)
     };
     replay(&options, tape, |sim| {
-        world::build(plan, Watch::default(), sim);
+        world::build(plan, Watch::on(), sim);
     })
 }
 

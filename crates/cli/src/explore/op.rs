@@ -49,6 +49,10 @@ operations! {
     Pin = "pin",
     /// A page is made exclusive to a device, until a CPU touches it.
     Exclusive = "exclusive",
+    /// `MADV_HWPOISON`, and `MADV_DONTNEED` to get a page that is well.
+    Poison = "poison",
+    /// Pages are protected against stores by userfaultfd, until the program is done with them.
+    WriteProtect = "write_protect",
     /// One is added to the counter that a page has in some worlds. The last one: see
     /// [`BUT_ADDITIONS`](Self::BUT_ADDITIONS).
     Add = "add",
@@ -64,7 +68,13 @@ impl Op {
     /// Whether it changes pages that nobody else changes meanwhile.
     pub(super) const fn is_alone(self) -> bool {
         match self {
-            Self::Discard | Self::Unmap | Self::Move | Self::ProtectRead | Self::Guard => true,
+            Self::Discard
+            | Self::Unmap
+            | Self::Move
+            | Self::ProtectRead
+            | Self::Guard
+            | Self::Poison
+            | Self::WriteProtect => true,
             Self::Load
             | Self::Store
             | Self::Send

@@ -4,6 +4,7 @@
 //! and say when that finds more.
 
 use gpusvm_model::mm::changes::Changes;
+use gpusvm_model::mm::check::Broken;
 use gpusvm_model::mm::checker::Checker;
 use gpusvm_model::mm::{Machine, Pid};
 use gpusvm_softgpu::{Translation, Walked};
@@ -71,29 +72,41 @@ impl Oracle {
             checker,
             tables,
         } = self;
-        world.kernel.look_at_changes(changes, |mm, changes| {
+        let looked = world.kernel.look_at_changes(changes, |mm, changes| {
             for page in changes
                 .pages(FIRST)
                 .iter()
                 .filter(|page| *page < world.plan.pages)
             {
                 for (node, tables) in world.nodes.iter().zip(&*tables) {
-                    agrees(mm, node, page, tables.entries[page as usize])?;
+                    agrees(mm, node, page, tables.entries[page as usize]).map_err(Wrong::Entry)?;
                 }
             }
             checker.note(changes);
             if checker.is_idle() || world.kernel.is_mapping() {
                 return Ok(());
             }
-            checker.check(mm).map_err(|broken| broken.to_string())
-        })?;
+            checker.check(mm).map_err(Wrong::Broken)
+        });
+        let looked = looked.map_err(|wrong| match wrong {
+            Wrong::Entry(text) => text,
+            Wrong::Broken(broken) => world.explain(&broken),
+        });
         debug_assert!(
-            world.kernel.is_mapping() || world.kernel.check().is_ok(),
+            looked.is_err() || world.kernel.is_mapping() || world.kernel.check().is_ok(),
             "the check of what has changed overlooks {:?}",
             world.kernel.check()
         );
-        Ok(())
+        looked
     }
+}
+
+/// What is wrong with memory.
+enum Wrong {
+    /// An entry of a device.
+    Entry(String),
+    /// A rule of the machine.
+    Broken(Broken),
 }
 
 impl Tables {
@@ -139,14 +152,12 @@ fn agrees(mm: &Machine, node: &Node, page: u32, found: Option<Translation>) -> R
 /// When the process has ended, too.
 ///
 /// # Errors
-/// How many pages of host memory are left.
+/// How many pages of host memory are left, and where they were taken.
 pub(super) fn host_is_empty(world: &World) -> Result<(), String> {
-    let left = world.kernel.look(|mm| {
-        let memory = mm.memory();
-        memory.host_frames() - memory.free_frames()
-    });
-    match left {
-        0 => Ok(()),
-        n => Err(format!("leak: {n} pages of host memory belong to nobody")),
+    let left: Vec<_> = world.kernel.look(|mm| mm.memory().taken_frames().collect());
+    if left.is_empty() {
+        Ok(())
+    } else {
+        Err(world.explain_frames(&left))
     }
 }

@@ -1,7 +1,7 @@
 //! What a world is made of, and the worlds that have names.
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
-use gpusvm_model::mm::{DeviceFolios, Shape, Thp};
+use gpusvm_model::mm::{DeviceFolios, Privilege, Shape, Thp};
 
 use crate::atomics::Atomics;
 use crate::explore::op::Op;
@@ -175,7 +175,7 @@ pub(crate) const PLANS: &[Plan] = &[
         gpus: 1,
         ops: 4,
         does: &[Op::Send, Op::Send, Op::Send, Op::Store],
-        vram: 12,
+        vram: 8,
         ..SWARM
     },
     Plan {
@@ -271,6 +271,7 @@ impl Plan {
             thp: Thp::Madvise,
             device_folios: DeviceFolios::Small,
             coherent: 0,
+            privilege: Privilege::Admin,
         }
     }
 }

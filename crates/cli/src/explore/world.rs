@@ -18,6 +18,7 @@ use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{Map, Place, What};
 use gpusvm_model::sched::{ModelEnv, Sim, When};
 
+use crate::explore::births::Births;
 use crate::explore::chaos::Chaos;
 use crate::explore::doing::Watch;
 use crate::explore::ledger::Ledger;
@@ -39,6 +40,8 @@ pub(super) struct World {
     pub(super) nodes: Vec<Node>,
     pub(super) told: Arc<Told>,
     pub(super) between: Arc<Between>,
+    /// Where what is in use was taken; in worlds that keep texts.
+    pub(super) births: Option<Births>,
     ledger: Mutex<Ledger>,
     /// Actors that are not done.
     pub(super) busy: AtomicU32,
@@ -74,6 +77,7 @@ pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
         }
     }
     collect_garbage(sim, &world);
+    watch_births(sim, &world);
     let (of_oracle, mut oracle) = (Arc::clone(&world), Oracle::new(&world));
     // Whatever changes memory of the host or of a device counts in it.
     let changes = Arc::clone(world.kernel.generation());
@@ -82,6 +86,20 @@ pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
         watch_meetings(sim, &world);
     }
     sim.spawn("conductor", move || conduct(&world));
+}
+
+/// Before other oracles: what they find is to be explained.
+fn watch_births(sim: &Sim, world: &Arc<World>) {
+    if world.births.is_none() {
+        return;
+    }
+    let world = Arc::clone(world);
+    sim.oracle(When::EveryStep, move || {
+        if let Some(births) = &world.births {
+            births.look(&world);
+        }
+        Ok(())
+    });
 }
 
 fn watch_meetings(sim: &Sim, world: &Arc<World>) {
@@ -155,6 +173,7 @@ impl World {
             space,
             told,
             between,
+            births: ModelEnv.keeps_texts().then(Births::default),
             ledger: Mutex::default(),
             busy: AtomicU32::new(u32::from(plan.cpus + plan.gpus)),
             closed: AtomicBool::new(false),
@@ -225,7 +244,8 @@ fn conduct(world: &Arc<World>) {
         node.gpu.kick_service();
     }
     let nodes = world.nodes.iter().map(|node| &**node);
-    world.must(nothing_is_left(&world.kernel, nodes, &world.told));
+    let left = nothing_is_left(&world.kernel, nodes, &world.told);
+    world.must(left.map_err(|left| world.explain_left(&left)));
     world.space.exit();
     world.must(host_is_empty(world));
     world.nodes.iter().for_each(|node| node.part());

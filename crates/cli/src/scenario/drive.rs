@@ -98,7 +98,7 @@ impl<H: Host> Play<H> {
             from,
             purpose,
         };
-        let bo = vram.allocate(request).map_err(errno_of)?;
+        let bo = vram.allocate(request).map_err(errno_of_interrupted)?;
         let plain = Arc::new(Plain(Mutex::new(Some(Arc::clone(&bo)))));
         if object == Object::Evictable {
             let weak = Arc::downgrade(&plain);

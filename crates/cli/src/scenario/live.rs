@@ -146,6 +146,9 @@ impl LiveHost {
             Deed::Swap => Err(Refusal::Unable("swap pages out")),
             Deed::Exclusive => Err(Refusal::Unable("give pages to a device alone")),
             Deed::Poison => Err(Refusal::Unable("have memory errors")),
+            Deed::WriteProtect | Deed::WriteAllow => {
+                Err(Refusal::Unable("share userfaultfd with the program"))
+            }
         }
     }
 }

@@ -22,7 +22,7 @@ use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::memory::FrameId;
 use gpusvm_model::mm::remap::Target;
-use gpusvm_model::mm::{DeviceFolios, Shape, Thp};
+use gpusvm_model::mm::{DeviceFolios, Privilege, Shape, Thp};
 use gpusvm_model::sched::{Kind, Life, ModelEnv, Options, Outcome, Picker, Sim, Texts, When};
 use gpusvm_softgpu::{Dispatch, GpuConfig, Planted, SmemAtomics, Stop, Tile};
 use gpusvm_xe::stats::DeviceStats;
@@ -299,6 +299,7 @@ fn shape(setup: &Setup) -> Shape {
         thp: Thp::Madvise,
         device_folios: DeviceFolios::Small,
         coherent: 0,
+        privilege: Privilege::Admin,
     }
 }
 

@@ -97,6 +97,10 @@ words! {
         Exclusive = "make-exclusive",
         /// A memory error in every page.
         Poison = "poison",
+        /// Stores wait (userfaultfd).
+        WriteProtect = "write-protect",
+        /// Stores go on.
+        WriteAllow = "write-allow",
     }
 
     /// Where GPU page-table entries lead, or what they allow.

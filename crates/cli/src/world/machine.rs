@@ -211,7 +211,7 @@ impl Machine {
         self.node.gpu.kick_service();
         let left = oracle::nothing_is_left(&self.host, node, &self.told);
         self.node.part();
-        agreed.and(left)
+        agreed.and(left.map_err(|left| left.to_string()))
     }
 
     /// What a unit does, until the world is over.

@@ -1,8 +1,11 @@
 //! The rules that hold between any two steps, and at the end.
 
+use core::fmt;
+
 use gpusvm::addr::PAGE;
 use gpusvm::seam::Platform;
 use gpusvm_model::kernel::{Kernel, bus};
+use gpusvm_model::mm::check::Broken;
 use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::flags::Bits;
 use gpusvm_model::mm::memory::FrameId;
@@ -153,7 +156,31 @@ fn vram_of(mm: &Machine, frame: FrameId) -> Option<u64> {
     Some(mm.device(page.place).vram + u64::from(page.page) * PAGE)
 }
 
-/// When all VMs are closed and everything was evicted.
+/// What is left when all VMs are closed and everything was evicted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// A rule of quiet moments is broken.
+    Broken(Broken),
+    /// So many bytes of device memory are in use.
+    Vram(u64),
+    /// A closed VM has ranges.
+    Ranges,
+    /// So many pieces of device memory have an owner.
+    Owned(usize),
+}
+
+impl fmt::Display for Left {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Broken(broken) => broken.fmt(f),
+            Self::Vram(bytes) => write!(f, "leak: {bytes} bytes of device memory are in use"),
+            Self::Ranges => f.write_str("leak: a closed VM has ranges"),
+            Self::Owned(n) => write!(f, "leak: {n} pieces of device memory have an owner"),
+        }
+    }
+}
+
+/// Checks that nothing is left.
 ///
 /// # Errors
 /// What is left.
@@ -161,19 +188,19 @@ pub(crate) fn nothing_is_left<'a, P: Platform<Env = ModelEnv>>(
     kernel: &Kernel<ModelEnv>,
     nodes: impl IntoIterator<Item = &'a Node<P>>,
     told: &Told,
-) -> Result<(), String> {
-    kernel.check_quiet().map_err(|broken| broken.to_string())?;
+) -> Result<(), Left> {
+    kernel.check_quiet().map_err(Left::Broken)?;
     for node in nodes {
         let used = node.device.pagemap().vram().used();
         if used > 0 {
-            return Err(format!("leak: {used} bytes of device memory are in use"));
+            return Err(Left::Vram(used));
         }
         if node.vm.svm().range_count() > 0 {
-            return Err("leak: a closed VM has ranges".to_owned());
+            return Err(Left::Ranges);
         }
     }
-    match told.taken() {
+    match told.taken().len() {
         0 => Ok(()),
-        n => Err(format!("leak: {n} pieces of device memory have an owner")),
+        n => Err(Left::Owned(n)),
     }
 }

@@ -42,11 +42,11 @@ impl Told {
     }
 
     /// Spans of device memory that have an owner.
-    pub(crate) fn taken(&self) -> usize {
+    pub(crate) fn taken(&self) -> Vec<VramSpan> {
         self.taken
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .len()
+            .clone()
     }
 
     fn change(&self, act: impl FnOnce(&mut Vec<VramSpan>)) {

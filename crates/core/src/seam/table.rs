@@ -1,7 +1,7 @@
 //! Page tables: the pure format, the store that holds entries, the invalidation of TLBs.
 
 use crate::addr::{BusAddr, GpuSpan, VramAddr};
-use crate::error::Failed;
+use crate::error::Interrupted;
 
 /// Where a leaf points.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,8 +84,8 @@ pub trait TableStore: Send + Sync {
     /// Allocates a zeroed table. May sleep and evict; called with `vm` held only.
     ///
     /// # Errors
-    /// [`Failed::OutOfVram`].
-    fn alloc_table(&self) -> Result<VramAddr, Failed>;
+    /// [`Failed::OutOfVram`](crate::error::Failed::OutOfVram), or `Stale` where what could go is in use.
+    fn alloc_table(&self) -> Result<VramAddr, Interrupted>;
 
     /// Frees a table. Called with `vm` held only, after the TLBs were invalidated.
     fn free_table(&self, table: VramAddr);

@@ -7,7 +7,7 @@ use core::marker::PhantomData;
 
 use crate::NotifierHeld;
 use crate::addr::{GpuSpan, GpuVa, VramAddr};
-use crate::error::Failed;
+use crate::error::Interrupted;
 use crate::seam::table::{LeafFlags, LeafTarget, PageTableFormat, TableStore};
 use crate::table::plan::{LeafSlot, LeafWrite, Link, Segment, TablePlan, zap};
 
@@ -15,7 +15,7 @@ use crate::table::plan::{LeafSlot, LeafWrite, Link, Segment, TablePlan, zap};
 ///
 /// ```
 /// # use gpusvm::addr::*;
-/// # use gpusvm::error::Failed;
+/// # use gpusvm::error::Interrupted;
 /// # use gpusvm::seam::table::*;
 /// # use gpusvm::table::{PageTable, Segment};
 /// # struct F;
@@ -28,7 +28,7 @@ use crate::table::plan::{LeafSlot, LeafWrite, Link, Segment, TablePlan, zap};
 /// # }
 /// # struct Tables(std::sync::Mutex<u64>);
 /// # impl TableStore for Tables {
-/// #     fn alloc_table(&self) -> Result<VramAddr, Failed> {
+/// #     fn alloc_table(&self) -> Result<VramAddr, Interrupted> {
 /// #         let mut next = self.0.lock().unwrap();
 /// #         *next += 4096;
 /// #         Ok(VramAddr::new(*next))
@@ -47,7 +47,7 @@ use crate::table::plan::{LeafSlot, LeafWrite, Link, Segment, TablePlan, zap};
 /// // Nothing is visible to the device yet; `commit` needs the notifier lock, `abort` does not.
 /// let plan = table.plan(&store, span, &[segment])?;
 /// table.abort(plan, &store);
-/// # Ok::<(), Failed>(())
+/// # Ok::<(), Interrupted>(())
 /// ```
 #[derive(Debug)]
 pub struct PageTable<F: PageTableFormat> {
@@ -184,8 +184,8 @@ impl<F: PageTableFormat> PageTable<F> {
     /// An empty root table.
     ///
     /// # Errors
-    /// [`Failed::OutOfVram`].
-    pub fn new(store: &dyn TableStore) -> Result<Self, Failed> {
+    /// As [`TableStore::alloc_table`].
+    pub fn new(store: &dyn TableStore) -> Result<Self, Interrupted> {
         let root = Node::new(store.alloc_table()?, F::ROOT_LEVEL);
         Ok(Self {
             root,
@@ -209,7 +209,7 @@ impl<F: PageTableFormat> PageTable<F> {
     /// tables; the device sees nothing yet.
     ///
     /// # Errors
-    /// [`Failed::OutOfVram`]; then everything is as before.
+    /// As [`TableStore::alloc_table`]; then everything is as before.
     ///
     /// # Panics
     /// Where the segments do not cover the span exactly.
@@ -222,7 +222,7 @@ impl<F: PageTableFormat> PageTable<F> {
         store: &dyn TableStore,
         span: GpuSpan,
         segments: &[Segment],
-    ) -> Result<TablePlan, Failed> {
+    ) -> Result<TablePlan, Interrupted> {
         let covered: u64 = segments.iter().map(|segment| segment.pages.bytes()).sum();
         assert_eq!(covered, span.bytes(), "segments must cover {span} exactly");
         let mut plan = TablePlan::default();
@@ -236,9 +236,9 @@ impl<F: PageTableFormat> PageTable<F> {
                 plan.garbage.reserve_exact(room);
                 Ok(plan)
             }
-            Err(failed) => {
+            Err(interrupted) => {
                 self.abort(plan, store);
-                Err(failed)
+                Err(interrupted)
             }
         }
     }
@@ -384,7 +384,7 @@ fn plan_node<F: PageTableFormat>(
     span: GpuSpan,
     cursor: &mut Cursor<'_>,
     plan: &mut TablePlan,
-) -> Result<(), Failed> {
+) -> Result<(), Interrupted> {
     let level = node.level;
     let bytes = F::entry_bytes(level);
     let mut at = span.start();
@@ -422,7 +422,7 @@ fn plan_child<F: PageTableFormat>(
     part: GpuSpan,
     cursor: &mut Cursor<'_>,
     plan: &mut TablePlan,
-) -> Result<(), Failed> {
+) -> Result<(), Interrupted> {
     let index = index_of::<F>(node.level, part.start());
     if let Some(child) = node.children.get_mut(&index) {
         return plan_node::<F>(child, store, part, cursor, plan);

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::NotifierHeld;
 use crate::addr::{BusAddr, GpuSpan, GpuVa, PAGE, PAGE_2M, PAGE_64K, PageCount, VramAddr};
-use crate::error::Failed;
+use crate::error::{Failed, Interrupted};
 use crate::seam::table::{LeafBlock, LeafFlags, LeafTarget, PageTableFormat, TableStore};
 
 /// Three levels; an entry is its target with bits for leaf, block and device memory.
@@ -47,11 +47,11 @@ struct Store {
 }
 
 impl TableStore for Store {
-    fn alloc_table(&self) -> Result<VramAddr, Failed> {
+    fn alloc_table(&self) -> Result<VramAddr, Interrupted> {
         let mut tables = self.tables.lock().expect("no test panics under the lock");
         let room = *self.room.lock().expect("no test panics under the lock");
         if room.is_some_and(|room| tables.len() >= room) {
-            return Err(Failed::OutOfVram);
+            return Err(Failed::OutOfVram.into());
         }
         let mut next = self.next.lock().expect("no test panics under the lock");
         *next += PAGE;
@@ -230,7 +230,7 @@ fn a_large_leaf_goes_to_pieces_with_one_table_or_not_at_all() {
     let allow = |tables| *store.room.lock().expect("no test panics under the lock") = Some(tables);
     allow(before);
     let refused = table.plan(&store, span(0, PAGE_2M), &pieces);
-    assert_eq!(refused.map(drop), Err(Failed::OutOfVram));
+    assert_eq!(refused.map(drop), Err(Failed::OutOfVram.into()));
     assert_eq!(
         (store.walk(table.root(), 0), store.count()),
         (whole, before)
@@ -267,7 +267,7 @@ fn failed_plan_leaves_everything_as_it_was() {
                 assert_eq!(room, 5);
                 table.abort(plan, &store);
             }
-            Err(failed) => assert_eq!(failed, Failed::OutOfVram),
+            Err(failed) => assert_eq!(failed, Failed::OutOfVram.into()),
         }
         assert_eq!(
             (store.count(), table.table_count()),

@@ -6,7 +6,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::addr::{PAGE, PAGE_2M, VramSpan};
-use crate::error::{Failed, Interrupted};
+use crate::error::{Failed, Interrupted, Stale};
 use crate::mutant::Mutant;
 use crate::seam::env::{Environment, Mutex, Point};
 use crate::vram::bo::Bo;
@@ -78,8 +78,8 @@ struct State {
 enum Step {
     /// A victim has let go, or was gone already.
     Freed,
-    /// The victim stays.
-    Busy,
+    /// The victim stays: for now, for this reason, or because it cannot go.
+    Stays(Option<Stale>),
     /// The list is empty, but others are about to free memory, or to put some on the list.
     Others,
     /// The list is empty.
@@ -166,7 +166,7 @@ impl<E: Environment> Manager<E> {
                     return Ok(());
                 }
                 match self.evict_next(Purpose::Tables, |lru| lru.pop_in(span)) {
-                    Step::Freed | Step::Busy => steps -= 1,
+                    Step::Freed | Step::Stays(_) => steps -= 1,
                     Step::Others => self.env.wait(&self.freed, seen),
                     Step::Empty => break,
                 }
@@ -205,10 +205,14 @@ impl<E: Environment> Manager<E> {
         let mut left = bytes.next_multiple_of(PAGE);
         while left > 0 {
             let piece = left.min(PAGE_2M);
-            objects.push(self.allocate(BoRequest {
+            let object = self.allocate(BoRequest {
                 bytes: piece,
                 from: From::Top,
                 purpose: Purpose::Pinned,
+            });
+            objects.push(object.map_err(|why| match why {
+                Interrupted::Failed(failed) => failed,
+                Interrupted::Stale(_) => Failed::OutOfVram,
             })?);
             left -= piece;
         }
@@ -229,11 +233,12 @@ impl<E: Environment> Manager<E> {
     ///
     /// # Errors
     /// [`Failed::TooLarge`] for what can never fit, [`Failed::OutOfVram`] where nothing more can
-    /// be evicted.
-    pub fn allocate(self: &Arc<Self>, request: BoRequest) -> Result<Arc<Bo<E>>, Failed> {
+    /// be evicted; [`Stale`] where something can, but is in use just now.
+    pub fn allocate(self: &Arc<Self>, request: BoRequest) -> Result<Arc<Bo<E>>, Interrupted> {
         if request.bytes > self.size {
-            return Err(Failed::TooLarge);
+            return Err(Failed::TooLarge.into());
         }
+        let mut busy = None;
         for _pass in 0..EVICT_PASSES {
             // One more step than objects, so that a walk over busy ones ends.
             let mut steps = self.state.lock().lru.len() + 1;
@@ -243,13 +248,18 @@ impl<E: Environment> Manager<E> {
                     return Ok(bo);
                 }
                 match self.evict_oldest(request.purpose) {
-                    Step::Freed | Step::Busy => steps -= 1,
+                    Step::Freed => steps -= 1,
+                    Step::Stays(why) => {
+                        steps -= 1;
+                        busy = why.or(busy);
+                    }
                     Step::Others => self.env.wait(&self.freed, seen),
                     Step::Empty => break,
                 }
             }
         }
-        self.try_allocate(request).ok_or(Failed::OutOfVram)
+        let refused = || busy.map_or(Failed::OutOfVram.into(), Interrupted::Stale);
+        self.try_allocate(request).ok_or_else(refused)
     }
 
     /// Puts an object on the LRU, at the recently-used end. `who` is asked to let go of it.
@@ -325,10 +335,10 @@ impl<E: Environment> Manager<E> {
         }
         drop(state);
         self.announce();
-        if evicted.is_ok() {
-            Step::Freed
-        } else {
-            Step::Busy
+        match evicted {
+            Ok(()) => Step::Freed,
+            Err(Interrupted::Stale(why)) => Step::Stays(Some(why)),
+            Err(Interrupted::Failed(_)) => Step::Stays(None),
         }
     }
 

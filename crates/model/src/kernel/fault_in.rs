@@ -62,7 +62,9 @@ impl<E: Environment> ModelSpace<E> {
                     self.kernel.wait(seen);
                 }
                 Some(Found::Fault | Found::At(_)) => {
-                    let served = self.kernel.look(|mm| mm.is_served(self.pid, at));
+                    let served = self
+                        .kernel
+                        .look(|mm| mm.is_served(self.pid, at, request.access));
                     if served && request.pager == Pager::Refuse {
                         let at = self.kernel.look(|mm| mm.shape().address(at));
                         return Err(Failed::BadPage(at).into());

@@ -221,6 +221,9 @@ impl<E: Environment> Kernel<E> {
     /// Drops the references to allocations that have lost their last page.
     fn release(&self, places: Vec<u32>) {
         for place in places {
+            if self.env.mutant(Mutant::ReleaseForgotten) {
+                continue;
+            }
             let gone = self.allocations.lock()[place as usize].take();
             drop(gone);
         }

@@ -2,15 +2,17 @@
 
 use gpusvm::addr::{HostSpan, HostVa};
 use gpusvm::seam::env::Environment;
+use gpusvm::seam::mm::Access;
 
 use crate::kernel::Kernel;
 use crate::kernel::space::ModelSpace;
 use crate::mm::around::{Around, MmapLock};
 use crate::mm::entry::{Block, Entry};
 use crate::mm::errno::Errno;
+use crate::mm::fault::stores_are_served;
 use crate::mm::flags::VmFlags;
-use crate::mm::protect::{change_flags, for_each_part};
-use crate::mm::{Machine, Pid};
+use crate::mm::uffd::{self, Stores};
+use crate::mm::{Machine, Pages, Pid};
 
 /// Faults that wait, and whether they were read.
 #[derive(Debug, Default)]
@@ -52,18 +54,58 @@ impl<E: Environment> ModelSpace<E> {
     /// # Errors
     /// `EINVAL` where not all of it is private anonymous memory.
     pub fn serve_missing(&self, span: HostSpan) -> Result<(), Errno> {
-        let kernel = &*self.kernel;
-        let pages = kernel.look(|mm| mm.argument(span.start(), span.bytes()))?;
-        let _lock = MmapLock::write(kernel, self.pid);
-        for_each_part(kernel, self.pid, pages, |part| {
-            if !part.is_anon() {
-                return Err(Errno::Invalid);
-            }
-            let flags = part.flags.with(VmFlags::UFFD_MISSING);
-            change_flags(kernel, self.pid, part.pages, flags);
-            Ok(())
-        })
-        .map_err(|_hole| Errno::Invalid)
+        self.register(span, VmFlags::UFFD_MISSING)
+    }
+
+    /// From now on the program serves stores to pages of `span` that it protects.
+    ///
+    /// # Errors
+    /// `EINVAL` where not all of it is memory.
+    pub fn serve_stores(&self, span: HostSpan) -> Result<(), Errno> {
+        self.register(span, VmFlags::UFFD_WP)
+    }
+
+    fn register(&self, span: HostSpan, faults: VmFlags) -> Result<(), Errno> {
+        uffd::register(&*self.kernel, self.pid, self.pages(span)?, faults)
+    }
+
+    /// From now on the program serves no faults in `span`; who waits goes on (`UFFDIO_UNREGISTER`).
+    ///
+    /// # Errors
+    /// `EINVAL` for a span that cannot be.
+    pub fn stop_serving(&self, span: HostSpan) -> Result<(), Errno> {
+        let pages = self.pages(span)?;
+        uffd::unregister(&*self.kernel, self.pid, pages);
+        self.answer(pages);
+        Ok(())
+    }
+
+    /// Protects pages against stores, or lets those that wait go on (`UFFDIO_WRITEPROTECT`).
+    ///
+    /// # Errors
+    /// `ENOENT` where stores are not served, `EINVAL` for a span that cannot be.
+    pub fn write_protect(&self, span: HostSpan, stores: Stores) -> Result<(), Errno> {
+        let pages = self.pages(span)?;
+        let done = uffd::write_protect(&*self.kernel, self.pid, pages, stores);
+        if stores == Stores::Go {
+            self.answer(pages);
+        }
+        done
+    }
+
+    fn pages(&self, span: HostSpan) -> Result<Pages, Errno> {
+        self.kernel
+            .look(|mm| mm.argument(span.start(), span.bytes()))
+    }
+
+    /// Wakes who waits for these pages.
+    fn answer(&self, pages: Pages) {
+        let mut faults = self.kernel.faults.lock();
+        faults
+            .0
+            .retain(|fault| fault.pid != self.pid || !pages.contains(fault.page));
+        drop(faults);
+        self.kernel.announce();
     }
 
     /// Waits for a fault that nobody has read, and reads it.
@@ -98,12 +140,7 @@ impl<E: Environment> ModelSpace<E> {
         let lock = MmapLock::read(kernel, self.pid);
         let filled = kernel.with(|mm| mm.fill_missing(self.pid, page, words));
         drop(lock);
-        let mut faults = kernel.faults.lock();
-        faults
-            .0
-            .retain(|fault| fault.pid != self.pid || fault.page != page);
-        drop(faults);
-        kernel.announce();
+        self.answer(Pages::one(page));
         filled
     }
 }
@@ -126,9 +163,13 @@ impl Machine {
     }
 
     /// Whether the program serves the fault that an access of `page` would be.
-    pub(super) fn is_served(&self, pid: Pid, page: u32) -> bool {
-        let served = |flags: VmFlags| flags.has(VmFlags::UFFD_MISSING);
-        let vma = self.process(pid).vmas.at(page);
-        self.entry(pid, page) == Entry::None && vma.is_some_and(|vma| served(vma.flags))
+    pub(super) fn is_served(&self, pid: Pid, page: u32, access: Access) -> bool {
+        let Some(vma) = self.process(pid).vmas.at(page) else {
+            return false;
+        };
+        let entry = self.entry(pid, page);
+        let missing = matches!(entry, Entry::None | Entry::UffdWp);
+        let store = access == Access::Write && stores_are_served(vma, entry.bits());
+        store || (missing && vma.flags.has(VmFlags::UFFD_MISSING))
     }
 }

@@ -8,8 +8,8 @@ use gpusvm::error::{Failed, Interrupted};
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{
-    AddressSpace, FaultIn, InvalidationSink, MigrateTo, Owner, PageRun, PagemapId, Placement, Seen,
-    Vma, VmaKind,
+    AddressSpace, FaultIn, InvalidateReason, InvalidationSink, MigrateTo, Owner, PageRun,
+    PagemapId, Placement, Seen, Vma, VmaKind,
 };
 
 use crate::kernel::Kernel;
@@ -20,6 +20,7 @@ use crate::mm::flags::VmFlags;
 use crate::mm::memory::FrameId;
 use crate::mm::vma::{self, Backing};
 use crate::mm::{Machine, Pid};
+use crate::sched::ModelEnv;
 
 /// One process of a machine.
 pub struct ModelSpace<E: Environment> {
@@ -130,6 +131,21 @@ fn has_content(entry: Entry) -> bool {
     }
 }
 
+/// A subscriber whose calls are marked: inside, much is forbidden.
+struct Marked(Arc<dyn InvalidationSink>);
+
+impl InvalidationSink for Marked {
+    fn start(&self, interval: &Interval, span: HostSpan, reason: InvalidateReason, seq: Seq) {
+        let _inside = ModelEnv.invalidating();
+        self.0.start(interval, span, reason, seq);
+    }
+
+    fn end(&self, interval: &Interval, span: HostSpan) {
+        let _inside = ModelEnv.invalidating();
+        self.0.end(interval, span);
+    }
+}
+
 impl<E: Environment> AddressSpace for ModelSpace<E> {
     type Migration<'a> = ModelMigration<'a, E>;
 
@@ -149,7 +165,8 @@ impl<E: Environment> AddressSpace for ModelSpace<E> {
         sink: Arc<dyn InvalidationSink>,
     ) -> Result<Arc<Interval>, Interrupted> {
         self.alive()?;
-        Ok(self.kernel.sync(self.pid).notifiers.insert(window, sink))
+        let notifiers = &self.kernel.sync(self.pid).notifiers;
+        Ok(notifiers.insert(window, Arc::new(Marked(sink))))
     }
 
     fn unsubscribe(&self, interval: &Arc<Interval>) {

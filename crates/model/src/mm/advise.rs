@@ -11,9 +11,10 @@ use crate::mm::fault::fault;
 use crate::mm::flags::VmFlags;
 use crate::mm::map::zap_pages;
 use crate::mm::protect::change_flags;
+use crate::mm::reclaim::inject_error;
 use crate::mm::table::Zap;
 use crate::mm::vma::{Backing, Vma};
-use crate::mm::{Machine, Pages, Pid, idle, ksm, thp};
+use crate::mm::{Machine, Pages, Pid, Privilege, idle, ksm, thp};
 
 /// An advice that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +42,9 @@ enum Advice {
     /// Accesses are no errors any more.
     GuardRemove,
     /// A memory error is played: needs privileges.
-    Privileged,
+    Poison,
+    /// Content moves away from a page before it has an error: needs privileges, and is not modelled.
+    SoftOffline,
 }
 
 /// Whether locked mappings take part.
@@ -69,7 +72,8 @@ const fn classify(advice: i32) -> Option<Advice> {
             even_locked: Locked::Take,
         },
         25 => Advice::Collapse,
-        100 | 101 => Advice::Privileged,
+        100 => Advice::Poison,
+        101 => Advice::SoftOffline,
         102 => Advice::GuardInstall,
         103 => Advice::GuardRemove,
         _ => return None,
@@ -96,7 +100,11 @@ pub fn madvise<A: Around>(
         return Ok(());
     }
     match advice {
-        Advice::Privileged => Err(Errno::Perm),
+        Advice::Poison if around.with(|mm| mm.shape.privilege == Privilege::Admin) => {
+            let mut pages = pages.iter();
+            pages.try_for_each(|page| inject_error(around, pid, page))
+        }
+        Advice::Poison | Advice::SoftOffline => Err(Errno::Perm),
         Advice::Populate(access) => populate(around, pid, pages, access),
         Advice::Flags(_) => {
             let _lock = MmapLock::write(around, pid);
@@ -175,7 +183,7 @@ fn visit<A: Around>(around: &A, pid: Pid, part: &Vma, advice: Advice) -> Result<
     let raw = part.flags.any(VmFlags::PFN_MAP.with(VmFlags::HUGETLB));
     match advice {
         Advice::Flags(number) => advise_flags(around, pid, part, number),
-        Advice::Nothing | Advice::Privileged | Advice::Populate(_) => Ok(()),
+        Advice::Nothing | Advice::Poison | Advice::SoftOffline | Advice::Populate(_) => Ok(()),
         Advice::Collapse => thp::collapse_pages(around, pid, part),
         Advice::Remove => remove(around, part),
         Advice::DontNeed { even_locked } => {

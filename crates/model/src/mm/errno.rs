@@ -7,8 +7,12 @@ use core::fmt;
 pub enum Errno {
     /// `EPERM`.
     Perm,
+    /// `ENOENT`.
+    NoEnt,
     /// `EIO`.
     Io,
+    /// `ENXIO`.
+    NxIo,
     /// `EAGAIN`.
     Again,
     /// `ENOMEM`.
@@ -35,7 +39,9 @@ impl Errno {
     pub const fn number(self) -> i32 {
         match self {
             Self::Perm => 1,
+            Self::NoEnt => 2,
             Self::Io => 5,
+            Self::NxIo => 6,
             Self::Again => 11,
             Self::NoMem => 12,
             Self::Access => 13,

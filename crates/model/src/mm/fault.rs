@@ -150,11 +150,13 @@ impl Machine {
         match entry {
             Entry::None => self.fault_none(pid, page, access, &vma),
             Entry::Present(_, bits) => match access {
+                Access::Write if stores_are_served(&vma, bits) => Faulted::Pager,
                 Access::Write if !bits.has(Bits::WRITE) => self.fault_protected(pid, page, &vma),
                 Access::Read | Access::Write => Faulted::Retry,
             },
-            Entry::Zero(_) => match access {
+            Entry::Zero(bits) => match access {
                 Access::Read => Faulted::Retry,
+                Access::Write if stores_are_served(&vma, bits) => Faulted::Pager,
                 Access::Write => self.copy_page(pid, page, entry),
             },
             Entry::Swap(slot, bits) => self.fault_swap(pid, page, slot, bits),
@@ -164,10 +166,7 @@ impl Machine {
             Entry::DeviceExclusive(..) => Faulted::Exclusive,
             Entry::HwPoison(_) => Faulted::Refused(Signal::Bus),
             Entry::Guard => Faulted::Refused(Signal::Segv),
-            Entry::UffdWp => {
-                self.replace(pid, page, Entry::None);
-                Faulted::Retry
-            }
+            Entry::UffdWp => self.fault_marker(pid, page, access, &vma),
         }
     }
 
@@ -196,6 +195,17 @@ impl Machine {
             }
             Backing::Anon => self.fault_anon(pid, page, access, vma),
         }
+    }
+
+    /// What comes where there was nothing but a protection is protected.
+    fn fault_marker(&mut self, pid: Pid, page: u32, access: Access, vma: &Vma) -> Faulted {
+        self.replace(pid, page, Entry::None);
+        if !vma.flags.has(VmFlags::UFFD_WP) {
+            return Faulted::Retry;
+        }
+        let faulted = self.fault_none(pid, page, access, vma);
+        self.protect_from_stores(pid, page);
+        faulted
     }
 
     fn fault_anon(&mut self, pid: Pid, page: u32, access: Access, vma: &Vma) -> Faulted {
@@ -322,6 +332,15 @@ impl Machine {
             (Block::Device(head, _), _) => self.fault_device(head.plus(page % self.shape.block())),
             (_, Access::Read) => Faulted::Retry,
             (Block::Table, Access::Write) => Faulted::Retry,
+            (Block::Zero(bits) | Block::Huge(_, bits), Access::Write)
+                if self
+                    .process(pid)
+                    .vmas
+                    .at(page)
+                    .is_some_and(|vma| stores_are_served(vma, bits)) =>
+            {
+                Faulted::Pager
+            }
             (Block::Zero(_), Access::Write) => self.copy_zero_block(pid, page, block),
             (Block::Huge(head, bits), Access::Write) => {
                 let folio = *self.memory.frame(head);
@@ -400,6 +419,11 @@ impl Machine {
             Sole::No => Bits::YOUNG,
         };
         let fresh = fresh.without(Bits::SOFT_DIRTY).with(kept);
+        let fresh = if kept.has(Bits::UFFD_WP) {
+            fresh.without(Bits::WRITE)
+        } else {
+            fresh
+        };
         self.replace(pid, page, Entry::Present(frame, fresh));
     }
 
@@ -413,7 +437,8 @@ impl Machine {
             .vmas
             .at(page)
             .is_some_and(|vma| vma.flags.has(VmFlags::WRITE));
-        let bits = if writable && self.memory.frame(frame).exclusive {
+        let protected = bits.has(Bits::UFFD_WP);
+        let bits = if writable && !protected && self.memory.frame(frame).exclusive {
             bits.with(Bits::WRITE)
         } else {
             bits.without(Bits::WRITE)
@@ -433,6 +458,11 @@ impl From<bool> for Sole {
     fn from(sole: bool) -> Self {
         if sole { Self::Yes } else { Self::No }
     }
+}
+
+/// Whether the program serves a store to an entry with these bits.
+pub(crate) const fn stores_are_served(vma: &Vma, bits: Bits) -> bool {
+    vma.flags.has(VmFlags::UFFD_WP) && bits.has(Bits::UFFD_WP)
 }
 
 /// Whether a mapping allows a CPU access. On x86-64 whatever may be written or run may be read.

@@ -116,6 +116,8 @@ flags! {
         UFFD_MISSING = 1 << 22;
         /// There are guards in it, or were.
         MAYBE_GUARD = 1 << 23;
+        /// The program serves stores to pages that it protects (userfaultfd).
+        UFFD_WP = 1 << 24;
     }
 }
 
@@ -124,6 +126,9 @@ impl VmFlags {
     pub const RIGHTS: Self = Self::READ.with(Self::WRITE).with(Self::EXEC);
     /// The three rights that `mprotect` may give.
     pub const MAY: Self = Self::MAY_READ.with(Self::MAY_WRITE).with(Self::MAY_EXEC);
+    /// What the program serves. Neither a child nor a mapping that moves has it: their program would have
+    /// to ask for events of these.
+    pub const UFFD: Self = Self::UFFD_MISSING.with(Self::UFFD_WP);
     /// The two kinds of locking.
     pub const LOCKS: Self = Self::LOCKED.with(Self::LOCK_ON_FAULT);
     /// Flags that two mappings need not share to become one.

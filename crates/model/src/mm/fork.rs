@@ -93,7 +93,7 @@ impl Machine {
         let wiped = self.wipes(vma);
         let anon = vma.anon.filter(|_| !wiped).map(|_| self.new_anon());
         let copy = Vma {
-            flags: vma.flags.without(VmFlags::LOCKS),
+            flags: vma.flags.without(VmFlags::LOCKS.with(VmFlags::UFFD)),
             anon,
             descent: if anon.is_some() {
                 Descent::ForkChild
@@ -127,7 +127,10 @@ impl Machine {
     fn copy_entry(&mut self, parent: Pid, child: Pid, page: u32) -> Result<u32, NoFrame> {
         match self.block(parent, page) {
             Block::Table => {}
-            Block::Zero(bits) => self.set_block(child, page, Block::Zero(bits)),
+            Block::Zero(bits) => {
+                let bits = bits.without(Bits::UFFD_WP);
+                self.set_block(child, page, Block::Zero(bits));
+            }
             Block::Huge(head, bits) | Block::Device(head, bits) => {
                 for page in self.memory.pages_of(head) {
                     self.memory.frame_mut(page).exclusive = false;
@@ -135,7 +138,7 @@ impl Machine {
                 let bits = bits.without(Bits::WRITE);
                 self.set_bits(parent, page, bits);
                 let start = self.shape.block_around(page).start;
-                self.map_block(child, start, head, bits);
+                self.map_block(child, start, head, bits.without(Bits::UFFD_WP));
             }
         }
         if self.block(parent, page) != Block::Table {
@@ -162,6 +165,7 @@ impl Machine {
                 old.with_bits(ours)
             }
         };
+        let new = new.with_bits(new.bits().without(Bits::UFFD_WP));
         self.replace(child, page, new);
         if let (Entry::DevicePrivate(frame, _), Some(Mutant::ForkDropsReference)) =
             (new, self.mutant)

@@ -192,6 +192,18 @@ impl Memory {
         self.free
     }
 
+    /// Frames of all kinds that there have been so far.
+    #[must_use]
+    pub fn all_frames(&self) -> u32 {
+        index32(self.frames.len())
+    }
+
+    /// Frames of host memory that somebody has; not those that were lost to an error.
+    pub fn taken_frames(&self) -> impl Iterator<Item = FrameId> {
+        let host = (0..self.host).map(FrameId);
+        host.filter(|frame| !matches!(self.folio(*frame).owner, Owner::Free | Owner::Poisoned))
+    }
+
     /// Words of content that every page has.
     #[must_use]
     pub const fn words_per_page(&self) -> u32 {

@@ -23,8 +23,8 @@
 //!
 //! * Huge pages (`MAP_HUGETLB`) are private, of the size of a block, taken at the first touch, not
 //!   reserved; calls that would cut one answer `EINVAL`. `mremap` and advice for them are left out.
-//! * Mappings that grow down, userfaultfd beyond the service of missing pages, limits on counts and
-//!   sizes, NUMA.
+//! * Mappings that grow down, limits on counts and sizes, NUMA; of userfaultfd all but the service of
+//!   missing pages of private memory and of stores to protected ones.
 //! * Faults take the mmap lock, never a lock of one mapping; `munmap` keeps it for writing to the end;
 //!   `process_madvise` takes it once per span.
 //! * Only anonymous pages are reclaimed, one by one; pages of files stay but for `MADV_PAGEOUT`. Merged
@@ -34,8 +34,8 @@
 //! * Large folios are anonymous and of the order of a block only; device pages are small, as before 6.19,
 //!   unless [`Shape::device_folios`] says otherwise; large folios are split before they are swapped out.
 //!   Their pages of zeros become the page of zeros where an advice splits them, not where a migration does.
-//! * `MADV_HWPOISON` and `MADV_SOFT_OFFLINE` answer `EPERM`, as for a process without privileges;
-//!   [`poison`](reclaim::poison) is the memory error itself.
+//! * `MADV_HWPOISON` needs [`Privilege::Admin`]. The signal that its caller gets is left out, as if it were
+//!   blocked; files are memory files, whose pages are never clean. `MADV_SOFT_OFFLINE` answers `EPERM`.
 
 #[macro_use]
 pub mod flags;
@@ -63,6 +63,7 @@ pub mod rmap;
 pub mod swap;
 mod table;
 pub mod thp;
+pub mod uffd;
 pub mod vma;
 
 #[cfg(test)]
@@ -172,6 +173,16 @@ pub enum DeviceFolios {
     Large,
 }
 
+/// What the processes of a machine may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Privilege {
+    /// What everybody may.
+    #[default]
+    None,
+    /// Also what needs `CAP_SYS_ADMIN`.
+    Admin,
+}
+
 /// Sizes of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
@@ -195,6 +206,8 @@ pub struct Shape {
     pub device_folios: DeviceFolios,
     /// Frames of coherent device memory.
     pub coherent: u32,
+    /// What its processes may do.
+    pub privilege: Privilege,
 }
 
 impl Default for Shape {
@@ -210,6 +223,7 @@ impl Default for Shape {
             thp: Thp::Madvise,
             device_folios: DeviceFolios::Small,
             coherent: 0,
+            privilege: Privilege::None,
         }
     }
 }

@@ -7,10 +7,10 @@
 use gpusvm::mutant::Mutant;
 use gpusvm::seam::mm::{Access, InvalidateReason};
 
-use crate::mm::around::{Around, MmapLock};
+use crate::mm::around::{Around, MmapLock, Waited};
 use crate::mm::cow::commit;
 use crate::mm::entry::{Entry, SlotId};
-use crate::mm::errno::Signal;
+use crate::mm::errno::{Errno, Signal};
 use crate::mm::fault::{Faulted, Hit, fault};
 use crate::mm::file::FileId;
 use crate::mm::flags::{Bits, VmFlags};
@@ -110,6 +110,55 @@ pub fn poison<A: Around>(around: &A, frame: FrameId) {
     });
     around.with(|mm| mm.unhold(frame));
     around.announce();
+}
+
+/// Plays a memory error (`MADV_HWPOISON`) in a page of host memory, which is brought in as for a load. Who
+/// moves it at the time is waited for.
+///
+/// # Errors
+/// `EFAULT` where a load gets a signal, `ENOMEM`; `EBUSY` for pages that nobody can lose: that of zeros,
+/// and those of a large page that does not split; `ENXIO` for device memory.
+pub fn inject_error<A: Around>(around: &A, pid: Pid, page: u32) -> Result<(), Errno> {
+    let frame = seize(around, pid, page)?;
+    poison(around, frame);
+    around.with(|mm| {
+        mm.unlock(frame);
+        mm.unhold(frame);
+    });
+    around.announce();
+    Ok(())
+}
+
+/// Finds a page, locks and holds it.
+fn seize<A: Around>(around: &A, pid: Pid, page: u32) -> Result<FrameId, Errno> {
+    loop {
+        let seen = around.changes();
+        fault(around, pid, page, Access::Read).map_err(|signal| match signal {
+            Signal::OutOfMemory => Errno::NoMem,
+            Signal::Segv | Signal::Bus => Errno::Fault,
+        })?;
+        let frame = match around.with(|mm| mm.access(pid, page, Access::Read)) {
+            Some(Hit::Frame(frame)) => frame,
+            Some(Hit::Zero) => return Err(Errno::Busy),
+            None => continue,
+        };
+        make_small(around, frame);
+        match around.with(|mm| mm.seize(pid, page, frame))? {
+            Seized::Yes => return Ok(frame),
+            Seized::Moved => {}
+            Seized::Locked if around.wait(seen) == Waited::Hopeless => return Err(Errno::Busy),
+            Seized::Locked => {}
+        }
+    }
+}
+
+/// What came of locking a page.
+enum Seized {
+    Yes,
+    /// The page is somewhere else by now.
+    Moved,
+    /// Somebody else is at work on it.
+    Locked,
 }
 
 /// Pins the page at `page` for a device or a system call; it is faulted in like a CPU access. A
@@ -263,6 +312,23 @@ impl Machine {
     fn mark_poisoned(&mut self, frame: FrameId) {
         self.hold(frame);
         self.memory.frame_mut(frame).poisoned = true;
+    }
+
+    fn seize(&mut self, pid: Pid, page: u32, frame: FrameId) -> Result<Seized, Errno> {
+        if !matches!(self.entry(pid, page), Entry::Present(found, _) if found == frame) {
+            return Ok(Seized::Moved);
+        }
+        if self.memory.is_device(frame) {
+            return Err(Errno::NxIo);
+        }
+        if self.memory.folio(frame).order > 0 {
+            return Err(Errno::Busy);
+        }
+        if !self.try_lock(frame) {
+            return Ok(Seized::Locked);
+        }
+        self.hold(frame);
+        Ok(Seized::Yes)
     }
 
     /// Takes the pin, if the page is still what the access needs and belongs to nobody else.

@@ -323,6 +323,7 @@ impl Machine {
             pages: new,
             offset,
             left: Left::Tried,
+            flags: vma.flags.without(VmFlags::UFFD),
             ..vma
         };
         self.process_mut(pid).vmas.insert(copy);
@@ -374,7 +375,9 @@ impl Machine {
     fn move_entry(&mut self, pid: Pid, from: u32, to: u32) -> u32 {
         match self.block(pid, from) {
             Block::Table => {
-                let entry = self.entry(pid, from);
+                let found = self.entry(pid, from);
+                let marker = found == Entry::UffdWp;
+                let entry = if marker { Entry::None } else { found };
                 let bits = match entry {
                     Entry::Present(..) | Entry::Swap(..) => entry.bits().with(Bits::SOFT_DIRTY),
                     Entry::None
@@ -386,6 +389,7 @@ impl Machine {
                     | Entry::Guard
                     | Entry::UffdWp => entry.bits(),
                 };
+                let bits = bits.without(Bits::UFFD_WP);
                 self.replace(pid, to, entry.with_bits(bits));
                 self.replace(pid, from, Entry::None);
                 return from + 1;
@@ -393,12 +397,13 @@ impl Machine {
             Block::Huge(head, bits) | Block::Device(head, bits) => {
                 self.hold(head);
                 self.unmap_block(pid, from);
-                self.map_block(pid, to, head, bits.with(Bits::SOFT_DIRTY));
+                let bits = bits.with(Bits::SOFT_DIRTY).without(Bits::UFFD_WP);
+                self.map_block(pid, to, head, bits);
                 self.unhold(head);
             }
             Block::Zero(bits) => {
                 self.unmap_block(pid, from);
-                self.set_block(pid, to, Block::Zero(bits));
+                self.set_block(pid, to, Block::Zero(bits.without(Bits::UFFD_WP)));
             }
         }
         self.shape.block_around(from).end

@@ -316,7 +316,10 @@ impl Machine {
             if let Some(frame) = entry.mapped_frame() {
                 self.note_dirty(frame, entry.bits());
             }
-            self.replace(pid, page, Entry::None);
+            // A page of a file comes again as it was, so its protection stays.
+            let marked = what == Zap::KeepMarkers && !anon && entry.bits().has(Bits::UFFD_WP);
+            let left = if marked { Entry::UffdWp } else { Entry::None };
+            self.replace(pid, page, left);
         }
         page + 1
     }

@@ -13,7 +13,7 @@ use crate::sched::fiber::ModelMutex;
 use crate::sched::lock::Rank;
 use crate::sched::lock_word::Site;
 use crate::sched::options::Kind;
-use crate::sched::pick::{Candidates, What};
+use crate::sched::pick::What;
 use crate::sched::rng::Stream;
 use crate::sched::stage::{self, Life};
 use crate::sched::world::{Block, NEVER, State, World, with};
@@ -49,9 +49,10 @@ impl ModelEnv {
     /// A number below `n`, which the explorer varies; 0 where there is nothing to choose.
     #[must_use]
     pub fn choose(&self, n: u32) -> u32 {
-        let nobody = Candidates { ready: 0, first: 0 };
         with(|world| match world.state {
-            State::Building | State::Running if n > 1 => world.choose(n, What::Data, nobody),
+            State::Building | State::Running if n > 1 => {
+                world.choose(n, What::Data, world.nobody())
+            }
             _ => 0,
         })
     }
@@ -131,6 +132,18 @@ impl ModelEnv {
     #[must_use]
     pub fn actor(&self) -> usize {
         with(|world| world.current)
+    }
+
+    /// Name of the actor that runs.
+    #[must_use]
+    pub fn actor_name(&self) -> String {
+        with(|world| world.name_of(world.current))
+    }
+
+    /// Whether the world keeps texts: it is played for people.
+    #[must_use]
+    pub fn keeps_texts(&self) -> bool {
+        with(|world| world.keeps_texts())
     }
 
     /// Says that a rule is broken: the world has failed. Returns only where the caller is no

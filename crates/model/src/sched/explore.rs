@@ -6,10 +6,12 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
 
 use crate::sched::dfs::Dfs;
+use crate::sched::fail::FailureKind;
 use crate::sched::lock::Order;
 use crate::sched::options::Options;
 use crate::sched::pick::Picker;
 use crate::sched::rng::mix;
+use crate::sched::script::shrink_by_actor;
 use crate::sched::shrink::{Progress, Verdict, shrink};
 use crate::sched::sim::{Outcome, Sim, Trouble, keep_panics_quiet, lock_orders, replay, run};
 use crate::sched::tape::Tape;
@@ -18,6 +20,8 @@ use crate::sched::tape::Tape;
 const CHUNK: u64 = 64;
 /// Every so many seeds, a world is run twice and must be the same.
 const TWICE_EVERY: u64 = 256;
+/// Times that a tape is made short by actor and then as it is.
+const SHRINK_ROUNDS: u32 = 3;
 
 /// Runs worlds of one scenario. `B` makes the actors of one.
 #[derive(Debug)]
@@ -247,7 +251,8 @@ impl<B: Fn(&Sim) + Sync> Explorer<B> {
         summary
     }
 
-    /// Shrinks the tape of a failure to one that fails in the same way.
+    /// Shrinks the tape of a failure to one that fails in the same way, in at most
+    /// `6 * runs_max` runs.
     ///
     /// Looks first for a simpler way to the same failure, by pickers that switch rarely: from
     /// there it is not far.
@@ -265,18 +270,38 @@ impl<B: Fn(&Sim) + Sync> Explorer<B> {
             Some(found) if found.failure.kind == kind => Verdict::Fails(found.tape.choices),
             _ => Verdict::Passes,
         };
-        let mut tape = shrink(
-            &trouble.tape,
-            runs_max - runs_max / 4,
-            &mut verdict,
-            progress,
-        );
+        let mut tape = trouble.tape.clone();
+        for _round in 0..SHRINK_ROUNDS {
+            let before = tape.interesting();
+            let by_actor = self.shrink_by_actor(&tape, kind, runs_max);
+            tape = shrink(&by_actor, runs_max, &mut verdict, progress);
+            if tape.interesting() == before {
+                break;
+            }
+        }
         tape.hash = Some(replay(&self.options, &tape, &self.build).hash);
         tape
     }
 }
 
 impl<B: Fn(&Sim) + Sync> Explorer<B> {
+    /// A tape that fails in the same way, where actors that do not matter do less.
+    pub(super) fn shrink_by_actor(&self, tape: &Tape, kind: FailureKind, runs: u32) -> Tape {
+        let options = Options {
+            seed: tape.seed,
+            ..self.options.clone()
+        };
+        shrink_by_actor(tape, runs, &mut |scripted| {
+            let mut picker = Picker::Scripted(Box::new(scripted));
+            let found = run(&options, &mut picker, &self.build).trouble?;
+            let Picker::Scripted(scripted) = picker else {
+                return None;
+            };
+            let same = found.failure.kind == kind;
+            same.then(|| (found.tape, scripted.played()))
+        })
+    }
+
     /// The simplest of some more worlds of the same seed that fail in the same way, if it is
     /// simpler than `trouble`.
     fn simpler(&self, trouble: &Trouble, runs: u32) -> Option<Box<Trouble>> {

@@ -11,10 +11,11 @@
 //! | `env` | [`ModelEnv`], the framework's [`Environment`](gpusvm::seam::env::Environment) |
 //! | `world`, `queue`, `chaos` | who can run, who waits, what time it is, what fails |
 //! | `stage` | what actors do to their world |
+//! | `inside` | who is inside an invalidation |
 //! | `fiber` | coroutines, and [`ModelMutex`], which blocks the actor |
 //! | `lock` | names, ranks and orders of locks |
 //! | `pick`, `dfs` | pickers: random, PCT, playback, all worlds |
-//! | `tape`, `shrink` | the record of choices, and how to make it short |
+//! | `tape`, `script`, `shrink` | the record of choices, in order and by actor, and how to make it short |
 //! | `explore` | many worlds: [`Explorer`] |
 //! | `trace`, `fail` | last events, timelines, failures in words |
 //!
@@ -46,6 +47,7 @@ mod env;
 mod explore;
 mod fail;
 mod fiber;
+mod inside;
 mod lock;
 mod lock_word;
 mod options;
@@ -53,6 +55,7 @@ mod oracle;
 mod pick;
 mod queue;
 mod rng;
+mod script;
 mod shrink;
 mod sim;
 mod stage;
@@ -70,11 +73,13 @@ pub use env::{Busy, ModelEnv};
 pub use explore::{Explorer, Summary};
 pub use fail::{Failure, FailureKind};
 pub use fiber::ModelMutex;
+pub use inside::Invalidating;
 pub use lock::{Order, Rank};
 pub use options::{Chaos, KeepTape, Kind, LockRules, Options, Points, Texts};
 pub use oracle::When;
 pub use pick::{ACTORS_MAX, Pct, Picker, Playback, Random, What};
 pub use rng::{Stream, hash_text, mix};
+pub use script::Scripted;
 pub use shrink::{Progress, Verdict, shrink};
 pub use sim::{Outcome, Sim, Trouble, keep_panics_quiet, lock_orders, replay, run};
 pub use stage::Life;

@@ -6,6 +6,7 @@
 
 use crate::sched::dfs::Dfs;
 use crate::sched::rng::{Stream, mix};
+use crate::sched::script::Scripted;
 
 /// Actors that one world can have.
 pub const ACTORS_MAX: usize = 64;
@@ -29,9 +30,9 @@ pub enum What {
 /// The actors among which a choice is made: answer `i` is the `i`-th one in cyclic order.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidates {
-    /// One bit per actor.
+    /// One bit per actor; none where something else is chosen.
     pub(super) ready: u64,
-    /// Where counting starts.
+    /// Where counting starts; who is asked, where something else is chosen.
     pub(super) first: u32,
 }
 
@@ -50,6 +51,13 @@ impl Candidates {
             n += 1;
         }
         ((rest.trailing_zeros() + self.first) % 64) as usize
+    }
+
+    /// The answer that means an actor, if it is one of them.
+    pub(super) fn place_of(self, actor: usize) -> Option<u32> {
+        let mut all = (0..).zip(self.actors());
+        all.find(|(_, other)| *other == actor)
+            .map(|(place, _)| place)
     }
 
     /// All of them, in the order of answers.
@@ -74,6 +82,8 @@ pub enum Picker {
     Tape(Playback),
     /// All possible worlds, one after the other.
     Dfs(Dfs),
+    /// By actor, for shrinking.
+    Scripted(Box<Scripted>),
 }
 
 impl Picker {
@@ -120,10 +130,7 @@ impl Picker {
     /// The recorded answers.
     #[must_use]
     pub fn playback(choices: &[u32]) -> Self {
-        Self::Tape(Playback {
-            choices: choices.to_vec(),
-            at: 0,
-        })
+        Self::Tape(Playback::of(choices))
     }
 
     /// Turns a search to its next world; `false` when there is none left, or no search.
@@ -131,7 +138,7 @@ impl Picker {
     pub fn advance(&mut self) -> bool {
         match self {
             Self::Dfs(dfs) => dfs.advance(),
-            Self::Random(_) | Self::Pct(_) | Self::Tape(_) => false,
+            Self::Random(_) | Self::Pct(_) | Self::Tape(_) | Self::Scripted(_) => false,
         }
     }
 
@@ -143,6 +150,7 @@ impl Picker {
             Self::Pct(pct) => pct.pick(n, what, among),
             Self::Tape(playback) => playback.pick(n),
             Self::Dfs(dfs) => dfs.pick(n, what),
+            Self::Scripted(scripted) => scripted.pick(n, what, among),
         }
     }
 }
@@ -269,9 +277,16 @@ pub struct Playback {
 }
 
 impl Playback {
+    pub(super) fn of(choices: &[u32]) -> Self {
+        Self {
+            choices: choices.to_vec(),
+            at: 0,
+        }
+    }
+
     /// The next recorded answer. One that is too high for its question is lowered: tapes that
     /// were cut or changed still mean a world.
-    fn pick(&mut self, n: u32) -> u32 {
+    pub(super) fn pick(&mut self, n: u32) -> u32 {
         let choice = self.choices.get(self.at).copied().unwrap_or(0);
         self.at += 1;
         choice.min(n - 1)

@@ -73,7 +73,7 @@ pub fn shrink(
 }
 
 /// What is to become smaller, most important first.
-fn cost(choices: &[u32]) -> (usize, usize, u64) {
+pub(super) fn cost(choices: &[u32]) -> (usize, usize, u64) {
     let interesting = choices.iter().filter(|choice| **choice != 0).count();
     let sum = choices.iter().map(|choice| u64::from(*choice)).sum();
     (interesting, choices.len(), sum)
@@ -123,10 +123,11 @@ impl Shrinker<'_> {
         let highest = self.best.choices.iter().max().copied().unwrap_or(0);
         let length = u32::try_from(self.best.choices.len()).unwrap_or(u32::MAX);
         for n in 0..self.runs_max / GUESSES_ONE_IN {
-            let few = 1 + n % GUESSED_MAX;
-            if self.best.interesting() <= few as usize {
-                continue;
+            if self.best.interesting() <= 2 * GUESSED_MAX as usize {
+                // What follows is surer.
+                return;
             }
+            let few = 1 + n % GUESSED_MAX;
             let mut choices = vec![0; length as usize];
             for _ in 0..few {
                 choices[stream.below(length) as usize] = 1 + stream.below(highest);

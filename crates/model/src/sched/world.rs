@@ -117,8 +117,8 @@ pub(super) struct World {
     pub(super) streak: u32,
     pub(super) phase: Phase,
     /// The last step of the phase.
-    phase_ends: u64,
-    picker: Picker,
+    pub(super) phase_ends: u64,
+    pub(super) picker: Picker,
     pub(super) tape: Vec<u32>,
     pub(super) hash: u64,
     pub(super) locks: LockTable,
@@ -133,6 +133,8 @@ pub(super) struct World {
     touched: bool,
     pub(super) looking: bool,
     pub(super) busy: u32,
+    /// Actors inside an invalidation, one bit each.
+    pub(super) invalidating: u64,
     pub(super) deferred: Vec<Work>,
     random: Stream,
     pub(super) chaos_sites: Vec<(&'static str, u32)>,
@@ -205,6 +207,7 @@ impl World {
             touched: false,
             looking: false,
             busy: 0,
+            invalidating: 0,
             deferred: Vec::new(),
             random: Stream::ZERO,
             chaos_sites: Vec::new(),
@@ -242,7 +245,7 @@ impl World {
         (self.now, self.earliest, self.streak, self.dying_waits) = (0, NEVER, 0, 0);
         (self.phase, self.phase_ends) = (Phase::Safety, options.safety_steps);
         (self.watched, self.touched) = (Moments::NONE, true);
-        (self.looking, self.busy) = (false, 0);
+        (self.looking, self.busy, self.invalidating) = (false, 0, 0);
         (self.blocked, self.lock_waiters) = (0, 0);
         (self.current, self.next) = (HOST, None);
         (self.failure, self.panic_site) = (None, None);
@@ -365,30 +368,6 @@ impl World {
         }
     }
 
-    /// Starts the liveness phase when it is due; whether its time is up.
-    #[cold]
-    fn is_late(&mut self) -> bool {
-        self.calm();
-        let late = self.steps > self.phase_ends;
-        if late {
-            let text = self.describe_waiting("the actors are not done in time");
-            self.fail(FailureKind::Stuck, text);
-        }
-        late
-    }
-
-    /// Starts the liveness phase.
-    pub(super) fn calm(&mut self) {
-        if self.phase == Phase::Safety {
-            self.phase = Phase::Liveness;
-            let began = self.steps.min(self.phase_ends);
-            self.phase_ends = began.saturating_add(self.options.calm_steps);
-            if let Picker::Pct(_) = self.picker {
-                self.picker = Picker::uniform(mix(self.options.seed, self.steps));
-            }
-        }
-    }
-
     /// Chooses who goes on after a point that the running actor could pass.
     #[inline]
     pub(super) fn decide(&mut self, kind: Kind) -> Due {
@@ -427,8 +406,7 @@ impl World {
             return true;
         }
         let one_in = self.options.jump_one_in;
-        let nobody = Candidates { ready: 0, first: 0 };
-        one_in != 0 && self.choose(2, What::Rare(one_in), nobody) != 0
+        one_in != 0 && self.choose(2, What::Rare(one_in), self.nobody()) != 0
     }
 
     pub(super) fn pick_actor(&mut self, n: u32, what: What, among: Candidates) -> usize {

@@ -15,7 +15,7 @@ use gpusvm_model::mm::map::{Map, What, mmap, munmap};
 use gpusvm_model::mm::protect::{mlock, mprotect, munlock};
 use gpusvm_model::mm::remap::{Remap, Target, mremap};
 use gpusvm_model::mm::vma::{Backing, Vma};
-use gpusvm_model::mm::{DeviceFolios, Machine, Pages, Pid, Shape, Thp, map};
+use gpusvm_model::mm::{DeviceFolios, Machine, Pages, Pid, Privilege, Shape, Thp, map};
 
 use crate::conformance::mm::program::{BASE, Program, Size};
 
@@ -122,6 +122,7 @@ fn machine(size: Size, facts: Facts) -> Machine {
         thp: facts.thp,
         device_folios: DeviceFolios::Small,
         coherent: 0,
+        privilege: Privilege::None,
     });
     mm.plant(facts.planted);
     mm

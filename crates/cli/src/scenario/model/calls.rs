@@ -7,6 +7,7 @@ use gpusvm_model::mm::errno::{Errno, Signal};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{self, What};
 use gpusvm_model::mm::remap::{Remap, Target};
+use gpusvm_model::mm::uffd::Stores;
 
 use crate::scenario::host::Refusal;
 use crate::scenario::model::ModelHost;
@@ -69,6 +70,12 @@ impl ModelHost {
                 }
             }
             Deed::Poison => pages.for_each(|at| self.space.poison(at)),
+            Deed::WriteProtect => {
+                let served = self.space.serve_stores(span);
+                let protected = served.and_then(|()| self.space.write_protect(span, Stores::Wait));
+                return protected.map_err(errno);
+            }
+            Deed::WriteAllow => return self.space.stop_serving(span).map_err(errno),
         }
         Ok(())
     }
@@ -112,7 +119,9 @@ pub(super) fn errno(errno: Errno) -> Refusal {
     Refusal::With(
         match errno {
             Errno::Perm => "EPERM",
+            Errno::NoEnt => "ENOENT",
             Errno::Io => "EIO",
+            Errno::NxIo => "ENXIO",
             Errno::Again => "EAGAIN",
             Errno::NoMem => "ENOMEM",
             Errno::Access => "EACCES",

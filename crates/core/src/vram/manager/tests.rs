@@ -12,6 +12,8 @@ const BLOCK: u64 = 2 << 20;
 enum Mood {
     Willing,
     Busy,
+    /// Its content has no place to go.
+    Stuck,
 }
 
 /// Holds one object until it is evicted.
@@ -22,8 +24,10 @@ struct Holder {
 
 impl Evict for Holder {
     fn evict(self: Arc<Self>) -> Result<(), Interrupted> {
-        if self.mood == Mood::Busy {
-            return Err(Stale::PagesBusy.into());
+        match self.mood {
+            Mood::Willing => {}
+            Mood::Busy => return Err(Stale::PagesBusy.into()),
+            Mood::Stuck => return Err(Failed::OutOfMemory.into()),
         }
         drop(
             self.bo
@@ -39,7 +43,7 @@ fn manager(blocks: u64) -> Arc<Manager<TestEnv>> {
     Arc::new(Manager::new(Arc::new(TestEnv::default()), blocks * BLOCK))
 }
 
-fn block(manager: &Arc<Manager<TestEnv>>) -> Result<Arc<Bo<TestEnv>>, Failed> {
+fn block(manager: &Arc<Manager<TestEnv>>) -> Result<Arc<Bo<TestEnv>>, Interrupted> {
     manager.allocate(BoRequest {
         bytes: BLOCK,
         from: From::Bottom,
@@ -48,7 +52,7 @@ fn block(manager: &Arc<Manager<TestEnv>>) -> Result<Arc<Bo<TestEnv>>, Failed> {
 }
 
 /// Memory for tables.
-fn table(manager: &Arc<Manager<TestEnv>>) -> Result<Arc<Bo<TestEnv>>, Failed> {
+fn table(manager: &Arc<Manager<TestEnv>>) -> Result<Arc<Bo<TestEnv>>, Interrupted> {
     manager.allocate(BoRequest {
         bytes: BLOCK,
         from: From::Top,
@@ -79,7 +83,7 @@ fn holds(holder: &Holder) -> bool {
 fn object_is_pinned_until_it_is_made_evictable() {
     let manager = manager(1);
     let pinned = block(&manager).expect("there is room");
-    assert_eq!(block(&manager).map(|_bo| ()), Err(Failed::OutOfVram));
+    assert_eq!(block(&manager).map(|_bo| ()), Err(Failed::OutOfVram.into()));
     drop(pinned);
     let holder = evictable(&manager, Mood::Willing);
     let _bo = block(&manager).expect("the evictable one goes");
@@ -116,11 +120,22 @@ fn busy_victim_is_passed_over_and_stays_on_the_list() {
     assert!(holds(&busy) && !holds(&free));
     assert_eq!(
         block(&manager).map(|_bo| ()),
-        Err(Failed::OutOfVram),
-        "bounded, and reported"
+        Err(Stale::PagesBusy.into()),
+        "bounded; another time it may go"
     );
     drop(bo);
     assert_eq!(manager.used(), BLOCK);
+}
+
+#[test]
+fn what_is_in_use_is_told_apart_from_what_cannot_go() {
+    let manager = manager(2);
+    let _stuck = evictable(&manager, Mood::Stuck);
+    let other = evictable(&manager, Mood::Stuck);
+    assert_eq!(table(&manager).map(|_bo| ()), Err(Failed::OutOfVram.into()));
+    drop(other);
+    let _busy = evictable(&manager, Mood::Busy);
+    assert_eq!(table(&manager).map(|_bo| ()), Err(Stale::PagesBusy.into()));
 }
 
 #[test]
@@ -148,7 +163,7 @@ fn tables_wait_for_pages_that_are_on_their_way() {
         assert_eq!(manager.used(), 0);
     }
     let pinned = table(&manager).expect("there is room");
-    assert_eq!(table(&manager).map(|_bo| ()), Err(Failed::OutOfVram));
+    assert_eq!(table(&manager).map(|_bo| ()), Err(Failed::OutOfVram.into()));
     drop(pinned);
 }
 
@@ -161,7 +176,7 @@ fn what_can_never_fit_is_told_apart() {
     };
     assert_eq!(
         manager(1).allocate(request).map(|_bo| ()),
-        Err(Failed::TooLarge)
+        Err(Failed::TooLarge.into())
     );
 }
 

@@ -658,36 +658,6 @@ fn pages_of_the_pool_come_whole_and_are_not_cut() {
 }
 
 #[test]
-fn missing_pages_are_filled_by_the_program() {
-    let bench = Bench::new();
-    bench.map(0, 2);
-    bench.space.serve_missing(bench.span(0, 2)).expect("mapped");
-    let mut request = FaultIn {
-        span: bench.span(0, 2),
-        access: Access::Read,
-        keep: None,
-        pager: Pager::Refuse,
-    };
-    let mut runs = Vec::new();
-    let refused = bench.space.fault_in(&request, &mut runs);
-    assert_eq!(refused, Err(Failed::BadPage(bench.at(0)).into()));
-    request.pager = Pager::Wait;
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for _page in 0..2 {
-                let at = bench.space.next_fault();
-                bench.space.fill_missing(at, &[7]).expect("missing");
-            }
-        });
-        bench.space.fault_in(&request, &mut runs).expect("filled");
-    });
-    assert_eq!((bench.load(0), bench.load(1)), (7, 7));
-    let full = bench.space.fill_missing(bench.at(0), &[8]);
-    assert_eq!(full, Err(Errno::Exist));
-    bench.check();
-}
-
-#[test]
 fn reclaim_between_steps_of_an_unmap_loses_nothing() {
     let bench = Bench::new();
     bench.map(0, 2);

@@ -13,11 +13,12 @@ use crate::mm::flags::{Bits, VmFlags};
 use crate::mm::fork::fork;
 use crate::mm::map::{Map, Place, What, mmap, munmap};
 use crate::mm::migrate::Collected;
-use crate::mm::pagemap::{PM_GUARD_REGION, PM_MMAP_EXCLUSIVE, PM_PRESENT, PM_SWAP};
+use crate::mm::pagemap::{PM_GUARD_REGION, PM_MMAP_EXCLUSIVE, PM_PRESENT, PM_SWAP, PM_UFFD_WP};
 use crate::mm::protect::{mlock, mprotect};
 use crate::mm::remap::{Remap, Target, mremap};
 use crate::mm::thp::Split;
-use crate::mm::{Machine, Pages, Pid, Shape, ksm, reclaim};
+use crate::mm::uffd::Stores;
+use crate::mm::{Machine, Pages, Pid, Privilege, Shape, ksm, reclaim, uffd};
 
 const RW: VmFlags = VmFlags::READ.with(VmFlags::WRITE);
 const P0: Pid = Pid(0);
@@ -297,7 +298,8 @@ fn a_poisoned_page_is_an_error_and_never_comes_again() {
     map(&mut mm, 0, 2);
     write(&mut mm, P0, 0, 1);
     let frame = mm.entry(P0, 0).named_frame().expect("present");
-    reclaim::poison(&Solo::new(&mut mm), frame);
+    reclaim::inject_error(&Solo::new(&mut mm), P0, 0).expect("the page can go");
+    assert_eq!(mm.memory().taken_frames().count(), 0);
     assert_eq!(
         fault(&Solo::new(&mut mm), P0, 0, Access::Read),
         Err(Signal::Bus)
@@ -308,6 +310,144 @@ fn a_poisoned_page_is_an_error_and_never_comes_again() {
         write(&mut mm, P0, page, 1);
         assert_ne!(mm.entry(P0, page).named_frame(), Some(frame));
     }
+    check_quiet(&mm).expect("consistent");
+}
+
+#[test]
+fn poison_is_inherited_moved_and_unmapped() {
+    let mut mm = Machine::new(Shape {
+        processes: 3,
+        ..Shape::default()
+    });
+    map(&mut mm, 0, 2);
+    write(&mut mm, P0, 0, 1);
+    let child = fork(&Solo::new(&mut mm), P0).expect("room");
+    // Whoever shares the page loses it, too.
+    reclaim::inject_error(&Solo::new(&mut mm), P0, 0).expect("the page can go");
+    let grandchild = fork(&Solo::new(&mut mm), child).expect("room");
+    for pid in [P0, child, grandchild] {
+        let bus = fault(&Solo::new(&mut mm), pid, 0, Access::Read);
+        assert_eq!(bus, Err(Signal::Bus), "{pid:?}");
+        assert_eq!(mm.pagemap(pid, 0) & (PM_SWAP | PM_PRESENT), PM_SWAP);
+    }
+    assert_eq!(mm.collect(P0, 0), Collected::Refused);
+    munmap(&Solo::new(&mut mm), P0, at(0), bytes(1)).expect("mapped");
+    map(&mut mm, 0, 1);
+    write(&mut mm, P0, 0, 2);
+    check_quiet(&mm).expect("consistent");
+}
+
+#[test]
+fn a_memory_error_needs_privileges_and_a_page_that_can_go() {
+    let mut mm = mm();
+    map(&mut mm, 0, 4);
+    assert_eq!(advise(&mut mm, 0, 1, 100), Err(Errno::Perm));
+    mm.shape.privilege = Privilege::Admin;
+    assert_eq!(
+        advise(&mut mm, 0, 1, 100),
+        Err(Errno::Busy),
+        "the page of zeros"
+    );
+    assert_eq!(advise(&mut mm, 9, 1, 100), Err(Errno::Fault));
+    write(&mut mm, P0, 0, 1);
+    advise(&mut mm, 0, 1, 100).expect("a page of its own");
+    assert_eq!(
+        advise(&mut mm, 0, 1, 100),
+        Err(Errno::Fault),
+        "it is lost already"
+    );
+    check_quiet(&mm).expect("consistent");
+}
+
+/// Protects pages against stores, which nobody serves here: they get a signal.
+fn protect(mm: &mut Machine, pages: Pages) {
+    let solo = Solo::new(mm);
+    uffd::register(&solo, P0, pages, VmFlags::UFFD_WP).expect("mapped");
+    uffd::write_protect(&solo, P0, pages, Stores::Wait).expect("registered");
+}
+
+fn stores(mm: &mut Machine, pid: Pid, page: u32) -> Result<(), Signal> {
+    fault(&Solo::new(mm), pid, page, Access::Write)
+}
+
+#[test]
+fn protection_stays_with_the_page_and_with_where_none_is() {
+    let mut mm = mm();
+    map(&mut mm, 0, 4);
+    write(&mut mm, P0, 0, 7);
+    write(&mut mm, P0, 1, 7);
+    protect(&mut mm, Pages::new(0, 4));
+    assert_eq!(mm.entry(P0, 2), Entry::UffdWp);
+    assert_ne!(mm.pagemap(P0, 2) & PM_UFFD_WP, 0);
+    let frame = mm.entry(P0, 1).named_frame().expect("present");
+    assert!(reclaim::reclaim(&Solo::new(&mut mm), frame));
+    for page in 0..3 {
+        fault(&Solo::new(&mut mm), P0, page, Access::Read).expect("loads go on");
+        assert_eq!(stores(&mut mm, P0, page), Err(Signal::Bus), "{page}");
+        assert!(mm.entry(P0, page).bits().has(Bits::UFFD_WP), "{page}");
+    }
+    assert_eq!(
+        stores(&mut mm, P0, 3),
+        Err(Signal::Bus),
+        "a first touch, too"
+    );
+    advise(&mut mm, 0, 1, 4).expect("anonymous");
+    assert_eq!(
+        mm.entry(P0, 0),
+        Entry::None,
+        "what is dropped is not protected"
+    );
+    uffd::unregister(&Solo::new(&mut mm), P0, Pages::new(0, 4));
+    for page in 0..4 {
+        write(&mut mm, P0, page, 8);
+        assert!(!mm.entry(P0, page).bits().has(Bits::UFFD_WP));
+    }
+    check_quiet(&mm).expect("consistent");
+}
+
+#[test]
+fn protection_of_file_pages_survives_their_going() {
+    let mut mm = mm();
+    let file = mm.create_file(2);
+    let map = Map {
+        place: Place::Fixed(at(0)),
+        len: bytes(2),
+        prot: RW,
+        what: What::SharedFile(file, 0),
+        extra: VmFlags::NONE,
+    };
+    assert_eq!(mmap(&Solo::new(&mut mm), P0, &map), Ok(at(0)));
+    write(&mut mm, P0, 0, 7);
+    protect(&mut mm, Pages::new(0, 2));
+    advise(&mut mm, 0, 2, 4).expect("a file");
+    for page in 0..2 {
+        assert_eq!(mm.entry(P0, page), Entry::UffdWp);
+        assert_eq!(stores(&mut mm, P0, page), Err(Signal::Bus));
+    }
+    check_quiet(&mm).expect("consistent");
+}
+
+#[test]
+fn protection_is_neither_inherited_nor_moved() {
+    let mut mm = mm();
+    map(&mut mm, 0, 4);
+    write(&mut mm, P0, 0, 7);
+    protect(&mut mm, Pages::new(0, 4));
+    let child = fork(&Solo::new(&mut mm), P0).expect("room");
+    write(&mut mm, child, 0, 8);
+    write(&mut mm, child, 1, 8);
+    assert_eq!(stores(&mut mm, P0, 0), Err(Signal::Bus));
+    let remap = Remap {
+        at: at(0),
+        old_len: bytes(2),
+        new_len: bytes(2),
+        target: Target::At(at(8)),
+    };
+    mremap(&Solo::new(&mut mm), P0, &remap).expect("room");
+    assert_eq!(mm.entry(P0, 9), Entry::None);
+    write(&mut mm, P0, 8, 9);
+    write(&mut mm, P0, 9, 9);
+    assert_eq!(stores(&mut mm, P0, 2), Err(Signal::Bus), "what stays is");
     check_quiet(&mm).expect("consistent");
 }
 
