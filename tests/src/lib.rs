@@ -17,6 +17,23 @@ pub fn root() -> PathBuf {
         .map_or_else(|| here.to_owned(), Path::to_owned)
 }
 
+/// In the environment: pages are written instead of compared.
+const REWRITE: &str = "GPUSVM_REWRITE";
+
+/// Asserts that the page at `path` below the root is `text`, which `test` makes of something else.
+///
+/// # Panics
+/// Where it is not.
+pub fn assert_page(path: &str, text: &str, test: &str) {
+    let at = root().join(path);
+    if std::env::var_os(REWRITE).is_some() {
+        fs::write(&at, text).expect("the page can be written");
+    }
+    let found = fs::read_to_string(&at).unwrap_or_default();
+    let hint = format!("{path} is old: {REWRITE}=1 cargo test -p gpusvm-tests --test {test}");
+    assert!(found == text, "{hint}");
+}
+
 /// Says that a test cannot run here, and why.
 #[expect(clippy::print_stdout, reason = "a test's own output")]
 pub fn skipped(reason: &dyn std::fmt::Display) {

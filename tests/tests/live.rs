@@ -8,14 +8,17 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
+use gpusvm::addr::{HostSpan, HostVa, VramAddr, VramSpan};
+use gpusvm::error::Failed;
 use gpusvm_abi::bus::AtomicOp;
 use gpusvm_cli::machine::{Machine, MachineConfig, Place};
-use gpusvm_live::{BracketChoice, LiveConfig, Protect, VramMode};
+use gpusvm_live::{BracketChoice, Huge, Leave, LiveConfig, Protect, Territory, VramMode};
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 use gpusvm_tests::stage::{
     Add, MIB, assert_goes_on, assert_nothing_leaks, filled, modes, span_of, start, turn,
 };
 use gpusvm_xe::stats::Counter;
+use gpusvm_xe::vm::{MirrorArea, Rights};
 
 #[global_allocator]
 static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
@@ -169,6 +172,36 @@ fn oversubscribed_memory_is_computed_on_in_every_mode() {
         assert_eq!(stats.total(Counter::HostConflictCount), 0, "{mode:?}");
         let copied = stats.total(Counter::SvmDeviceCopyKb) > 0;
         assert_eq!(copied, mode.migration == VramMode::Copy, "{mode:?}");
+    }
+}
+
+#[test]
+fn what_came_home_is_the_sum_of_all_reasons() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let get = |counter| machine.stats().total(counter);
+        let map = filled(24 * MIB, 0);
+        let add = |at, groups| machine.launch(&Add { at, by: 1 }, groups).expect("mapped");
+        // More than there is, a touch, and a mapping that moves.
+        add(map.address(), 24);
+        assert!(map.words().iter().all(|word| *word == 1), "{mode:?}");
+        let land = Territory::reserve(8 << 20).expect("there is room");
+        let from = HostSpan::at(land.span().start(), 2 << 20);
+        land.map(from, Huge::Never).expect("memory");
+        add(from.start().get(), 1);
+        let moved = land.relocate(from, from.start().plus(4 << 20), Leave::Hole);
+        moved.expect("nothing is there");
+        let reasons = [
+            Counter::HomeCpuFaultKb,
+            Counter::HomePressureKb,
+            Counter::HomeSpaceChangeKb,
+        ];
+        assert!(reasons.iter().all(|reason| get(*reason) > 0), "{mode:?}");
+        let others = get(Counter::HomeMixedKb) + get(Counter::HomeTeardownKb);
+        let sum = reasons.map(get).iter().sum::<u64>() + others;
+        let all = get(Counter::SvmCpuCopyKb) + get(Counter::AdoptedToSystemKb);
+        assert_eq!(sum, all, "{mode:?}");
     }
 }
 
@@ -590,4 +623,128 @@ fn stack_of_the_thread_that_launches_is_memory_like_any_other() {
         let faults = machine.stats().total(Counter::SvmPagefaultCount);
         assert!(faults < 2000, "{mode:?}: {faults} faults for 32 pages");
     }
+}
+
+#[test]
+fn prefetch_to_where_pages_are_moves_nothing_and_binds_nothing() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let map = filled(4 * MIB, 0);
+        let span = span_of(&map);
+        let all = HostSpan::new(HostVa::new(span.start), HostVa::new(span.end));
+        let prefetch = || gpusvm_live::thread::run(|| machine.vm().prefetch(all));
+        let add = Add {
+            at: span.start,
+            by: 1,
+        };
+        let first = prefetch();
+        assert_eq!(first, Ok(all.pages()));
+        machine.launch(&add, 4).expect("mapped");
+        let counters = || {
+            let stats = machine.stats();
+            let counted = [
+                Counter::SvmPagefaultCount,
+                Counter::TlbInvalCount,
+                Counter::SvmTlbInvalCount,
+            ];
+            let moves = (stats.migrations_to_device(), stats.migrations_home());
+            (counted.map(|counter| stats.total(counter)), moves)
+        };
+        let before = counters();
+        assert_eq!(prefetch(), first, "they are there");
+        machine.launch(&add, 4).expect("mapped");
+        assert_eq!(counters(), before, "{mode:?}");
+        assert!(map.words().iter().all(|word| *word == 2), "{mode:?}");
+    }
+}
+
+#[test]
+fn half_of_device_memory_goes_offline_under_load_and_no_word_is_lost() {
+    let _turn = turn();
+    for mode in modes() {
+        let Some(machine) = start(mode) else { return };
+        let map = filled(12 * MIB, 0);
+        let add = Add {
+            at: map.address(),
+            by: 1,
+        };
+        machine.launch(&add, 12).expect("mapped");
+        // Page tables are in the other half.
+        let half = VramSpan::at(VramAddr::new(0), 8 << 20);
+        let vram = machine.device().pagemap().vram();
+        let offline = thread::scope(|scope| {
+            scope.spawn(|| {
+                for _round in 0..3 {
+                    machine.launch(&add, 12).expect("mapped");
+                }
+            });
+            gpusvm_live::thread::run(|| {
+                // Refused while a migration to the block does not end.
+                let tries = core::iter::repeat_with(|| vram.take_offline(half));
+                tries.take(1000).find_map(Result::ok)
+            })
+        });
+        let offline = offline.expect("nothing stays there");
+        assert_eq!(vram.usage().withdrawn, half.bytes(), "{mode:?}");
+        machine.launch(&add, 12).expect("half is enough");
+        assert!(vram.usage().used <= half.bytes(), "{mode:?}");
+        assert!(map.words().iter().all(|word| *word == 5), "{mode:?}");
+        gpusvm_live::thread::run(|| drop(offline));
+        assert_eq!(vram.usage().withdrawn, 0, "{mode:?}");
+        machine.launch(&add, 12).expect("mapped");
+        assert!(map.words().iter().all(|word| *word == 6), "{mode:?}");
+    }
+}
+
+#[test]
+fn area_that_a_device_uses_is_neither_mirrored_anew_nor_taken_away() {
+    let _turn = turn();
+    let Some(machine) = start(MachineConfig::default()) else {
+        return;
+    };
+    let map = filled(4 * MIB, 0);
+    let words = span_of(&map);
+    let add = Add {
+        at: words.start,
+        by: 1,
+    };
+    machine.launch(&add, 4).expect("mapped");
+    let span = HostSpan::new(HostVa::new(words.start), HostVa::new(words.end));
+    let area = |rights| MirrorArea { span, rights };
+    let mirror = |rights| gpusvm_live::thread::run(|| machine.vm().mirror(area(rights)));
+    let unmirror = |span| gpusvm_live::thread::run(|| machine.vm().unmirror(span));
+    let in_use = |at| Err(Failed::Permission(at));
+    assert_eq!(mirror(Rights::ReadOnly), in_use(span.start()));
+    assert_eq!(unmirror(span), in_use(span.start()));
+    let page = HostSpan::at(span.start().plus(2 << 20), 4096);
+    assert_eq!(unmirror(page), in_use(page.start()), "nor a part of it");
+    machine.launch(&add, 4).expect("as before");
+    drop(map);
+    assert_eq!(unmirror(span), Ok(()), "its ranges are dead, and collected");
+    assert_eq!(mirror(Rights::ReadOnly), Ok(()));
+    assert_eq!(mirror(Rights::ReadWrite), Ok(()), "nobody uses it yet");
+    assert_nothing_leaks(&machine);
+}
+
+#[test]
+fn memory_that_is_not_mirrored_is_out_of_reach() {
+    let _turn = turn();
+    let Some(machine) = start(MachineConfig::default()) else {
+        return;
+    };
+    let map = filled(4 * MIB, OLD);
+    let words = span_of(&map);
+    let span = HostSpan::new(HostVa::new(words.start), HostVa::new(words.end));
+    let rest = HostSpan::new(span.start().plus(2 << 20), span.end());
+    let unmirrored = gpusvm_live::thread::run(|| machine.vm().unmirror(rest));
+    unmirrored.expect("no device has used it");
+    let add = |at: HostVa| {
+        let at = at.get();
+        machine.launch(&Add { at, by: 1 }, 1)
+    };
+    add(span.start()).expect("what sticks out stays");
+    assert!(add(rest.start()).is_err(), "the device has no right there");
+    assert_eq!(map.words()[2 * MIB / 8], OLD);
+    assert_eq!(map.words()[0], OLD + 1);
 }

@@ -5,14 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write as _};
 use std::fs;
 
-use gpusvm_tests::root;
+use gpusvm_tests::{assert_page, root};
 use proc_macro2::{TokenStream, TokenTree};
 use serde::Deserialize;
 
 const TABLE: &str = "docs/seed-rows.toml";
 const PAGE: &str = "docs/seed-rows.md";
-/// In the environment: the page is written instead of compared.
-const REWRITE: &str = "GPUSVM_REWRITE";
 
 /// Letters of the rows, how many there are, digits of a number, and what they are.
 const PARTS: [(char, usize, usize, &str); 4] = [
@@ -220,14 +218,7 @@ fn tests_are_found_where_they_are_written_and_made() {
 
 #[test]
 fn page_shows_what_the_table_says() {
-    let path = root().join(PAGE);
-    let page = page(&rows());
-    if std::env::var_os(REWRITE).is_some() {
-        fs::write(&path, &page).expect("the page can be written");
-    }
-    let found = fs::read_to_string(&path).expect("the page is there");
-    let hint = format!("{PAGE} is old: {REWRITE}=1 cargo test -p gpusvm-tests --test seed_rows");
-    assert!(found == page, "{hint}");
+    assert_page(PAGE, &page(&rows()), "seed_rows");
 }
 
 fn page(rows: &[Row]) -> String {

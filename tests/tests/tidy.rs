@@ -255,6 +255,40 @@ fn functions_and_files_are_short() {
     check(complaints);
 }
 
+/// So many lines in a row that say something stand nowhere else: two hosts, two drivers and several
+/// devices share what they have in common.
+const TWICE: usize = 10;
+
+#[test]
+fn nothing_is_written_twice() {
+    let mut seen: BTreeMap<Vec<&str>, String> = BTreeMap::new();
+    let mut complaints = Vec::new();
+    let sources = sources();
+    let ours = |source: &&Source| source.path.contains("/src/") && !source.is_test();
+    for source in sources.iter().filter(ours) {
+        let lines = telling_lines(&source.text);
+        for window in lines.windows(TWICE) {
+            let text: Vec<&str> = window.iter().map(|(_, line)| *line).collect();
+            let here = format!("{}:{}", source.path, window[0].0);
+            if let Some(there) = seen.insert(text, here.clone()) {
+                complaints.push(format!("{here} is {there} once more"));
+            }
+        }
+    }
+    check(complaints);
+}
+
+/// Lines before the tests of a file that are no comment, import or bracket, with their numbers.
+fn telling_lines(text: &str) -> Vec<(usize, &str)> {
+    let lines = (1..).zip(text.lines().map(str::trim));
+    let code = lines.take_while(|(_, line)| *line != "#[cfg(test)]");
+    let tells = |line: &str| {
+        let import = line.starts_with("//") || line.starts_with("use ");
+        !import && line.contains(|c: char| c.is_alphanumeric())
+    };
+    code.filter(|(_, line)| tells(line)).collect()
+}
+
 #[test]
 fn no_globs_no_stubs_and_lints_are_inherited() {
     // Put together, so that this file does not contain them.

@@ -72,6 +72,14 @@ rows! {
 }
 
 #[test]
+fn every_advice_is_answered_alike_by_both() {
+    if let Some(why) = foreign() {
+        return println!("skipped: {why}");
+    }
+    row("M45", "both");
+}
+
+#[test]
 fn random_programs_do_the_same_on_both() {
     if let Some(why) = foreign() {
         return println!("skipped: {why}");

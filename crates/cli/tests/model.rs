@@ -59,6 +59,21 @@ fn additions_by_cpu_and_device_are_all_there() {
 }
 
 #[test]
+fn additions_are_exact_under_either_policy_and_lost_without_one() {
+    let small = ["atomics", "--size", "256K", "--vram", "4M", "--atomics"];
+    for atomics in ["device", "exclusive"] {
+        let object = verified_twice(&[&small[..], &[atomics]].concat());
+        assert_eq!(object["counts"]["lost_additions"], 0, "{atomics}");
+        let by_cpu = object["counts"]["cpu_additions"].as_u64();
+        assert!(by_cpu > Some(0), "{atomics}");
+    }
+    let naive = run(&[&small[..], &["naive", "--json"]].concat());
+    assert_eq!(naive.status.code(), Some(1), "{}", text(&naive.stderr));
+    let object: Value = serde_json::from_slice(&naive.stdout).expect("one JSON object");
+    assert!(object["counts"]["lost_additions"].as_i64() > Some(0));
+}
+
+#[test]
 fn random_accesses_migrate_both_ways_and_are_the_same_again() {
     for workload in ["bfs", "gups"] {
         assert!(assert_migrates(workload) > 0, "{workload}");
@@ -124,4 +139,42 @@ fn what_the_model_has_not_is_told_in_one_line() {
         assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
         assert!(said.contains(why), "{args:?}: {said}");
     }
+}
+
+/// A memory error in a full device memory: the page is lost, all others come home, and whatever needs
+/// device memory afterwards goes without it.
+const BAD_PAGE: &str = "\
+scenario 1 a bad page of device memory
+  live skipped: this process has no memory errors
+  vram 1M
+  map a 512K
+  cpu write a 7
+  gpu write a 8
+  expect placed a gpu
+  poison a[3]
+  expect entries a[0..16] none
+  cpu read a[3] 8 -> SIGBUS
+  gpu read a[3] 8 -> ENOENT|EFAULT|EBUSY
+  gpu evict
+  cpu read a[0..3] 8
+  cpu read a[4..128] 8
+  expect vram <= 128K
+  map b 512K
+  cpu write b 1
+  gpu write b 2 x20
+  cpu read b 2
+";
+
+#[test]
+fn a_bad_page_of_device_memory_is_neither_copied_nor_used_again() {
+    let file = std::env::temp_dir().join(format!("gpusvm-bad-page-{}.scn", std::process::id()));
+    fs::write(&file, BAD_PAGE).expect("a file can be written");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gpusvm"));
+    command
+        .args(["conformance", "scenarios", "--file"])
+        .arg(&file);
+    let output = command.output().expect("the command runs");
+    fs::remove_file(&file).expect("it is there");
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{shown}");
 }

@@ -321,3 +321,53 @@ impl<A: Address> fmt::Display for Span<A> {
         fmt::Debug::fmt(self, f)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use core::borrow::Borrow;
+    use core::ops::{Add, Deref, Sub};
+
+    use static_assertions::{assert_not_impl_any, assert_type_ne_all};
+
+    use super::*;
+
+    /// No way from one kind to another, or to a comparison with it, but the named functions above.
+    macro_rules! apart {
+        ($($one:ident $other:ident,)*) => {$(
+            assert_not_impl_any!(
+                $one: From<$other>, Into<$other>, PartialEq<$other>, PartialOrd<$other>,
+                AsRef<$other>, Borrow<$other>, Add<$other>, Sub<$other>
+            );
+            assert_not_impl_any!(
+                Span<$one>: From<Span<$other>>, PartialEq<Span<$other>>, From<Range<$other>>
+            );
+        )*};
+    }
+
+    /// Nor to a plain number.
+    macro_rules! no_numbers {
+        ($($one:ident)*) => {$(
+            assert_not_impl_any!(
+                $one: From<u64>, Into<u64>, PartialEq<u64>, From<usize>, Into<usize>, Deref,
+                Add<u64>, Sub<u64>, Sub<$one>
+            );
+        )*};
+    }
+
+    #[test]
+    fn kinds_of_addresses_do_not_mix() {
+        apart! {
+            HostVa GpuVa, HostVa VramAddr, HostVa BusAddr,
+            GpuVa HostVa, GpuVa VramAddr, GpuVa BusAddr,
+            VramAddr HostVa, VramAddr GpuVa, VramAddr BusAddr,
+            BusAddr HostVa, BusAddr GpuVa, BusAddr VramAddr,
+        }
+        no_numbers!(HostVa GpuVa VramAddr BusAddr PageCount);
+        assert_not_impl_any!(PageCount: From<HostVa>, From<GpuVa>, From<VramAddr>, From<BusAddr>);
+        assert_type_ne_all!(HostVa, GpuVa, VramAddr, BusAddr, PageCount, u64);
+        assert_type_ne_all!(HostSpan, GpuSpan, VramSpan);
+        // The two ways that there are keep the number.
+        let at = HostVa::new(0x7000);
+        assert_eq!(HostVa::mirrored_by(GpuVa::mirror(at)), at);
+    }
+}

@@ -59,7 +59,11 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
                 (Access::Read, Seen::Page(found)) if found.access == Access::Write => Tag::Write,
                 (Access::Read, Seen::Page(_) | Seen::Absent | Seen::Never) => Tag::Read,
             };
-            entries.insert(page, Entry { at, tag });
+            let folio = match seen {
+                Seen::Page(found) => found.folio,
+                Seen::Absent | Seen::Never => 0,
+            };
+            entries.enter(page, Entry { at, tag }, folio);
         }
         Ok(())
     }
@@ -163,20 +167,9 @@ fn batches(span: HostSpan) -> impl Iterator<Item = HostSpan> {
 
 /// The runs page by page, with their addresses.
 fn pages_of(span: HostSpan, runs: &[PageRun]) -> impl Iterator<Item = (HostVa, Location)> {
-    let each = runs.iter().flat_map(|run| {
-        (0..run.pages.get()).map(|n| match run.at {
-            Location::System(bus) => Location::System(bus.plus(n * PAGE)),
-            Location::Device {
-                pagemap,
-                allocation,
-                vram,
-            } => Location::Device {
-                pagemap,
-                allocation,
-                vram: vram.plus(n * PAGE),
-            },
-        })
-    });
+    let each = runs
+        .iter()
+        .flat_map(|run| (0..run.pages.get()).map(|n| run.at.plus(n * PAGE)));
     let addresses = (0..).map(move |n| span.start().plus(n * PAGE));
     addresses.zip(each)
 }

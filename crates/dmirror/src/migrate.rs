@@ -162,19 +162,21 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
                 return Err(Stale::CpuMappingChanged.into());
             }
             let pages = (0..).zip(before.iter().zip(now));
-            entries.extend(pages.filter_map(|(n, (before, now))| {
-                let entry = self.entry_for(before, now)?;
-                Some((span.start().plus(n * PAGE), entry))
-            }));
+            for (n, (before, now)) in pages {
+                if let Some((entry, folio)) = self.entry_for(before, now) {
+                    entries.enter(span.start().plus(n * PAGE), entry, folio);
+                }
+            }
             Ok(())
         });
         // Without entries the command answers that the pages are not there.
         let _may_fail = entered;
     }
 
-    /// The entry of a page that is `now` on this device, and was as `before` says.
-    fn entry_for(&self, before: &Seen, now: Seen) -> Option<Entry> {
-        let Seen::Page(SeenPage { at, .. }) = now else {
+    /// The entry of a page that is `now` on this device, and was as `before` says, and the order of the
+    /// large page that it is in.
+    fn entry_for(&self, before: &Seen, now: Seen) -> Option<(Entry, u8)> {
+        let Seen::Page(SeenPage { at, folio, .. }) = now else {
             return None;
         };
         self.device.offset_of(at)?;
@@ -183,7 +185,7 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
         } else {
             Tag::Read
         };
-        Some(Entry { at, tag })
+        Some((Entry { at, tag }, folio))
     }
 
     /// Brings home what of a step is on this device.

@@ -8,7 +8,7 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::error::{Failed, Interrupted};
 use gpusvm::mmu::Interval;
 use gpusvm::seam::env::{Environment, Ns, Point};
-use gpusvm::seam::mm::{Access, AddressSpace, InvalidationSink, Location, Pager};
+use gpusvm::seam::mm::{Access, AddressSpace, InvalidationSink, Location, Owner, Pager};
 
 use crate::block::Flags;
 use crate::device::Device;
@@ -20,6 +20,9 @@ pub(crate) const PATIENCE: Ns = Ns::from_millis(1000);
 
 /// First address past user space.
 const USER_END: u64 = 1 << 47;
+
+/// Owner of exclusive pages. Mirrors enter them while they are locked, and listen to all events.
+const OWNER: Owner = Owner(u64::MAX);
 
 /// Rounds of faults of one command.
 const ROUNDS: u64 = 1 << 16;
@@ -185,7 +188,7 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
             let at = span.start().plus(n * PAGE);
             let offset = usize::try_from(n * PAGE).map_err(|_large| Errno::NoMem)?;
             let entries = self.table.0.lock();
-            let found = access(offset, entries.get(&at).copied());
+            let found = access(offset, entries.at(at));
             drop(entries);
             match found {
                 None => return Ok(n),
@@ -220,12 +223,12 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
         for n in 0..span.pages().get() {
             let at = span.start().plus(n * PAGE);
             self.retry(|| {
-                self.space.make_exclusive(at, &mut |bus| {
+                self.space.make_exclusive(at, OWNER, &mut |bus| {
                     let entry = Entry {
                         at: Location::System(bus),
                         tag: Tag::Atomic,
                     };
-                    self.table.0.lock().insert(at, entry);
+                    self.table.0.lock().enter(at, entry, 0);
                 })
             })
             .map_err(|why| match why {
@@ -239,10 +242,15 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
         Ok(())
     }
 
+    /// Entries of the device's page table: a large page has one.
+    #[must_use]
+    pub fn entries(&self) -> usize {
+        self.table.0.lock().len()
+    }
+
     fn check_exclusive(&self, span: HostSpan) -> Result<Done, Errno> {
         let entries = self.table.0.lock();
-        let mut inside = entries.range(span.start()..span.end());
-        if inside.any(|(_, entry)| entry.tag == Tag::Atomic) {
+        if entries.has_exclusive(span) {
             return Err(Errno::Perm);
         }
         Ok(Done::default())

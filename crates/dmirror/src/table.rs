@@ -1,9 +1,12 @@
 //! The device's page table of one mirror, and the sink that keeps it true.
+//!
+//! An entry maps a power of two of pages, aligned to its size, that follow each other where they are:
+//! pages are entered one by one and join as far as their large page (folio) goes.
 
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 
-use gpusvm::addr::{HostSpan, HostVa};
+use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::env::{Environment, Mutex};
 use gpusvm::seam::mm::{InvalidateReason, InvalidationSink, Location};
@@ -22,27 +25,112 @@ pub(crate) enum Tag {
     Atomic,
 }
 
-/// One entry.
-#[derive(Clone, Copy, Debug)]
+/// What an entry says of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) at: Location,
     pub(crate) tag: Tag,
 }
 
-/// Entries by the address of their page.
-pub(crate) type Entries = BTreeMap<HostVa, Entry>;
+impl Entry {
+    /// What it says of the page `bytes` further on.
+    const fn plus(self, bytes: u64) -> Self {
+        Self {
+            at: self.at.plus(bytes),
+            tag: self.tag,
+        }
+    }
+}
+
+/// Entries by the address of their first page, with their bytes.
+#[derive(Debug, Default)]
+pub(crate) struct Entries(BTreeMap<HostVa, (Entry, u64)>);
+
+impl Entries {
+    /// What the device has for the page at `at`.
+    pub(crate) fn at(&self, at: HostVa) -> Option<Entry> {
+        let (start, entry, _) = self.last_in(HostSpan::at(at, PAGE))?;
+        Some(entry.plus(at.offset_from(start)))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(crate) fn has_exclusive(&self, span: HostSpan) -> bool {
+        let mut inside = self.0.range(span.start()..span.end());
+        inside.any(|(_, (entry, _))| entry.tag == Tag::Atomic)
+    }
+
+    /// Enters the page at `at`, which is in a large page of `order`.
+    pub(crate) fn enter(&mut self, at: HostVa, entry: Entry, order: u8) {
+        if self.at(at) == Some(entry) {
+            return;
+        }
+        self.cut_out(at);
+        let (mut start, mut entry, mut bytes) = (at, entry, PAGE);
+        while bytes < PAGE << order {
+            let buddy = HostVa::new(start.get() ^ bytes);
+            let (low, high) = (start.min(buddy), start.max(buddy));
+            let Some((other, size)) = self.0.get(&buddy).copied() else {
+                break;
+            };
+            let first = if low == start { entry } else { other };
+            let second = if high == start { entry } else { other };
+            if size != bytes || first.plus(bytes) != second {
+                break;
+            }
+            self.0.remove(&buddy);
+            (start, entry, bytes) = (low, first, 2 * bytes);
+        }
+        self.0.insert(start, (entry, bytes));
+    }
+
+    /// Takes one page out of the entry that has it; the rest stays, in entries as large as can be.
+    fn cut_out(&mut self, at: HostVa) {
+        let Some((mut start, mut entry, mut bytes)) = self.last_in(HostSpan::at(at, PAGE)) else {
+            return;
+        };
+        self.0.remove(&start);
+        while bytes > PAGE {
+            bytes /= 2;
+            let upper = (start.plus(bytes), entry.plus(bytes));
+            let (stays, cut) = if at < upper.0 {
+                (upper, (start, entry))
+            } else {
+                ((start, entry), upper)
+            };
+            self.0.insert(stays.0, (stays.1, bytes));
+            (start, entry) = cut;
+        }
+    }
+
+    /// Empties a span. Entries that stick out go whole: an invalidation allocates nothing, and what
+    /// was next to it is faulted in again.
+    fn drop_in(&mut self, span: HostSpan) {
+        while let Some((start, ..)) = self.last_in(span) {
+            self.0.remove(&start);
+        }
+    }
+
+    /// The last entry that has pages of `span`.
+    fn last_in(&self, span: HostSpan) -> Option<(HostVa, Entry, u64)> {
+        let (&start, &(entry, bytes)) = self.0.range(..span.end()).next_back()?;
+        (start.plus(bytes) > span.start()).then_some((start, entry, bytes))
+    }
+}
 
 /// The table; its lock is the notifier lock.
 pub(crate) struct Table<E: Environment>(pub(crate) Mutex<E, Entries>);
 
 impl<E: Environment> Table<E> {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self(Mutex::<E, _>::new(BTreeMap::new())))
+        Arc::new(Self(Mutex::<E, _>::new(Entries::default())))
     }
 
     /// The device's pages in `span` leave the table.
     pub(crate) fn clear(&self, span: HostSpan) {
-        drop_in(&mut self.0.lock(), span);
+        self.0.lock().drop_in(span);
     }
 }
 
@@ -50,15 +138,85 @@ impl<E: Environment> InvalidationSink for Table<E> {
     fn start(&self, interval: &Interval, span: HostSpan, _why: InvalidateReason, seq: Seq) {
         let mut entries = self.0.lock();
         interval.set_seq(seq);
-        drop_in(&mut entries, span);
+        entries.drop_in(span);
     }
 
     fn end(&self, _interval: &Interval, _span: HostSpan) {}
 }
 
-fn drop_in(entries: &mut Entries, span: HostSpan) {
-    while let Some((at, _)) = entries.range(span.start()..span.end()).next() {
-        let at = *at;
-        entries.remove(&at);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec::Vec;
+    use gpusvm::addr::BusAddr;
+
+    fn entry(page: u64, tag: Tag) -> Entry {
+        Entry {
+            at: Location::System(BusAddr::new(page * PAGE)),
+            tag,
+        }
+    }
+
+    const fn va(page: u64) -> HostVa {
+        HostVa::new(page * PAGE)
+    }
+
+    /// First page and pages of each entry.
+    fn sizes(entries: &Entries) -> Vec<(u64, u64)> {
+        let pages = |bytes: u64| bytes / PAGE;
+        let each = entries.0.iter();
+        each.map(|(at, (_, bytes))| (pages(at.get()), pages(*bytes)))
+            .collect()
+    }
+
+    fn filled(order: u8) -> Entries {
+        let mut entries = Entries::default();
+        for page in 0..16 {
+            entries.enter(va(page), entry(100 + page, Tag::Read), order);
+        }
+        entries
+    }
+
+    #[test]
+    fn pages_join_as_far_as_their_large_page_goes() {
+        assert_eq!(sizes(&filled(4)), [(0, 16)]);
+        assert_eq!(sizes(&filled(3)), [(0, 8), (8, 8)]);
+        assert_eq!(filled(0).len(), 16);
+        let entries = filled(4);
+        for page in 0..16 {
+            assert_eq!(entries.at(va(page)), Some(entry(100 + page, Tag::Read)));
+        }
+        assert_eq!(entries.at(va(16)), None);
+    }
+
+    #[test]
+    fn pages_elsewhere_and_of_other_rights_do_not_join() {
+        let mut entries = Entries::default();
+        for (page, at) in [(0, 7), (1, 9), (2, 20), (3, 21)] {
+            entries.enter(va(page), entry(at, Tag::Read), 4);
+        }
+        assert_eq!(sizes(&entries), [(0, 1), (1, 1), (2, 2)]);
+        entries.enter(va(3), entry(21, Tag::Write), 4);
+        assert_eq!(sizes(&entries), [(0, 1), (1, 1), (2, 1), (3, 1)]);
+    }
+
+    #[test]
+    fn a_page_that_changes_leaves_large_entries_around_it() {
+        let mut entries = filled(4);
+        entries.enter(va(5), entry(3, Tag::Write), 0);
+        assert_eq!(sizes(&entries), [(0, 4), (4, 1), (5, 1), (6, 2), (8, 8)]);
+        assert_eq!(entries.at(va(5)), Some(entry(3, Tag::Write)));
+        assert_eq!(entries.at(va(11)), Some(entry(111, Tag::Read)));
+    }
+
+    #[test]
+    fn an_invalidation_drops_what_it_touches_and_nothing_behind() {
+        let mut entries = filled(3);
+        entries.drop_in(HostSpan::at(va(3), PAGE));
+        assert_eq!(sizes(&entries), [(8, 8)]);
+        entries.drop_in(HostSpan::at(va(16), PAGE));
+        assert_eq!(sizes(&entries), [(8, 8)]);
+        entries.drop_in(HostSpan::new(va(0), va(9)));
+        assert_eq!(entries.len(), 0);
     }
 }

@@ -21,6 +21,7 @@ use crate::pool::Fate;
 use crate::shard::ShardId;
 use crate::space::LiveSpace;
 use crate::staging::{Kind, Left, Purpose, Slot};
+use crate::sys::advise;
 use crate::sys::fault_copy;
 use crate::sys::heap;
 use crate::sys::uffd::{Moved, Uffd};
@@ -175,6 +176,16 @@ impl Leg {
         }
     }
 
+    /// Device memory that pages were to become is empty again, and can be tried once more: what was
+    /// dropped or copied on the way back is still there, and would pass for the content of holes.
+    pub(crate) fn empty(&self) {
+        match self.road {
+            Road::Straight => advise::drop_pages(self.parked_span()),
+            // Slots are emptied between two uses, and the heap's pages stay where they are.
+            Road::Through(_) | Road::Closed => {}
+        }
+    }
+
     /// What is left of the leg once its first `bytes` bytes are through.
     fn after(self, bytes: u64) -> Self {
         Self {
@@ -237,6 +248,7 @@ impl LiveSpace {
         let mut rest = leg.user;
         let mut patience = Patience::new();
         loop {
+            self.step();
             let to = leg.parked_at(rest.start());
             let moved = self.staging.uffd.move_pages(to, rest);
             let Some((stayed, errno)) = self.stayed(rest, moved.error) else {
@@ -389,6 +401,7 @@ impl LiveSpace {
     }
 
     fn move_in(&self, from: Mapping, to: HostVa, parked: HostSpan) -> Moved {
+        self.step();
         let uffd = self.watch.shards.uffd(from.shard);
         if self.holes == Holes::Marked
             && let Err(errno) = uffd.unprotect(HostSpan::at(to, parked.bytes()))

@@ -85,6 +85,11 @@ impl LiveSpace {
             return Seen::Absent;
         }
         let page = first.plus(at.offset_from(span.start()));
+        let order = if self.is_large(span, first, at) {
+            HUGE
+        } else {
+            0
+        };
         Seen::Page(SeenPage {
             at: Location::Device {
                 pagemap: page.allocation.pagemap(),
@@ -97,11 +102,8 @@ impl LiveSpace {
             } else {
                 Access::Read
             },
-            order: if self.is_large(span, first, at) {
-                HUGE
-            } else {
-                0
-            },
+            order,
+            folio: order,
             kind: PageKind::Plain,
         })
     }
@@ -125,10 +127,12 @@ impl Rights {
         };
         let zero = look.is_zero();
         let write = self.write && own && !zero;
+        let order = if look.is_huge() { HUGE } else { 0 };
         Seen::Page(SeenPage {
             at: Location::System(BusAddr::new(at.get())),
             access: if write { Access::Write } else { Access::Read },
-            order: if look.is_huge() { HUGE } else { 0 },
+            order,
+            folio: order,
             kind: if zero {
                 PageKind::Zero
             } else {

@@ -124,7 +124,8 @@ impl Toy {
         }
     }
 
-    fn aperture(&self) -> Option<HostSpan> {
+    /// Where it lies in this process.
+    pub(crate) fn aperture(&self) -> Option<HostSpan> {
         let (_, memory) = self.home.as_ref()?;
         let at = memory.aperture(0)?;
         Some(HostSpan::at(HostVa::new(at), self.origin.bytes()))

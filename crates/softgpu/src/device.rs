@@ -8,17 +8,17 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use gpusvm_abi::bus::{
-    BusError, CopyPiece, DevicePort, FaultHandler, Park, SystemBus, TlbTimeout, VramStore,
+    AtomicOp, BusError, CopyPiece, DevicePort, FaultHandler, Park, SystemBus, TlbTimeout, VramStore,
 };
 use gpusvm_abi::fault::{FaultRecord, FaultResponse};
 use lock_api::{Mutex, RawMutex};
 
 use crate::copy;
 use crate::fault_ring::FaultRing;
-use crate::mmu::{self, Permit, Target};
 use crate::shootdown::{self, Gate, Shootdown};
 use crate::tlb::Tlb;
 use crate::unit::{Running, Tally};
+use crate::updating::Updating;
 use crate::work::{Dispatch, Stop, Tile};
 
 /// A root pointer that is not set.
@@ -43,8 +43,20 @@ pub struct GpuConfig {
     pub asids: u32,
     /// Time within which units must acknowledge a TLB invalidation.
     pub tlb_timeout_ns: u64,
+    /// What becomes of atomics on host memory (`has_device_atomics_on_smem`).
+    pub smem_atomics: SmemAtomics,
     /// A bug in the device. Tests use it to show that they would notice.
     pub planted: Option<Planted>,
+}
+
+/// What a device does about an atomic on host memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SmemAtomics {
+    /// The bus carries it: one access, between which nothing comes.
+    #[default]
+    OnTheBus,
+    /// A read and a write. Units keep out of each other's way; the CPU knows nothing of it.
+    ReadThenWrite,
 }
 
 /// A bug that is planted on purpose.
@@ -109,59 +121,6 @@ pub struct UnitState {
     pub fault: Option<u64>,
 }
 
-/// Where an entry of the page tables leads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Translation {
-    /// Device memory.
-    Vram {
-        /// Offset of the page.
-        offset: u64,
-        /// Stores are allowed.
-        write: bool,
-        /// Bytes of the block that one entry maps, or 16 entries together.
-        block: u64,
-    },
-    /// Host memory.
-    Bus {
-        /// Bus address of the page.
-        address: u64,
-        /// Stores are allowed.
-        write: bool,
-        /// As above.
-        block: u64,
-    },
-}
-
-/// What a walk comes by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Walked {
-    /// A page table, by its offset in device memory.
-    Table(u64),
-    /// A page, by its virtual address, and where it leads.
-    Page(u64, Option<Translation>),
-}
-
-impl Translation {
-    /// Where a leaf leads at `va`.
-    fn of(leaf: &mmu::Leaf, va: u64) -> Option<Self> {
-        let inside = (va - leaf.va) & !0xFFF;
-        let write = leaf.write == Permit::Yes;
-        match leaf.target {
-            Target::Vram(at) => Some(Self::Vram {
-                offset: at + inside,
-                write,
-                block: leaf.bytes(),
-            }),
-            Target::Bus(at) => Some(Self::Bus {
-                address: at + inside,
-                write,
-                block: leaf.bytes(),
-            }),
-            Target::Null => None,
-        }
-    }
-}
-
 struct Unit<R> {
     gate: Gate,
     /// Address of the fault being served, 0 for none.
@@ -181,6 +140,9 @@ pub struct SoftGpu<R: RawMutex> {
     pub(crate) shootdown: Shootdown,
     /// Orders publishers of TLB invalidations; a few stores long.
     publishing: Mutex<R, ()>,
+    /// Held by a unit between the read and the write of [`SmemAtomics::ReadThenWrite`]. Nobody who
+    /// serves a fault of the CPU takes it: the read may wait for one.
+    updating: Updating,
     roots: Box<[AtomicU64]>,
     units: Vec<Unit<R>>,
     ring: FaultRing<R>,
@@ -232,6 +194,7 @@ impl<R: RawMutex + Send + Sync> SoftGpu<R> {
             park,
             shootdown: Shootdown::new(),
             publishing: Mutex::new(()),
+            updating: Updating::default(),
             roots: (0..config.asids).map(|_| AtomicU64::new(NO_ROOT)).collect(),
             units: (0..units).map(unit).collect(),
             ring: FaultRing::new(config.fault_ring, units),
@@ -321,26 +284,6 @@ impl<R: RawMutex> SoftGpu<R> {
         &self.config
     }
 
-    /// Where the page tables lead at `va`, for whoever checks them. No unit is asked, and no TLB.
-    #[must_use]
-    pub fn translation(&self, asid: u32, va: u64) -> Option<Translation> {
-        let leaf = mmu::walk(&*self.vram, self.root(asid)?, va).ok()?;
-        Translation::of(&leaf, va)
-    }
-
-    /// What a walk over every page of `[start, end)`, which is page aligned, comes by, in order. No
-    /// unit is asked, and no TLB.
-    pub fn walk(&self, asid: u32, span: (u64, u64), mut tell: impl FnMut(Walked)) {
-        let Some(root) = self.root(asid) else { return };
-        mmu::walk_span(&*self.vram, root, span, &mut |found| match found {
-            mmu::Found::Table(table) => tell(Walked::Table(table)),
-            mmu::Found::Page(va, leaf) => {
-                let leads = leaf.and_then(|leaf| Translation::of(&leaf, va));
-                tell(Walked::Page(va, leads));
-            }
-        });
-    }
-
     /// Offset of the root table of an address space.
     pub fn root(&self, asid: u32) -> Option<u64> {
         let root = self
@@ -348,6 +291,20 @@ impl<R: RawMutex> SoftGpu<R> {
             .get(usize::try_from(asid).ok()?)?
             .load(Ordering::Acquire);
         (root != NO_ROOT).then_some(root)
+    }
+
+    /// Updates a word of host memory.
+    pub(crate) fn atomic_on_bus(&self, at: u64, op: AtomicOp) -> Result<u64, BusError> {
+        match self.config.smem_atomics {
+            SmemAtomics::OnTheBus => self.bus.atomic(at, op),
+            SmemAtomics::ReadThenWrite => self.updating.alone(&*self.park, || {
+                let mut word = [0; 8];
+                self.bus.read(at, &mut word)?;
+                let former = u64::from_ne_bytes(word);
+                self.bus.write(at, &op.apply(former).to_ne_bytes())?;
+                Ok(former)
+            }),
+        }
     }
 
     /// Gets a fault served, while the unit is quiescent.

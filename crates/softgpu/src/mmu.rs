@@ -62,12 +62,7 @@ impl Leaf {
             AccessType::Write | AccessType::Atomic if self.write == Permit::No => {
                 Err(FaultKind::WriteProtected)
             }
-            // Device memory is always the device's to update.
-            AccessType::Atomic
-                if self.atomic == Permit::No && matches!(self.target, Target::Bus(_)) =>
-            {
-                Err(FaultKind::AtomicProtected)
-            }
+            AccessType::Atomic if self.atomic == Permit::No => Err(FaultKind::AtomicProtected),
             AccessType::Write | AccessType::Atomic => Ok(()),
         }
     }

@@ -14,11 +14,11 @@ use gpusvm::event::{Event, EventSink, FaultEnd, HomeCause};
 use gpusvm::seam::env::Ns;
 
 macro_rules! counters {
-    ($($(#[$doc:meta])* $id:ident = $name:literal,)*) => {
+    ($(#[doc = $doc:literal] $id:ident = $name:literal,)*) => {
         /// One counter.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Counter {
-            $($(#[$doc])* $id,)*
+            $(#[doc = $doc] $id,)*
         }
 
         impl Counter {
@@ -29,6 +29,12 @@ macro_rules! counters {
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$id => $name,)* }
+            }
+
+            /// What it counts: a sentence.
+            #[must_use]
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$id => $doc.trim_ascii(),)* }
             }
         }
     };
@@ -137,6 +143,16 @@ counters! {
     EvictSpaceChangeCount = "evict_space_change_count",
     /// Allocations sent home at the end.
     EvictTeardownCount = "evict_teardown_count",
+    /// KiB that came home because the CPU touched them.
+    HomeCpuFaultKb = "home_cpu_fault_kb",
+    /// KiB that came home to make room.
+    HomePressureKb = "home_pressure_kb",
+    /// KiB that came home because a range's pages lay in several places.
+    HomeMixedKb = "home_mixed_kb",
+    /// KiB that came home because the address space changed.
+    HomeSpaceChangeKb = "home_space_change_kb",
+    /// KiB that came home at the end, or because the program asked.
+    HomeTeardownKb = "home_teardown_kb",
     /// Changes of the address space that were seen only after they had happened.
     LateInvalidationCount = "late_invalidation_count",
     /// Pages that found newer content at home.
@@ -333,15 +349,20 @@ impl DeviceStats {
         gt.kb(C::AdoptedKb, adopted);
     }
 
-    fn count_home(&self, cause: HomeCause) {
-        let counter = match cause {
-            HomeCause::Mixed => Counter::EvictMixedCount,
-            HomeCause::SpaceChange => Counter::EvictSpaceChangeCount,
-            HomeCause::Teardown => Counter::EvictTeardownCount,
+    fn count_home(&self, cause: HomeCause, pages: PageCount) {
+        use Counter as C;
+        let (count, kb) = match cause {
             // Counted where they begin.
-            HomeCause::CpuFault | HomeCause::Pressure => return,
+            HomeCause::CpuFault => (None, C::HomeCpuFaultKb),
+            HomeCause::Pressure => (None, C::HomePressureKb),
+            HomeCause::Mixed => (Some(C::EvictMixedCount), C::HomeMixedKb),
+            HomeCause::SpaceChange => (Some(C::EvictSpaceChangeCount), C::HomeSpaceChangeKb),
+            HomeCause::Teardown => (Some(C::EvictTeardownCount), C::HomeTeardownKb),
         };
-        self.gts[0].add(counter, 1);
+        self.gts[0].kb(kb, pages);
+        if let Some(count) = count {
+            self.gts[0].add(count, 1);
+        }
     }
 }
 
@@ -417,7 +438,7 @@ impl EventSink for DeviceStats {
                 adopted,
                 took,
             } => {
-                self.count_home(cause);
+                self.count_home(cause, copied + adopted);
                 self.fold_to_system(span, copied, adopted, took);
             }
             Event::CpuFault { .. } => self.gts[0].add(C::CpuFaultCount, 1),

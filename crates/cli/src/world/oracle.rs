@@ -9,6 +9,7 @@ use gpusvm_model::mm::memory::FrameId;
 use gpusvm_model::mm::{Machine, Pid};
 use gpusvm_model::sched::ModelEnv;
 use gpusvm_softgpu::Translation;
+use gpusvm_xe::atomics::AtomicPolicy;
 
 use crate::world::Node;
 use crate::world::sink::Told;
@@ -30,7 +31,7 @@ pub(crate) fn look(
             for page in pages.clone() {
                 let at = mm.shape().address(page).get();
                 if let Some(found) = node.gpu.translation(node.vm.asid(), at) {
-                    entry_agrees(mm, node.vm.asid(), page, found)?;
+                    entry_agrees(mm, &Owner::of(node), page, found)?;
                 }
             }
         }
@@ -50,26 +51,72 @@ pub(crate) fn trespasses(kernel: &Kernel<ModelEnv>) -> Result<(), String> {
     }
 }
 
+/// Whose entries are looked at.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owner {
+    device: u32,
+    atomics: AtomicPolicy,
+}
+
+impl Owner {
+    /// The VM of a device.
+    pub(crate) fn of<P: Platform<Env = ModelEnv>>(node: &Node<P>) -> Self {
+        Self {
+            device: node.vm.asid(),
+            atomics: node.vm.atomics(),
+        }
+    }
+
+    /// Whether entries may allow atomics on host memory that the CPU has as well.
+    fn shares_atomics(&self) -> bool {
+        matches!(self.atomics, AtomicPolicy::System | AtomicPolicy::Naive)
+    }
+}
+
 /// A valid entry of a device leads where the process has the page, and gives no right that the
 /// process does not have: invalidations zap before anything changes.
 pub(crate) fn entry_agrees(
     mm: &Machine,
-    device: u32,
+    owner: &Owner,
     page: u32,
     found: Translation,
 ) -> Result<(), String> {
+    let device = owner.device;
     let entry = mm.entry(Pid(0), page);
-    let wrong = |why: &str| {
-        Err(format!(
-            "the entry of device {device} for page {page} {why}: {found:?}, the process has {entry:?}"
-        ))
+    judge(mm, owner, found, entry).map_err(|why| {
+        format!("the entry of device {device} for page {page} {why}: {found:?}, the process has {entry:?}")
+    })
+}
+
+/// What is wrong with an entry of a device that leads to `found`, where the process has `entry`.
+fn judge(
+    mm: &Machine,
+    owner: &Owner,
+    found: Translation,
+    entry: Entry,
+) -> Result<(), &'static str> {
+    let leads = |right: bool| {
+        if right {
+            Ok(())
+        } else {
+            Err("leads to another page")
+        }
     };
     match (found, entry) {
-        (Translation::Bus { address, write, .. }, Entry::Present(frame, bits)) => {
-            if address != bus::address_of(frame).get() {
-                wrong("leads to another page")
+        (
+            Translation::Bus {
+                address,
+                write,
+                atomic,
+                ..
+            },
+            Entry::Present(frame, bits),
+        ) => {
+            leads(address == bus::address_of(frame).get())?;
+            if atomic && !owner.shares_atomics() {
+                Err("allows atomics on a page that the CPU has")
             } else if write && !bits.has(Bits::WRITE) {
-                wrong("allows stores that the process may not do")
+                Err("allows stores that the process may not do")
             } else {
                 Ok(())
             }
@@ -81,24 +128,22 @@ pub(crate) fn entry_agrees(
                 ..
             },
             Entry::Zero(_),
-        ) => {
-            if address == bus::ZERO_PAGE.get() {
-                Ok(())
-            } else {
-                wrong("leads to another page")
-            }
+        ) => leads(address == bus::ZERO_PAGE.get()),
+        (
+            Translation::Bus {
+                address,
+                atomic: true,
+                ..
+            },
+            Entry::DeviceExclusive(frame, _),
+        ) if owner.atomics == AtomicPolicy::Exclusive => {
+            leads(address == bus::address_of(frame).get())
         }
         (Translation::Vram { offset, .. }, Entry::DevicePrivate(frame, _)) => {
-            if vram_of(mm, frame) == Some(offset) {
-                Ok(())
-            } else {
-                wrong("leads to other device memory")
-            }
+            leads(vram_of(mm, frame) == Some(offset))
         }
-        (Translation::Bus { .. }, _) => {
-            wrong("leads to host memory that the process does not have")
-        }
-        (Translation::Vram { .. }, _) => wrong("leads to device memory that has no page"),
+        (Translation::Bus { .. }, _) => Err("leads to host memory that the process does not have"),
+        (Translation::Vram { .. }, _) => Err("leads to device memory that has no page"),
     }
 }
 

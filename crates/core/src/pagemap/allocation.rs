@@ -87,6 +87,10 @@ impl<P: Platform> DeviceAllocation for Allocation<P> {
     fn bring_home(self: Arc<Self>, cause: HomeCause) -> Result<PageCount, Interrupted> {
         move_to_system(&self, cause)
     }
+
+    fn memory_failure(&self, bad: VramSpan) {
+        self.pagemap.vram().lose(bad);
+    }
 }
 
 /// The CPU-fault flow: timeslice, then [`move_to_system`].

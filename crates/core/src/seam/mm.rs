@@ -89,6 +89,25 @@ pub enum Location {
     },
 }
 
+impl Location {
+    /// The place `bytes` bytes further on in the same memory.
+    #[must_use]
+    pub const fn plus(self, bytes: u64) -> Self {
+        match self {
+            Self::System(bus) => Self::System(bus.plus(bytes)),
+            Self::Device {
+                pagemap,
+                allocation,
+                vram,
+            } => Self::Device {
+                pagemap,
+                allocation,
+                vram: vram.plus(bytes),
+            },
+        }
+    }
+}
+
 /// A run of consecutive pages in one place, contiguous there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageRun {
@@ -109,6 +128,11 @@ pub enum Placement {
     Mixed,
 }
 
+/// Who has a page for itself: an identity, comparable and otherwise opaque (the `owner` of
+/// `make_device_exclusive`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Owner(pub u64);
+
 /// Why the host is about to change a span (`enum mmu_notifier_event`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InvalidateReason {
@@ -124,6 +148,8 @@ pub enum InvalidateReason {
     Release,
     /// Pages move to or from a device.
     Migrate,
+    /// A page becomes exclusive to a device, of this owner, who knows already.
+    Exclusive(Owner),
 }
 
 /// Receives invalidations of one interval. **Inside: no allocation, no host call, no lock but the
@@ -192,6 +218,10 @@ pub trait DeviceAllocation: CpuFaultSink {
     /// # Errors
     /// `Stale` when another operation holds the pages; `Failed` when they cannot be moved.
     fn bring_home(self: Arc<Self>, cause: HomeCause) -> Result<PageCount, Interrupted>;
+    /// The host has taken pages with a memory error away from all processes (`memory_failure` of
+    /// `dev_pagemap_ops`): they must not be used again. Called with no lock held; does nothing where
+    /// the memory is not used again anyway.
+    fn memory_failure(&self, _bad: VramSpan) {}
 }
 
 /// A counted reference to an allocation, as the host keeps it.
@@ -301,6 +331,9 @@ pub struct SeenPage {
     pub access: Access,
     /// Pages that the CPU's entry maps, as a power of two.
     pub order: u8,
+    /// Pages of the large page (folio) that it is a part of, as a power of two: they stay together
+    /// where small entries map them, too, so that a device may have one entry for them.
+    pub folio: u8,
     /// What kind of page it is.
     pub kind: PageKind,
 }
@@ -418,7 +451,8 @@ pub trait AddressSpace: Send + Sync + 'static {
 
     /// Takes the page at `at` away from the CPU and gives it, where it is, to a device alone, for
     /// atomics on host memory (`make_device_exclusive`). The page is faulted in for writing first;
-    /// the next access by the CPU takes it back, inside an invalidation.
+    /// the next access by the CPU takes it back, inside an invalidation. The taking itself is one of
+    /// the reason [`Exclusive`](InvalidateReason::Exclusive), with this `owner`.
     ///
     /// `commit` enters the page's bus address in the device's table. Meanwhile the page is locked:
     /// neither the CPU nor a change of the address space gets at it. `commit` takes the notifier lock
@@ -430,6 +464,7 @@ pub trait AddressSpace: Send + Sync + 'static {
     fn make_exclusive(
         &self,
         at: HostVa,
+        owner: Owner,
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted>;
 }

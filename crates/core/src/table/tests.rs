@@ -221,6 +221,40 @@ fn larger_leaf_replaces_a_table_and_returns_it() {
 }
 
 #[test]
+fn a_large_leaf_goes_to_pieces_with_one_table_or_not_at_all() {
+    let store = Store::default();
+    let mut table = PageTable::<Format>::new(&store).expect("room");
+    bind(&mut table, &store, span(0, PAGE_2M), &[vram(512, 0)]);
+    let (whole, before) = (store.walk(table.root(), 0), store.count());
+    let pieces: alloc::vec::Vec<_> = (0..512).map(|n| bus(1, 3 * n * PAGE)).collect();
+    let allow = |tables| *store.room.lock().expect("no test panics under the lock") = Some(tables);
+    allow(before);
+    let refused = table.plan(&store, span(0, PAGE_2M), &pieces);
+    assert_eq!(refused.map(drop), Err(Failed::OutOfVram));
+    assert_eq!(
+        (store.walk(table.root(), 0), store.count()),
+        (whole, before)
+    );
+    allow(before + 1);
+    let plan = table.plan(&store, span(0, PAGE_2M), &pieces);
+    let plan = plan.expect("one is enough");
+    assert_eq!(
+        store.walk(table.root(), 0),
+        whole,
+        "as long as it is a plan"
+    );
+    let done = table.commit(plan, &store, &NotifierHeld::new());
+    done.garbage.free(&store);
+    for n in [0, 1, 511] {
+        assert_eq!(store.target(table.root(), n * PAGE), Some(3 * n * PAGE));
+    }
+    assert_eq!(
+        (store.count(), table.table_count()),
+        (before + 1, before + 1)
+    );
+}
+
+#[test]
 fn failed_plan_leaves_everything_as_it_was() {
     for room in 1..6 {
         let store = Store::default();

@@ -134,6 +134,28 @@ impl Buddy {
         self.put(raw.start, raw.end);
     }
 
+    /// Takes what is free of `span`; returns the pieces.
+    pub(super) fn claim(&mut self, span: VramSpan) -> Vec<VramSpan> {
+        let raw = span.raw();
+        let mut claimed = Vec::new();
+        for order in 0..self.free.len() {
+            let bytes = PAGE << order;
+            let overlapping = self.free[order].range(..raw.end);
+            let overlapping = overlapping
+                .rev()
+                .take_while(|start| *start + bytes > raw.start);
+            for start in overlapping.copied().collect::<Vec<_>>() {
+                self.free[order].remove(&start);
+                self.free_bytes -= bytes;
+                claimed.push((start.max(raw.start), (start + bytes).min(raw.end)));
+                self.put(start, raw.start.max(start));
+                self.put(raw.end.min(start + bytes), start + bytes);
+            }
+        }
+        let at = |(start, end)| VramSpan::new(VramAddr::new(start), VramAddr::new(end));
+        claimed.into_iter().map(at).collect()
+    }
+
     fn lowest_of_tightest(&self, wanted: usize) -> Option<(usize, u64)> {
         let orders = self.free.iter().enumerate().skip(wanted);
         orders

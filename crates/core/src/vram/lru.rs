@@ -3,6 +3,7 @@
 use alloc::collections::BTreeMap;
 use alloc::sync::Weak;
 
+use crate::addr::VramSpan;
 use crate::vram::manager::Evict;
 
 /// Evictable objects, least recently used first.
@@ -16,6 +17,8 @@ pub(super) struct Lru {
 /// One object on the list.
 pub(super) struct Entry {
     pub(super) id: u64,
+    /// Its memory.
+    pub(super) span: VramSpan,
     pub(super) who: Weak<dyn Evict>,
 }
 
@@ -39,6 +42,13 @@ impl Lru {
         let (_, entry) = self.by_age.pop_first()?;
         self.age_of.remove(&entry.id);
         Some(entry)
+    }
+
+    /// Takes the least recently used object off that has memory of `span`.
+    pub(super) fn pop_in(&mut self, span: VramSpan) -> Option<Entry> {
+        let mut entries = self.by_age.values();
+        let id = entries.find(|entry| entry.span.overlaps(span))?.id;
+        self.remove(id)
     }
 
     /// Objects on the list.

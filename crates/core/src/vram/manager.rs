@@ -1,15 +1,18 @@
 //! [`Manager`]: allocation of device memory, and eviction when it is short.
 
 use alloc::sync::{Arc, Weak};
+use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use crate::addr::{PAGE, PAGE_2M, VramSpan};
 use crate::error::{Failed, Interrupted};
 use crate::mutant::Mutant;
 use crate::seam::env::{Environment, Mutex, Point};
 use crate::vram::bo::Bo;
 use crate::vram::buddy::{Buddy, From};
 use crate::vram::lru::{Entry, Lru};
+use crate::vram::withdrawn::{Balloon, Offline, Usage, Withdrawn};
 
 /// Times that an allocation walks the whole LRU before it gives up (`svm-design.md` section 10).
 const EVICT_PASSES: usize = 3;
@@ -66,6 +69,9 @@ struct State {
     evicting: usize,
     /// Objects whose pages are on their way: not yet on the list.
     filling: usize,
+    withdrawn: Withdrawn,
+    /// Bytes in balloons.
+    balloon: u64,
 }
 
 /// How one step of an eviction walk ended.
@@ -97,6 +103,8 @@ impl<E: Environment> Manager<E> {
             serial: 0,
             evicting: 0,
             filling: 0,
+            withdrawn: Withdrawn::default(),
+            balloon: 0,
         };
         Self {
             env,
@@ -111,10 +119,108 @@ impl<E: Environment> Manager<E> {
         self.size
     }
 
-    /// Bytes in use.
+    /// Bytes in use, balloons and all.
     pub fn used(&self) -> u64 {
+        let usage = self.usage();
+        usage.used + usage.balloon
+    }
+
+    /// How all of it is in use.
+    pub fn usage(&self) -> Usage {
         let state = self.state.lock();
-        state.buddy.size() - state.buddy.free_bytes()
+        let (free, withdrawn) = (state.buddy.free_bytes(), state.withdrawn.bytes());
+        Usage {
+            free,
+            used: state.buddy.size() - free - withdrawn - state.balloon,
+            balloon: state.balloon,
+            withdrawn,
+        }
+    }
+
+    /// Takes a block out of use: what is in it is evicted, and nobody gets memory of it until the
+    /// answer is dropped. May sleep; only `vm` may be held.
+    ///
+    /// # Errors
+    /// [`Failed::OutOfVram`] where something stays in the block; it is in use as before then.
+    pub fn take_offline(self: &Arc<Self>, span: VramSpan) -> Result<Offline<E>, Failed> {
+        let offline = Offline {
+            manager: Arc::clone(self),
+            span,
+        };
+        let mut state = self.state.lock();
+        let State {
+            buddy, withdrawn, ..
+        } = &mut *state;
+        withdrawn.take_offline(buddy, span);
+        drop(state);
+        self.empty(span).map(|()| offline)
+    }
+
+    /// Evicts what has memory of `span`, which is withdrawn.
+    fn empty(&self, span: VramSpan) -> Result<(), Failed> {
+        for _pass in 0..EVICT_PASSES {
+            let mut steps = self.state.lock().lru.len() + 1;
+            while steps > 0 {
+                let seen = self.freed.load(Ordering::Acquire);
+                if self.state.lock().withdrawn.out_of(span) == span.bytes() {
+                    return Ok(());
+                }
+                match self.evict_next(Purpose::Tables, |lru| lru.pop_in(span)) {
+                    Step::Freed | Step::Busy => steps -= 1,
+                    Step::Others => self.env.wait(&self.freed, seen),
+                    Step::Empty => break,
+                }
+            }
+        }
+        Err(Failed::OutOfVram)
+    }
+
+    pub(super) fn bring_online(&self, span: VramSpan) {
+        let mut state = self.state.lock();
+        let State {
+            buddy, withdrawn, ..
+        } = &mut *state;
+        withdrawn.online(buddy, span);
+        drop(state);
+        self.announce();
+    }
+
+    /// Notes a memory error in the pages of `span`: who has them keeps them, and nobody gets them
+    /// afterwards.
+    pub fn lose(&self, span: VramSpan) {
+        let mut state = self.state.lock();
+        let State {
+            buddy, withdrawn, ..
+        } = &mut *state;
+        withdrawn.lose(buddy, span);
+    }
+
+    /// Takes memory for somebody else, wherever it is, in pieces; objects are evicted for it. May
+    /// sleep; only `vm` may be held.
+    ///
+    /// # Errors
+    /// [`Failed::OutOfVram`] where so much cannot be had; nothing is taken then.
+    pub fn inflate(self: &Arc<Self>, bytes: u64) -> Result<Balloon<E>, Failed> {
+        let mut objects = Vec::new();
+        let mut left = bytes.next_multiple_of(PAGE);
+        while left > 0 {
+            let piece = left.min(PAGE_2M);
+            objects.push(self.allocate(BoRequest {
+                bytes: piece,
+                from: From::Top,
+                purpose: Purpose::Pinned,
+            })?);
+            left -= piece;
+        }
+        self.state.lock().balloon += bytes.next_multiple_of(PAGE);
+        Ok(Balloon {
+            manager: Arc::clone(self),
+            objects,
+        })
+    }
+
+    pub(super) fn deflated(&self, bytes: u64) {
+        self.state.lock().balloon -= bytes;
     }
 
     /// Allocates an object that nobody evicts until [`make_evictable`](Self::make_evictable). Where
@@ -149,7 +255,11 @@ impl<E: Environment> Manager<E> {
     /// Puts an object on the LRU, at the recently-used end. `who` is asked to let go of it.
     pub fn make_evictable(&self, bo: &Bo<E>, who: Weak<dyn Evict>) {
         let mut state = self.state.lock();
-        state.lru.insert(Entry { id: bo.id(), who });
+        state.lru.insert(Entry {
+            id: bo.id(),
+            span: bo.span(),
+            who,
+        });
         let filled = bo.end_filling();
         state.filling -= usize::from(filled);
         drop(state);
@@ -189,10 +299,14 @@ impl<E: Environment> Manager<E> {
         )))
     }
 
-    /// Takes the oldest object off the list and asks its owner to let go, without the lock.
     fn evict_oldest(&self, purpose: Purpose) -> Step {
+        self.evict_next(purpose, Lru::pop_oldest)
+    }
+
+    /// Takes an object off the list and asks its owner to let go, without the lock.
+    fn evict_next(&self, purpose: Purpose, next: impl FnOnce(&mut Lru) -> Option<Entry>) -> Step {
         let mut state = self.state.lock();
-        let Some(entry) = state.lru.pop_oldest() else {
+        let Some(entry) = next(&mut state.lru) else {
             let filling = purpose == Purpose::Tables && state.filling > 0;
             return if state.evicting > 0 || filling {
                 Step::Others
@@ -224,7 +338,10 @@ impl<E: Environment> Manager<E> {
         let mut state = self.state.lock();
         let entry = state.lru.remove(bo.id());
         state.filling -= usize::from(bo.end_filling());
-        state.buddy.free(span);
+        let State {
+            buddy, withdrawn, ..
+        } = &mut *state;
+        withdrawn.give(buddy, span);
         drop(state);
         drop(entry);
         if self.env.mutant(Mutant::FreedTwice) {

@@ -8,7 +8,9 @@ mod bo;
 mod buddy;
 mod lru;
 mod manager;
+mod withdrawn;
 
 pub use bo::Bo;
 pub use buddy::{Buddy, From};
 pub use manager::{BoRequest, Evict, Manager, Purpose};
+pub use withdrawn::{Balloon, Offline, Usage};

@@ -5,7 +5,7 @@ use gpusvm::addr::{PAGE, PAGE_2M};
 
 use crate::sys::fault_copy::LiveBus;
 use crate::sys::mapping::{AnonMapping, Huge};
-use crate::sys::territory::Territory;
+use crate::sys::territory::{Advise, Territory};
 use crate::sys::vram::VramMode;
 use crate::toy::Bench;
 use gpusvm_abi::bus::SystemBus;
@@ -122,6 +122,35 @@ fn set_that_is_dropped_puts_everything_back() {
     }
 }
 
+/// What [`put_newer`] writes.
+const NEWER: u64 = 0x0707_0707_0707_0707;
+
+/// A page at `at` of `span`, whose pages are away.
+fn put_newer(bench: &Bench, span: HostSpan, at: HostVa) {
+    let newer = [7_u8; 4096];
+    let from = HostVa::new(u64::try_from(newer.as_ptr().addr()).expect("64-bit"));
+    let watch = &bench.space.watch;
+    let shard = watch.shard_of(span).expect("it is watched");
+    let copied = watch.shards.uffd(shard).copy(at, HostSpan::at(from, PAGE));
+    assert_eq!(copied.error, None);
+}
+
+#[test]
+fn what_finds_no_way_back_is_not_left_where_the_next_try_goes() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let (map, span) = filled(Huge::Never);
+    let allocation = bench.allocation(span);
+    let aperture = allocation.aperture().expect("it adopts");
+    let to = MigrateTo::device(allocation, Some(aperture));
+    let set = bench.space.begin(span, to).expect("plain memory migrates");
+    put_newer(&bench, span, span.start());
+    drop(set);
+    assert_eq!(map.words()[0], NEWER);
+    assert_eq!(bench.space.first_populated(aperture), None);
+}
+
 #[test]
 fn content_that_came_meanwhile_wins_and_is_counted() {
     let Some(bench) = Bench::open(VramMode::Adopt) else {
@@ -129,21 +158,52 @@ fn content_that_came_meanwhile_wins_and_is_counted() {
     };
     let (map, span) = filled(Huge::Never);
     bench.send(span).expect("plain memory migrates");
-    let newer = [7_u8; 4096];
-    let at = span.start().plus(PAGE_2M + 5 * PAGE);
-    let from = HostVa::new(u64::try_from(newer.as_ptr().addr()).expect("64-bit"));
-    let watch = &bench.space.watch;
-    let shard = watch.shard_of(span).expect("it is watched");
-    let copied = watch.shards.uffd(shard).copy(at, HostSpan::at(from, PAGE));
-    assert_eq!(copied.error, None);
+    put_newer(&bench, span, span.start().plus(PAGE_2M + 5 * PAGE));
     assert_eq!(map.words()[0], 1, "the touch brings all home");
     let word = usize::try_from((PAGE_2M + 5 * PAGE) / 8).expect("64-bit");
-    assert_eq!(map.words()[word], 0x0707_0707_0707_0707);
+    assert_eq!(map.words()[word], NEWER);
     assert_eq!(
         map.words()[word + 512],
         u64::try_from(word + 513).expect("64-bit")
     );
     assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 1);
+}
+
+/// Where pages are away, the system tells nobody of guards; copying over them would remove them,
+/// as Linux 6.18 does, and moving refuses.
+#[test]
+fn guards_that_nobody_told_of_stay_when_pages_are_handed_back() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(BYTES).expect("there is room");
+    let at = |page: u64| land.span().start().plus(page * PAGE).get();
+    land.map(land.span(), Huge::Never).expect("memory");
+    for page in 0..64 {
+        LiveBus::new().write(at(page), &[9; 8]).expect("mapped");
+    }
+    let there = HostSpan::at(land.span().start(), 64 * PAGE);
+    bench.send(there).expect("plain memory migrates");
+    let guarded = HostSpan::at(HostVa::new(at(20)), 8 * PAGE);
+    if let Err(why) = land.advise(guarded, Advise::GuardInstall) {
+        return println!("skipped: guards: {why}");
+    }
+    let read = |page| {
+        let mut found = [0xFF; 8];
+        let read = LiveBus::new().read(at(page), &mut found);
+        read.ok().map(|()| found[0])
+    };
+    let expect = |inside| {
+        for page in 0..64 {
+            let guarded = (20..28).contains(&page);
+            let wanted = if guarded { inside } else { Some(9) };
+            assert_eq!(read(page), wanted, "page {page}");
+        }
+    };
+    expect(None);
+    let removed = land.advise(guarded, Advise::GuardRemove);
+    removed.expect("they are there");
+    expect(Some(0));
 }
 
 #[test]

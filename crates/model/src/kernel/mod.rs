@@ -262,7 +262,8 @@ impl<E: Environment> Around for Kernel<E> {
             InvalidateReason::Clear
             | InvalidateReason::ProtectVma
             | InvalidateReason::Release
-            | InvalidateReason::Migrate => false,
+            | InvalidateReason::Migrate
+            | InvalidateReason::Exclusive(_) => false,
         };
         let told = if forgotten { Pages::new(0, 0) } else { pages };
         let span = self.shape.span(told);

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use gpusvm::addr::{HostSpan, HostVa, PAGE};
+use gpusvm::addr::{HostSpan, HostVa, PAGE, PageCount, VramSpan};
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::Access;
 use gpusvm_abi::bus::AtomicOp;
@@ -231,10 +231,18 @@ impl<E: Environment> ModelSpace<E> {
         frame.is_some_and(|frame| reclaim::reclaim(&*self.kernel, frame))
     }
 
-    /// Has a memory error in the page at `at`.
+    /// Has a memory error in the page at `at`, of host memory or of a device's, which is told.
     pub fn poison(&self, at: HostVa) {
-        if let Some(frame) = self.present(at) {
-            reclaim::poison(&*self.kernel, frame);
+        let Some(frame) = self.entry(at).and_then(Entry::mapped_frame) else {
+            return;
+        };
+        let device = self.kernel.look(|mm| mm.memory().device_page(frame));
+        let owner = device.and_then(|device| self.kernel.allocation(device.place));
+        reclaim::poison(&*self.kernel, frame);
+        if let (Some(device), Some(owner)) = (device, owner) {
+            let offset = PageCount::new(device.page.into()).bytes();
+            let first = owner.vram().start();
+            owner.memory_failure(VramSpan::at(first.plus(offset), PAGE));
         }
     }
 

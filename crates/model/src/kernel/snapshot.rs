@@ -4,7 +4,7 @@ use gpusvm::addr::{BusAddr, HostSpan, HostVa, PageCount, VramAddr};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{
-    Access, AllocationId, InvalidateReason, Location, PageKind, PagemapId, Seen, SeenPage,
+    Access, AllocationId, InvalidateReason, Location, Owner, PageKind, PagemapId, Seen, SeenPage,
 };
 
 use crate::kernel::bus::{ZERO_PAGE, address_of};
@@ -41,6 +41,7 @@ impl<E: Environment> ModelSpace<E> {
     pub(super) fn take_for_device(
         &self,
         at: HostVa,
+        owner: Owner,
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
         let kernel = &*self.kernel;
@@ -48,7 +49,11 @@ impl<E: Environment> ModelSpace<E> {
         let page = page.ok_or(Failed::BadPage(at))?;
         let _lock = self.lock_for_exclusive(page, at)?;
         split_blocks(kernel, self.pid, Pages::one(page));
-        let open = kernel.open(self.pid, Pages::one(page), InvalidateReason::Clear);
+        let open = kernel.open(
+            self.pid,
+            Pages::one(page),
+            InvalidateReason::Exclusive(owner),
+        );
         kernel.step();
         let made = kernel.with(|mm| mm.make_exclusive(self.pid, page));
         kernel.close(self.pid, open);
@@ -94,7 +99,7 @@ fn look_at(mm: &Machine, pid: Pid, page: u32, keep: Option<PagemapId>) -> Seen {
         Block::Table => 0,
         Block::Huge(..) | Block::Device(..) | Block::Zero(_) => mm.shape().pmd_order,
     };
-    let seen = |at, bits: Bits, kind| {
+    let seen = |at, bits: Bits, (kind, folio)| {
         let access = if bits.has(Bits::WRITE) {
             Access::Write
         } else {
@@ -104,20 +109,22 @@ fn look_at(mm: &Machine, pid: Pid, page: u32, keep: Option<PagemapId>) -> Seen {
             at,
             access,
             order,
+            folio,
             kind,
         })
     };
     match mm.entry(pid, page) {
         Entry::Present(frame, bits) => {
             let kind = pagemap_of(mm, frame).map_or(PageKind::Plain, PageKind::Coherent);
-            seen(Location::System(address_of(frame)), bits, kind)
+            let at = Location::System(address_of(frame));
+            seen(at, bits, (kind, mm.memory().folio(frame).order))
         }
         Entry::Zero(bits) => {
             let at = Location::System(ZERO_PAGE);
-            seen(at, bits.without(Bits::WRITE), PageKind::Zero)
+            seen(at, bits.without(Bits::WRITE), (PageKind::Zero, 0))
         }
         Entry::DevicePrivate(frame, bits) => match own_location(mm, frame, keep) {
-            Some(at) => seen(at, bits, PageKind::Plain),
+            Some(at) => seen(at, bits, (PageKind::Plain, mm.memory().folio(frame).order)),
             None => Seen::Absent,
         },
         Entry::None

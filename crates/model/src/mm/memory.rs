@@ -7,6 +7,7 @@
 
 use zerocopy::IntoBytes;
 
+use crate::mm::Shape;
 use crate::mm::changes::Marks;
 use crate::mm::entry::SlotId;
 use crate::mm::rmap::RmapId;
@@ -124,10 +125,13 @@ pub struct Memory {
     refused: u32,
     /// Heads of large device folios that are free.
     device_free_large: Vec<u32>,
+    /// Order of those.
+    large: u8,
 }
 
 impl Memory {
-    pub(crate) fn new(host: u32, coherent: u32, per_page: u32) -> Self {
+    pub(crate) fn new(shape: &Shape) -> Self {
+        let (host, coherent, per_page) = (shape.frames, shape.coherent, shape.words);
         let frames = host + coherent;
         let words = vec![0; (frames * per_page) as usize];
         let mut frames = vec![Frame::default(); frames as usize];
@@ -147,6 +151,7 @@ impl Memory {
             patience: 0,
             refused: 0,
             device_free_large: Vec::new(),
+            large: shape.pmd_order,
         }
     }
 
@@ -224,6 +229,14 @@ impl Memory {
     /// Frames of the folio at `head`.
     pub(crate) fn pages_of(&self, head: FrameId) -> impl Iterator<Item = FrameId> + use<> {
         (head.0..head.0 + (1 << self.frame(head).order)).map(FrameId)
+    }
+
+    /// Whether a memory error was found in any page of the folio that `frame` is in
+    /// (`folio_contain_hwpoisoned_page`).
+    #[must_use]
+    pub fn has_poison(&self, frame: FrameId) -> bool {
+        let mut pages = self.pages_of(self.head(frame));
+        pages.any(|page| self.frame(page).poisoned)
     }
 
     /// Whether the frame is in device memory.
@@ -354,7 +367,8 @@ impl Memory {
 
     /// Gives the frames of a folio back that nobody references.
     pub(crate) fn release(&mut self, head: FrameId) {
-        let large = self.frame(head).order > 0;
+        // A piece of a large one is free page by page.
+        let large = self.frame(head).order == self.large;
         let private = self.is_device(head) && !self.is_coherent(head);
         if private && large {
             self.device_free_large.push(head.0);
@@ -371,12 +385,11 @@ impl Memory {
                 },
                 ..Frame::default()
             };
-            if self.is_device(page) {
-                if private && !large {
-                    self.device_free.push(page.0);
-                }
-            } else if !poisoned {
-                self.free += 1;
+            match (self.is_device(page), poisoned) {
+                (_, true) => {}
+                (false, false) => self.free += 1,
+                (true, false) if private && !large => self.device_free.push(page.0),
+                (true, false) => {}
             }
         }
     }

@@ -88,8 +88,7 @@ impl Machine {
             Block::Huge(head, _) => {
                 let folio = *self.memory.frame(head);
                 let alone = folio.refs == 1 && folio.pins == 0 && folio.owner == Owner::Anon;
-                let poisoned = |page| self.memory.frame(page).poisoned;
-                if !alone || self.memory.pages_of(head).any(poisoned) || !self.try_lock(head) {
+                if !alone || self.memory.has_poison(head) || !self.try_lock(head) {
                     return None;
                 }
                 self.hold(head);

@@ -323,7 +323,7 @@ impl Machine {
         }
         Self {
             processes,
-            memory: Memory::new(shape.frames, shape.coherent, shape.words),
+            memory: Memory::new(&shape),
             rmaps: Rmaps::default(),
             swap: Swap::new(shape.slots, shape.words),
             files: Vec::new(),

@@ -45,8 +45,13 @@ pub fn reclaim<A: Around>(around: &A, frame: FrameId) -> bool {
     freed
 }
 
-/// Splits a large folio, entries first.
+/// Splits a large folio into single pages, entries first.
 pub(crate) fn make_small<A: Around>(around: &A, frame: FrameId) {
+    split_large(around, frame, Split::Uniform);
+}
+
+/// Splits a large folio, entries first.
+pub(crate) fn split_large<A: Around>(around: &A, frame: FrameId, how: Split) {
     if around.with(|mm| mm.memory.folio(frame).owner == Owner::HugePages) {
         return;
     }
@@ -57,7 +62,7 @@ pub(crate) fn make_small<A: Around>(around: &A, frame: FrameId) {
     while let Some(mapping) = around.with(block) {
         split_block(around, mapping.pid, mapping.page);
     }
-    around.with(|mm| mm.split_folio(frame, Split::Uniform));
+    around.with(|mm| mm.split_folio(frame, how));
 }
 
 /// Visits every mapping that a page has, each inside a bracket, until `unmap` has dealt with all
@@ -91,7 +96,8 @@ pub(crate) enum Unmapped {
     Stays,
 }
 
-/// A memory error in a page of host memory: its processes lose it, and nobody gets it again.
+/// A memory error in a page, of a device's memory, too: its processes lose it, and nobody gets it
+/// again.
 pub fn poison<A: Around>(around: &A, frame: FrameId) {
     make_small(around, frame);
     around.with(|mm| mm.mark_poisoned(frame));

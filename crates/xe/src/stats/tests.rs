@@ -81,6 +81,30 @@ fn copied_and_adopted_pages_are_told_apart_by_direction() {
 }
 
 #[test]
+fn each_reason_to_come_home_counts_its_own_pages_and_no_others() {
+    let causes = [
+        (HomeCause::CpuFault, Counter::HomeCpuFaultKb),
+        (HomeCause::Pressure, Counter::HomePressureKb),
+        (HomeCause::Mixed, Counter::HomeMixedKb),
+        (HomeCause::SpaceChange, Counter::HomeSpaceChangeKb),
+        (HomeCause::Teardown, Counter::HomeTeardownKb),
+    ];
+    for (cause, own) in causes {
+        let stats = fold(&[Event::ToSystem {
+            span: huge(),
+            cause,
+            copied: PageCount::new(3),
+            adopted: PageCount::new(2),
+            took: Ns(0),
+        }]);
+        for (_, counter) in causes {
+            let wanted = if counter == own { 20 } else { 0 };
+            assert_eq!(stats.total(counter), wanted, "{cause:?}: {counter:?}");
+        }
+    }
+}
+
+#[test]
 fn size_classes_follow_the_range() {
     let of = |bytes| HostSpan::at(HostVa::new(0x40_0000), bytes);
     let stats = fold(&[

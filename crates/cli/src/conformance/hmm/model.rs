@@ -37,15 +37,7 @@ type Space = ModelSpace<ModelEnv>;
 pub(super) fn run(plan: Plan) -> Result<Vec<String>, Trouble> {
     let result = Arc::new(Mutex::new(None));
     let place = Arc::clone(&result);
-    let options = Options {
-        scenario: "hmm".into(),
-        // A case ends by itself.
-        safety_steps: u64::MAX / 4,
-        calm_steps: u64::MAX / 4,
-        stack_bytes: 1 << 20,
-        ..Options::default()
-    };
-    let outcome = run_world(&options, &mut Picker::uniform(1), |sim| {
+    let outcome = run_world(&options(), &mut Picker::uniform(1), |sim| {
         let sim = *sim;
         sim.spawn("case", move || {
             let machine = Machine::new(plan.variant, sim);
@@ -61,6 +53,17 @@ pub(super) fn run(plan: Plan) -> Result<Vec<String>, Trouble> {
     result
         .take()
         .unwrap_or_else(|| wrong("the case has no end"))
+}
+
+/// A case ends by itself.
+fn options() -> Options {
+    Options {
+        scenario: "hmm".into(),
+        safety_steps: u64::MAX / 4,
+        calm_steps: u64::MAX / 4,
+        stack_bytes: 1 << 20,
+        ..Options::default()
+    }
 }
 
 /// A machine with four devices.
@@ -381,5 +384,76 @@ impl Held for Pin {}
 impl Drop for Pin {
     fn drop(&mut self) {
         self.space.unpin(self.frame);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes what it is given, and has zeros.
+    struct Nowhere;
+
+    impl UserMemory for Nowhere {
+        fn copy_in(&self, _from: u64, to: &mut [u8]) -> Result<(), Errno> {
+            to.fill(0);
+            Ok(())
+        }
+
+        fn copy_out(&self, _from: &[u8], _to: u64) -> Result<(), Errno> {
+            Ok(())
+        }
+    }
+
+    /// Entries of the device's page table after a command on pages of `span`.
+    fn entries_after(
+        mirror: &Mirror<ModelEnv, Space>,
+        command: Command,
+        span: HostSpan,
+        pages: std::ops::Range<u64>,
+    ) -> usize {
+        let mut arguments = Arguments {
+            addr: span.start().plus(pages.start * PAGE).get(),
+            npages: pages.end - pages.start,
+            ..Arguments::default()
+        };
+        let done = mirror.command(command, &mut arguments, &Nowhere);
+        done.expect("the pages are there");
+        mirror.entries()
+    }
+
+    /// One page of a large one is unmapped and its neighbour touched by the CPU.
+    fn cut(process: &ModelProcess, mirror: &Mirror<ModelEnv, Space>) {
+        let span = process.map(Memory::Large, 512 * PAGE, Rights::ReadWrite);
+        let span = span.expect("room");
+        let page = |n: u64| HostSpan::at(span.start().plus(n * PAGE), PAGE);
+        process.store(page(100).start(), 7).expect("writable");
+        let large = entries_after(mirror, Command::MigrateToDevice, span, 0..512);
+        assert_eq!(large, 1);
+        process.unmap(page(101)).expect("mapped");
+        assert_eq!(process.load(page(100).start()).expect("mapped"), 7);
+        assert_eq!(mirror.entries(), 0, "the device has let go of all of it");
+        entries_after(mirror, Command::Read, span, 0..101);
+        let left = entries_after(mirror, Command::Read, span, 102..512);
+        assert_eq!(
+            left, 9,
+            "64, 32, 4, the one that came home, 2, 8, 16, 128, 256"
+        );
+    }
+
+    #[test]
+    fn a_large_page_that_loses_two_pages_needs_nine_entries() {
+        let outcome = run_world(&options(), &mut Picker::uniform(1), |sim| {
+            let sim = *sim;
+            sim.spawn("case", move || {
+                let machine = Machine::new(Variant::Private, sim);
+                let process = machine.process();
+                let mirror = Mirror::open(&machine.devices[0], &process.space);
+                cut(&process, &mirror.expect("alive"));
+                machine.check().expect("in order");
+            });
+        });
+        let trouble = outcome.trouble.map(|trouble| trouble.failure.to_string());
+        assert_eq!(trouble, None);
     }
 }

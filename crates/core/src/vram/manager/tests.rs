@@ -193,3 +193,129 @@ fn try_evictable(manager: &Arc<Manager<TestEnv>>) -> Option<Arc<Holder>> {
     manager.make_evictable(&bo, weak);
     Some(holder)
 }
+
+fn usage(manager: &Manager<TestEnv>) -> Usage {
+    let usage = manager.usage();
+    let all = usage.free + usage.used + usage.balloon + usage.withdrawn;
+    assert_eq!(all, manager.size());
+    usage
+}
+
+fn nth(block: u64, bytes: u64) -> VramSpan {
+    VramSpan::at(crate::addr::VramAddr::new(block * BLOCK), bytes)
+}
+
+#[test]
+fn block_goes_offline_and_what_was_in_it_elsewhere() {
+    let manager = manager(4);
+    let holders: Vec<_> = (0..4).map(|_| evictable(&manager, Mood::Willing)).collect();
+    let offline = manager.take_offline(nth(1, BLOCK)).expect("all may go");
+    assert_eq!(
+        holders.iter().map(|h| holds(h)).collect::<Vec<_>>(),
+        [true, false, true, true]
+    );
+    assert_eq!(usage(&manager).withdrawn, BLOCK);
+    assert!(
+        manager
+            .allocate(BoRequest {
+                bytes: 4 * BLOCK,
+                from: From::Bottom,
+                purpose: Purpose::Pages
+            })
+            .is_err()
+    );
+    // Whoever needs memory evicts others, and gets none of the block.
+    let more: Vec<_> = (0..3)
+        .map(|_| block(&manager).expect("others may go"))
+        .collect();
+    assert!(more.iter().all(|bo| !bo.span().overlaps(offline.span())));
+    assert!(block(&manager).is_err());
+    drop(offline);
+    assert_eq!(usage(&manager).withdrawn, 0);
+    let back = block(&manager).expect("online again");
+    assert_eq!(back.span(), nth(1, BLOCK));
+}
+
+#[test]
+fn block_with_something_that_stays_is_not_taken_offline() {
+    let manager = manager(2);
+    let pinned = manager.allocate(BoRequest {
+        bytes: BLOCK,
+        from: From::Bottom,
+        purpose: Purpose::Pinned,
+    });
+    let pinned = pinned.expect("room");
+    let busy = evictable(&manager, Mood::Busy);
+    for at in 0..2 {
+        let refused = manager.take_offline(nth(at, BLOCK)).map(drop);
+        assert_eq!(refused, Err(Failed::OutOfVram));
+    }
+    assert!(holds(&busy));
+    drop(pinned);
+    assert_eq!(
+        usage(&manager),
+        Usage {
+            free: BLOCK,
+            used: BLOCK,
+            ..Usage::default()
+        }
+    );
+}
+
+#[test]
+fn lost_page_is_never_handed_out_again() {
+    let manager = manager(1);
+    let bo = block(&manager).expect("room");
+    let bad = VramSpan::at(bo.span().start().plus(5 * PAGE), PAGE);
+    manager.lose(bad);
+    assert_eq!(usage(&manager).used, BLOCK, "who has it keeps it");
+    drop(bo);
+    drop(
+        manager
+            .take_offline(nth(0, BLOCK))
+            .expect("nothing is in it"),
+    );
+    assert_eq!(
+        usage(&manager),
+        Usage {
+            free: BLOCK - PAGE,
+            withdrawn: PAGE,
+            ..Usage::default()
+        }
+    );
+    let page = BoRequest {
+        bytes: PAGE,
+        from: From::Bottom,
+        purpose: Purpose::Pinned,
+    };
+    let all: Vec<_> = core::iter::from_fn(|| manager.allocate(page).ok()).collect();
+    assert_eq!(all.len(), 511);
+    assert!(all.iter().all(|bo| bo.span() != bad));
+}
+
+#[test]
+fn balloon_takes_what_others_have_and_gives_it_back() {
+    let manager = manager(4);
+    let holders: Vec<_> = (0..3).map(|_| evictable(&manager, Mood::Willing)).collect();
+    let balloon = manager.inflate(2 * BLOCK + 1).expect("others may go");
+    assert_eq!(balloon.bytes(), 2 * BLOCK + PAGE);
+    let kept = holders.iter().filter(|holder| holds(holder)).count();
+    assert_eq!(kept, 1, "two had to go");
+    let expected = Usage {
+        free: BLOCK - PAGE,
+        used: BLOCK,
+        balloon: 2 * BLOCK + PAGE,
+        withdrawn: 0,
+    };
+    assert_eq!(usage(&manager), expected);
+    assert_eq!(manager.inflate(2 * BLOCK).map(drop), Err(Failed::OutOfVram));
+    assert_eq!(
+        usage(&manager).balloon,
+        expected.balloon,
+        "no part of it stays"
+    );
+    drop(balloon);
+    assert_eq!(usage(&manager).balloon, 0);
+    let again: Vec<_> = (0..3).map(|_| block(&manager).expect("room")).collect();
+    assert_eq!(again.len(), 3);
+}

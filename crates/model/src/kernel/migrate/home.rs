@@ -14,8 +14,9 @@ use crate::mm::around::Around;
 use crate::mm::entry::Block;
 use crate::mm::memory::FrameId;
 use crate::mm::migrate::Taken;
-use crate::mm::reclaim::make_small;
+use crate::mm::reclaim::{make_small, split_large};
 use crate::mm::rmap::{Level, Mapping};
+use crate::mm::thp::Split;
 use crate::mm::{Machine, Pages, Pid};
 
 impl<E: Environment> Kernel<E> {
@@ -50,15 +51,33 @@ impl<E: Environment> Kernel<E> {
         folios
     }
 
-    /// Splits the large folios that cannot come home whole.
+    /// Splits the large folios that cannot come home whole: to single pages where the other side has
+    /// no others, otherwise around what comes, so that the rest stays as large as it can.
     fn cut_folios(&self, allocation: &AllocationRef, part: VramSpan, folios: Folios) {
         let wanted = pages_of(allocation, part);
         for (frame, pages) in self.folios_in(allocation, part) {
-            let in_one = || wanted.covers(pages) || self.look(|mm| mm.is_mapped_whole(frame));
-            let whole = folios == Folios::Keep && in_one();
-            if pages.len() > 1 && !whole {
-                make_small(self, frame);
+            match folios {
+                Folios::Split if pages.len() > 1 => make_small(self, frame),
+                Folios::Split => {}
+                Folios::Keep => self.cut_around(frame, pages, wanted),
             }
+        }
+    }
+
+    /// Cuts the part that is `wanted` out of the folio that has `pages` of an allocation; one that the
+    /// CPU maps by block entries only comes whole.
+    fn cut_around(&self, head: FrameId, pages: Pages, wanted: Pages) {
+        if wanted.covers(pages) || self.look(|mm| mm.is_mapped_whole(head)) {
+            return;
+        }
+        let part = pages.clip(wanted);
+        let borders = [
+            (part.start > pages.start).then_some(part.start),
+            (part.end < pages.end).then_some(part.end - 1),
+        ];
+        for page in borders.into_iter().flatten() {
+            let frame = head.plus(page - pages.start);
+            split_large(self, frame, Split::Around(frame));
         }
     }
 

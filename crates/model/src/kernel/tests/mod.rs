@@ -2,4 +2,5 @@
 
 mod test_bench;
 mod test_random;
+mod test_refused;
 mod test_space;

@@ -153,6 +153,7 @@ impl Bench {
             id,
             origin: span,
             coherent_at: None,
+            lost: Mutex::default(),
         })
     }
 
@@ -165,16 +166,17 @@ impl Bench {
             id: 1 << 32,
             origin: span,
             coherent_at: Some(address_of(first)),
+            lost: Mutex::default(),
         })
     }
 
-    /// Brings part of an allocation home; large pages are split.
-    pub(super) fn bring(&self, toy: &Arc<Toy>, part: VramSpan) -> PageCount {
+    /// Brings part of an allocation home.
+    pub(super) fn bring(&self, toy: &Arc<Toy>, part: VramSpan, folios: Folios) -> PageCount {
         let to = MigrateTo::System {
             allocation: Arc::clone(toy) as AllocationRef,
             part,
             aperture: None,
-            folios: Folios::Split,
+            folios,
         };
         let set = self.space.migrate_begin(toy.origin, to).expect("free");
         self.copy(set.moves());
@@ -244,6 +246,14 @@ pub(super) struct Toy {
     id: u64,
     origin: HostSpan,
     coherent_at: Option<BusAddr>,
+    lost: Mutex<Vec<VramSpan>>,
+}
+
+impl Toy {
+    /// Pages with memory errors, of which it was told.
+    pub(super) fn lost(&self) -> Vec<VramSpan> {
+        self.lost.lock().expect("nobody panics").clone()
+    }
 }
 
 impl CpuFaultSink for Toy {
@@ -266,6 +276,10 @@ impl DeviceAllocation for Toy {
 
     fn coherent_at(&self) -> Option<BusAddr> {
         self.coherent_at
+    }
+
+    fn memory_failure(&self, bad: VramSpan) {
+        self.lost.lock().expect("nobody panics").push(bad);
     }
 
     fn vram(&self) -> VramSpan {

@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 
 use gpusvm::addr::PAGE;
 use gpusvm::error::Interrupted;
-use gpusvm::seam::mm::AddressSpace;
+use gpusvm::seam::mm::{AddressSpace, DeviceAllocation, MigrateTo, MigrationSet, Owner};
 use gpusvm_abi::bus::AtomicOp;
 use proptest::prelude::*;
 
 use super::test_bench::Bench;
+use crate::mm::entry::Entry;
 use crate::mm::errno::Errno;
+use crate::mm::memory::FrameId;
 use crate::mm::remap::{Remap, Target};
 use crate::mm::{DeviceFolios, Shape};
 
@@ -115,7 +117,11 @@ fn run(bench: &Bench, values: &mut BTreeMap<u32, u64>, op: &Op) {
             }
             child.exit();
         }
-        Op::Exclusive(page) => drop(bench.space.make_exclusive(bench.at(page), &mut |_bus| ())),
+        Op::Exclusive(page) => {
+            let _made = bench
+                .space
+                .make_exclusive(bench.at(page), Owner(1), &mut |_bus| ());
+        }
     }
 }
 
@@ -180,5 +186,55 @@ proptest! {
         bench.check();
         let free = bench.kernel.look(|mm| mm.memory().free_frames() == mm.memory().host_frames());
         assert!(free, "no page is left");
+    }
+}
+
+/// Pages in this order are this many runs that follow each other; holes follow each other, too.
+fn runs(frames: &[Option<FrameId>]) -> usize {
+    let apart = |pair: &&[Option<FrameId>]| match pair {
+        [Some(one), Some(next)] => one.plus(1) != *next,
+        [one, next] => one.is_some() || next.is_some(),
+        _ => false,
+    };
+    frames.windows(2).filter(apart).count() + usize::from(!frames.is_empty())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Pages are written in any order, so that they lie anywhere, and not all of them.
+    #[test]
+    fn a_migration_copies_once_per_run_of_pages(order in prop::collection::vec(0_u32..PAGES, 0..24)) {
+        let bench = Bench::new();
+        bench.map(0, PAGES);
+        order.iter().for_each(|page| bench.store(*page, u64::from(*page) + 1));
+        let frames = || -> Vec<_> {
+            let entry = |page| bench.space.entry(bench.at(page));
+            (0..PAGES).map(|page| entry(page).and_then(Entry::mapped_frame)).collect()
+        };
+        let span = bench.span(0, PAGES);
+        let toy = bench.allocation(span);
+        let (first, there) = (toy.vram().start(), frames());
+        let set = bench.space.migrate_begin(span, MigrateTo::device(toy.clone(), None)).expect("quiet");
+        prop_assert_eq!(set.moves().len(), runs(&there));
+        let mut next = first;
+        for copy in set.moves() {
+            prop_assert_eq!(copy.vram.start(), next, "without gaps");
+            next = copy.vram.end();
+        }
+        prop_assert_eq!(next, first.plus(span.bytes()));
+        bench.copy(set.moves());
+        set.finalize();
+        let home = MigrateTo::home(toy, None);
+        let set = bench.space.migrate_begin(span, home).expect("quiet");
+        let back = set.moves().len();
+        bench.copy(set.moves());
+        set.finalize();
+        prop_assert_eq!(back, runs(&frames()));
+        for page in 0..PAGES {
+            let wanted = if order.contains(&page) { u64::from(page) + 1 } else { 0 };
+            prop_assert_eq!(bench.load(page), wanted);
+        }
+        bench.check();
     }
 }

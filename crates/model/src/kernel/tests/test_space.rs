@@ -6,17 +6,18 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE, PageCount, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::env::Point;
 use gpusvm::seam::mm::{
-    Access, AddressSpace, DeviceAllocation, FaultIn, InvalidateReason, Location, MigrateTo,
-    MigrationSet, PagemapId, Pager, Placement, Seen, VmaKind,
+    Access, AddressSpace, DeviceAllocation, FaultIn, Folios, InvalidateReason, Location, MigrateTo,
+    MigrationSet, Owner, PagemapId, Pager, Placement, Seen, VmaKind,
 };
 use gpusvm_abi::bus::{AtomicOp, SystemBus};
 
-use super::test_bench::{Bench, Notes, RW};
+use super::test_bench::{Bench, Notes, RW, Toy};
 use crate::kernel::bus::{Bus, Violation};
 use crate::mm::entry::Entry;
 use crate::mm::errno::{Errno, Signal};
-use crate::mm::flags::VmFlags;
+use crate::mm::flags::{Prot, VmFlags};
 use crate::mm::map::{Map, Place, What};
+use crate::mm::memory::DevicePage;
 use crate::mm::remap::{Remap, Target};
 use crate::mm::{DeviceFolios, Machine, Shape};
 
@@ -367,7 +368,7 @@ fn an_exclusive_page_comes_back_when_the_cpu_touches_it() {
     let mut given = None;
     let made = bench
         .space
-        .make_exclusive(bench.at(0), &mut |bus| given = Some(bus));
+        .make_exclusive(bench.at(0), Owner(1), &mut |bus| given = Some(bus));
     made.expect("private memory");
     assert_eq!(bench.read(given.expect("committed")), 4);
     assert!(matches!(
@@ -433,7 +434,7 @@ fn part_of_a_large_device_page_comes_home_alone() {
     let (_, allocation) = bench.send(bench.span(0, 4)).expect("free");
     let allocation = allocation.upgrade().expect("it has pages");
     let part = VramSpan::at(allocation.vram().start().plus(PAGE), PAGE);
-    assert_eq!(bench.bring(&allocation, part), pages(1));
+    assert_eq!(bench.bring(&allocation, part, Folios::Split), pages(1));
     assert_eq!(order_at(&bench, 0), Some(0), "cut");
     assert!(matches!(
         bench.space.entry(bench.at(2)),
@@ -442,6 +443,73 @@ fn part_of_a_large_device_page_comes_home_alone() {
     bench.check();
     drop(allocation);
     assert_eq!((bench.load(1), bench.load(2)), (4, 5));
+    bench.check();
+}
+
+/// Pages of the folios of an allocation, in order, and what each keeps of its own: its references and
+/// where it is in the allocation.
+fn folios_of(bench: &Bench, allocation: &Toy) -> Vec<u32> {
+    let id = allocation.id().0;
+    bench.kernel.look(|mm| {
+        let place = mm.place_of(id).expect("it has pages");
+        let folios = mm.device_folios(place);
+        for (head, pages) in &folios {
+            let folio = mm.memory().frame(*head);
+            assert_eq!(folio.refs, pages.len(), "one mapping of each page");
+            let at = DevicePage {
+                place,
+                page: pages.start,
+            };
+            assert_eq!(mm.memory().device_page(*head), Some(at));
+        }
+        let covered = folios.iter().flat_map(|(_, pages)| pages.iter());
+        let covered: Vec<u32> = covered.collect();
+        assert!(
+            covered.is_sorted_by(|one, next| one < next),
+            "no page twice"
+        );
+        folios.iter().map(|(_, pages)| pages.len()).collect()
+    })
+}
+
+#[test]
+fn what_is_left_of_a_large_device_page_stays_as_large_as_it_can() {
+    let bench = Bench::of(Shape {
+        device_folios: DeviceFolios::Large,
+        pmd_order: 9,
+        pages: 512,
+        frames: 1024,
+        ..Shape::default()
+    });
+    bench.map(0, 512);
+    let huge = bench.space.madvise(bench.at(0), 512 * PAGE, 14);
+    huge.expect("anonymous");
+    for page in [0, 99, 100, 101, 511] {
+        bench.store(page, u64::from(page) + 1);
+    }
+    let (moved, allocation) = bench.send(bench.span(0, 512)).expect("free");
+    assert_eq!(moved, pages(512));
+    let allocation = allocation.upgrade().expect("it has pages");
+    // Small entries for one large page, as after any change of a part of it.
+    for prot in [Prot::READ, RW] {
+        let changed = bench.space.mprotect(bench.at(100), PAGE, prot);
+        changed.expect("mapped");
+    }
+    let at = |page: u64| allocation.vram().start().plus(page * PAGE);
+    let one = VramSpan::at(at(100), PAGE);
+    assert_eq!(bench.bring(&allocation, one, Folios::Keep), pages(1));
+    let left = [64, 32, 4, 1, 2, 8, 16, 128, 256];
+    assert_eq!(folios_of(&bench, &allocation), left);
+    bench.check();
+    // Three pages that lie in two of those.
+    let three = VramSpan::at(at(98), 3 * PAGE);
+    assert_eq!(bench.bring(&allocation, three, Folios::Keep), pages(2));
+    let left = [64, 32, 2, 1, 2, 8, 16, 128, 256];
+    assert_eq!(folios_of(&bench, &allocation), left);
+    bench.check();
+    drop(allocation);
+    let found = [0, 99, 100, 101, 511].map(|page| bench.load(page));
+    assert_eq!(found, [1, 100, 101, 102, 512]);
     bench.check();
 }
 
@@ -459,6 +527,88 @@ fn half_of_a_large_device_page_can_be_unmapped_moved_and_inherited() {
     assert_eq!((bench.load(1), bench.load(6)), (4, 9));
     child.exit();
     bench.check();
+}
+
+#[test]
+fn a_mixed_span_comes_home_by_its_device_pages_and_nothing_else_moves() {
+    let bench = Bench::new();
+    bench.map(0, 8);
+    (0..8).for_each(|page| bench.store(page, u64::from(page) + 1));
+    let frame = |page| {
+        bench
+            .space
+            .entry(bench.at(page))
+            .and_then(Entry::mapped_frame)
+    };
+    let (_, first) = bench.send(bench.span(2, 2)).expect("free");
+    let (_, second) = bench.send(bench.span(5, 1)).expect("free");
+    let stay = [0, 1, 4, 6, 7];
+    let before = stay.map(frame);
+    let request = FaultIn {
+        span: bench.span(0, 8),
+        access: Access::Read,
+        keep: None,
+        pager: Pager::Wait,
+    };
+    let home = bench.space.fault_in(&request, &mut Vec::new());
+    home.expect("mapped");
+    assert_eq!(stay.map(frame), before);
+    assert_eq!(placement(&bench, 0, 8), Placement::System);
+    assert!(first.upgrade().is_none() && second.upgrade().is_none());
+    assert_eq!([2, 3, 5].map(|page| bench.load(page)), [3, 4, 6]);
+    bench.check();
+}
+
+#[test]
+fn a_bad_device_page_is_lost_and_all_others_come_home() {
+    for folios in [DeviceFolios::Small, DeviceFolios::Large] {
+        let bench = Bench::of(Shape {
+            device_folios: folios,
+            ..Shape::default()
+        });
+        bench.map(0, 4);
+        let huge = bench.space.madvise(bench.at(0), 4 * PAGE, 14);
+        huge.expect("anonymous");
+        (0..4).for_each(|page| bench.store(page, u64::from(page) + 1));
+        let (_, allocation) = bench.send(bench.span(0, 4)).expect("free");
+        let allocation = allocation.upgrade().expect("it has pages");
+        let frame = |page| {
+            bench
+                .space
+                .entry(bench.at(page))
+                .and_then(Entry::named_frame)
+        };
+        let bad = frame(1).expect("on the device");
+        bench.space.poison(bench.at(1));
+        bench.check();
+        let at = |page: u64| allocation.vram().start().plus(page * PAGE);
+        let lost = VramSpan::at(at(1), PAGE);
+        assert_eq!(allocation.lost(), [lost], "the device is told");
+        // The CPU, and the device.
+        assert_eq!(bench.space.load(bench.at(1)), Err(Signal::Bus));
+        let request = FaultIn {
+            span: bench.span(0, 4),
+            access: Access::Read,
+            keep: Some(PagemapId(1)),
+            pager: Pager::Wait,
+        };
+        let refused = bench.space.fault_in(&request, &mut Vec::new());
+        assert_eq!(refused, Err(Failed::BadPage(bench.at(1)).into()));
+        let home = MigrateTo::home(allocation.clone(), None);
+        let set = bench.space.migrate_begin(bench.span(0, 4), home);
+        let set = set.expect("free");
+        let read = |vram: VramSpan| set.moves().iter().any(|copy| copy.vram.overlaps(vram));
+        assert!(!read(lost) && read(VramSpan::at(at(2), PAGE)));
+        bench.copy(set.moves());
+        assert_eq!(set.finalize(), pages(3));
+        assert_eq!([0, 2, 3].map(|page| bench.load(page)), [1, 3, 4]);
+        // A new mapping in its place, and device pages, among which it is not.
+        bench.space.munmap(bench.at(0), 4 * PAGE).expect("mapped");
+        bench.map(0, 8);
+        bench.send(bench.span(0, 8)).expect("free");
+        assert!((0..8).all(|page| frame(page).is_some_and(|frame| frame != bad)));
+        bench.check();
+    }
 }
 
 #[test]
@@ -592,63 +742,5 @@ fn bytes_are_loaded_and_stored_across_pages() {
     assert_eq!(word.to_ne_bytes(), [3, 7, 5, 6, 0, 0, 0, 0]);
     let behind = bench.space.write(bench.at(2), &[1]);
     assert_eq!(behind, Err(Signal::Segv));
-    bench.check();
-}
-
-#[test]
-fn a_refused_device_page_undoes_the_migration() {
-    for nth in 1..=2 {
-        let bench = Bench::new();
-        bench.map(0, 2);
-        bench.store(0, 5);
-        bench.store(1, 6);
-        bench.kernel.refuse(nth);
-        let toy = bench.allocation(bench.span(0, 2));
-        let to = MigrateTo::device(toy.clone(), None);
-        let begun = bench.space.migrate_begin(bench.span(0, 2), to).map(drop);
-        assert_eq!(begun, Err(Failed::OutOfMemory.into()));
-        assert_eq!(Arc::strong_count(&toy), 1, "the host lets go of it");
-        assert_eq!([0, 1].map(|page| bench.load(page)), [5, 6]);
-        bench.check();
-    }
-}
-
-#[test]
-fn pages_that_are_refused_on_a_device_stay_where_they_are() {
-    let bench = Bench::new();
-    bench.map(0, 4);
-    bench.store(0, 5);
-    bench.store(1, 6);
-    for nth in 1..=4 {
-        // Holes are filled first, then come pages with content.
-        let refuse = || bench.kernel.refuse(nth);
-        let (moved, _weak) = bench.send_with(bench.span(0, 4), refuse).expect("quiet");
-        assert_eq!(moved, pages(3), "all but the one that was refused");
-        assert_eq!(placement(&bench, 0, 4), Placement::Mixed);
-        bench.check();
-        assert_eq!([0, 1, 2, 3].map(|page| bench.load(page)), [5, 6, 0, 0]);
-        bench
-            .space
-            .madvise(bench.at(2), 2 * PAGE, 4)
-            .expect("anonymous");
-    }
-    assert_eq!(bench.kernel.refused(), 0, "host memory was not short");
-}
-
-#[test]
-fn a_page_that_host_memory_is_refused_for_stays_on_its_device() {
-    let bench = Bench::new();
-    bench.map(0, 2);
-    bench.store(0, 5);
-    bench.store(1, 6);
-    bench.send(bench.span(0, 2)).expect("quiet");
-    for nth in 1..=2 {
-        bench.kernel.refuse(nth);
-        assert_eq!(bench.space.load(bench.at(0)), Err(Signal::Bus));
-        assert_eq!(bench.kernel.refused(), nth);
-        assert_eq!(placement(&bench, 0, 2), Placement::Device(PagemapId(1)));
-        bench.check();
-    }
-    assert_eq!([0, 1].map(|page| bench.load(page)), [5, 6]);
     bench.check();
 }

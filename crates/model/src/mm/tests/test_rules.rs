@@ -312,6 +312,41 @@ fn a_poisoned_page_is_an_error_and_never_comes_again() {
 }
 
 #[test]
+fn a_large_page_knows_of_a_bad_one_in_it_until_a_split_sets_it_apart() {
+    let mut mm = Machine::new(Shape {
+        pmd_order: 9,
+        pages: 512,
+        frames: 1024,
+        ..Shape::default()
+    });
+    map(&mut mm, 0, 512);
+    advise(&mut mm, 0, 512, 14).expect("anonymous");
+    write(&mut mm, P0, 0, 7);
+    let Block::Huge(head, _) = mm.block(P0, 0) else {
+        panic!("not large");
+    };
+    let bad = head.plus(300);
+    assert!(!mm.memory().has_poison(head));
+    // A pin keeps it in one piece.
+    let pinned = reclaim::pin(&Solo::new(&mut mm), P0, 0, Access::Write).expect("mapped");
+    reclaim::poison(&Solo::new(&mut mm), bad);
+    assert_eq!(mm.memory().frame(head).order, 9);
+    assert!(mm.memory().has_poison(head) && mm.memory().has_poison(head.plus(511)));
+    let touched = fault(&Solo::new(&mut mm), P0, 300, Access::Read);
+    assert_eq!(touched, Err(Signal::Bus));
+    reclaim::unpin(&Solo::new(&mut mm), pinned);
+    assert!(mm.split_folio(head, Split::Uniform));
+    let poisoned = (0..512).filter(|n| mm.memory().has_poison(head.plus(*n)));
+    assert_eq!(poisoned.collect::<Vec<_>>(), [300]);
+    check(&mm).expect("consistent");
+    assert!(reclaim::reclaim(&Solo::new(&mut mm), head.plus(1)));
+    munmap(&Solo::new(&mut mm), P0, at(0), bytes(512)).expect("mapped");
+    let free = (0..512).filter(|n| mm.memory().is_free(head.plus(*n)));
+    assert_eq!(free.count(), 511);
+    check_quiet(&mm).expect("consistent");
+}
+
+#[test]
 fn device_pages_are_shared_by_fork_and_freed_with_the_last_mapping() {
     let mut mm = mm();
     map(&mut mm, 0, 1);
