@@ -57,6 +57,9 @@ scenarios! {
     s32_mprotect = 32,
     s34_process_ends = 34,
     s37_atomics_against_a_reader = 37,
+    s38_atomic_on_a_file = 38,
+    s39_atomics_forbidden = 39,
+    s40_atomic_without_room = 40,
     s41_two_devices = 41,
     s42_pinned_page = 42,
     s43_all_or_nothing = 43,
@@ -91,6 +94,7 @@ scenarios! {
     s92_exclusive_page = 92,
     s94_flush_covers_all = 94,
     s95_fault_storm = 95,
+    s96_entry_without_atomics = 96,
     s97_memory_lacks_a_page = 97,
     s98_close_while_collecting = 98,
 }
@@ -144,6 +148,7 @@ fn planted_bugs_are_found() {
         (46, Mutant::FreedTwice),
         (67, Mutant::RecheckDropped),
         (94, Mutant::FlushSpanOverwritten),
+        (96, Mutant::AtomicsOnPlainPages),
     ];
     let missed: Vec<_> = planted
         .into_iter()

@@ -112,6 +112,13 @@ pub trait VramStore: Send + Sync {
     /// Copies bytes out of device memory.
     fn read(&self, offset: u64, dst: &mut [u8]);
 
+    /// The word at `offset`, 8-byte aligned.
+    fn word(&self, offset: u64) -> u64 {
+        let mut word = [0; 8];
+        self.read(offset, &mut word);
+        u64::from_ne_bytes(word)
+    }
+
     /// Copies bytes into device memory.
     fn write(&self, offset: u64, src: &[u8]);
 

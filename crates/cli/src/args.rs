@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::atomics::Atomics;
 use crate::conformance::ConformanceArgs;
 use crate::machine::{MachineConfig, ServiceMode};
 use crate::size;
@@ -126,12 +127,20 @@ pub struct RunArgs {
     /// and NAME.gt0.stats. Made if it is not there.
     #[arg(long, value_name = "DIR")]
     pub report: Option<PathBuf>,
-    /// How long torture lasts.
+    /// Where the device does its atomics. Torture has memory that can be nowhere else than it is, and the bus
+    /// for it.
+    #[arg(long, value_enum, default_value_t = Atomics::System)]
+    pub atomics: Atomics,
+    /// How long torture lasts, or at least lasts what atomics adds. Seconds of the wall's clock, on the
+    /// model host, too: there the rounds of additions are the same each time, but for how many there are.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub seconds: Option<u64>,
     /// What torture does to the address space, of all that it can do.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "OP,...")]
     pub(crate) ops: Vec<Op>,
+    /// Let torture's threads sleep for a moment at one of N places where others may meet them.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub jitter: Option<u32>,
     /// Plant a bug, to see torture find it.
     #[arg(long = "break", value_enum, value_name = "BUG")]
     pub planted: Option<Planted>,
@@ -328,6 +337,7 @@ impl RunArgs {
                 Service::Queue => ServiceMode::Queue,
             },
             live: self.live.config(),
+            atomics: self.atomics,
             seed: self.seed,
             timeline: self.report.is_some(),
             plant_stale_tlb: self.planted == Some(Planted::Tlb),

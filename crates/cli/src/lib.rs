@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod atomics;
 pub mod bench;
 pub mod conformance;
 mod cpu_time;

@@ -47,7 +47,7 @@ pub(crate) const fn errno_of(failed: Failed) -> &'static str {
         Failed::OutOfVram | Failed::OutOfMemory => "ENOMEM",
         Failed::TooLarge => "E2BIG",
         Failed::Budget(_) => "EBUSY",
-        Failed::NotMigratable(_) => "EACCES",
+        Failed::NotMigratable(_) | Failed::AtomicForbidden(_) => "EACCES",
         Failed::Os(_) => "EOS",
     }
 }

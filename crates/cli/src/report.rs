@@ -51,6 +51,8 @@ pub struct Report {
     pub vram: u64,
     /// The answer, where it is short.
     pub answer: Option<String>,
+    /// What the workload counted, where it counted something.
+    pub counts: Option<Value>,
     /// What the host used.
     pub host: Value,
     /// The options.
@@ -129,6 +131,7 @@ pub fn config_json(args: &RunArgs, size: u64, vram: u64) -> Value {
         "migration": format!("{:?}", args.migration).to_lowercase(),
         "fault_service": format!("{:?}", args.fault_service).to_lowercase(),
         "cpu_faults": value_name(args.cpu_faults),
+        "atomics": value_name(args.atomics),
         "level": value_name(args.live.level),
         "brackets": value_name(args.live.brackets),
         "seed": args.seed,
@@ -163,6 +166,7 @@ impl Report {
             "bytes": self.bytes,
             "bandwidth_bytes_per_s": self.bandwidth(),
             "answer": self.answer,
+            "counts": self.counts,
             "host": self.host,
             "config": self.config,
             "stats": self.stats,
@@ -219,6 +223,7 @@ mod tests {
             traffic: 1 << 20,
             vram: 1 << 22,
             answer: None,
+            counts: None,
             host: json!({}),
             config: json!({}),
             stats: stats_json(&stats),

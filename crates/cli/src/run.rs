@@ -212,7 +212,7 @@ fn plan(args: &RunArgs) -> Result<Vec<Planned>, RunError> {
 }
 
 fn select(args: &RunArgs) -> Result<Vec<Planned>, RunError> {
-    if args.seconds.is_some() {
+    if args.seconds.is_some() && args.workload.as_deref() != Some("atomics") {
         return Err(RunError::Needless("--seconds"));
     }
     if args.planted.is_some() {
@@ -220,6 +220,9 @@ fn select(args: &RunArgs) -> Result<Vec<Planned>, RunError> {
     }
     if !args.ops.is_empty() {
         return Err(RunError::Needless("--ops"));
+    }
+    if args.jitter.is_some() {
+        return Err(RunError::Needless("--jitter"));
     }
     if args.cpu_faults == CpuFaults::InThread {
         return Err(RunError::Needless("--cpu-faults in-thread"));
@@ -272,6 +275,7 @@ fn run_one(args: &RunArgs, plan: &Planned, interrupted: &AtomicBool) -> Result<R
         size: bytes,
         seed: args.seed,
         input: args.input.clone(),
+        seconds: args.seconds,
         memory: Memory::Process,
     };
     // Where only the program's own allocations migrate, the data has to be some.
@@ -298,6 +302,7 @@ fn run_one(args: &RunArgs, plan: &Planned, interrupted: &AtomicBool) -> Result<R
         traffic: data.traffic(),
         vram,
         answer: data.answer(),
+        counts: data.counts(),
         host: report::host_json(machine.space().level(), &probe()),
         config: report::config_json(args, bytes, vram),
         stats: report::stats_json(machine.stats()),

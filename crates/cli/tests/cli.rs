@@ -142,6 +142,57 @@ fn no_addition_is_lost_between_cpu_and_device() {
     }
 }
 
+/// Runs additions for two seconds; `None` where the machine cannot.
+fn add_for_a_while(atomics: &str) -> Option<(Option<i32>, Value)> {
+    let args = ["run", "atomics", "--size", "8M", "--vram", "8M", "--json"];
+    let run = output(&[&args[..], &["--seconds", "2", "--atomics", atomics]].concat());
+    if refused(&run) {
+        return None;
+    }
+    let object = serde_json::from_slice(&run.stdout);
+    Some((run.status.code(), object.expect("one JSON object")))
+}
+
+#[test]
+fn no_addition_is_lost_under_either_policy() {
+    for atomics in ["device", "exclusive"] {
+        let Some((code, object)) = add_for_a_while(atomics) else {
+            return;
+        };
+        assert_eq!(code, Some(0), "{object:#}");
+        assert_eq!(object["config"]["atomics"], atomics);
+        let counts = &object["counts"];
+        assert_eq!(counts["lost_additions"], 0, "{atomics}");
+        for count in ["cpu_additions", "device_additions", "storm_moves"] {
+            assert!(counts[count].as_u64() > Some(0), "{atomics}: {count}");
+        }
+        assert!(object["elapsed_s"].as_f64() >= Some(1.9), "{atomics}");
+    }
+}
+
+#[test]
+fn there_is_no_storm_where_no_touch_brings_pages_home() {
+    let args = ["run", "atomics", "--size", "1M", "--vram", "4M", "--json"];
+    let run = output(&[&args[..], &["--level", "explicit"]].concat());
+    if refused(&run) {
+        return;
+    }
+    assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
+    let object: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+    assert_eq!(object["counts"]["storm_moves"], 0);
+    assert_eq!(object["counts"]["lost_additions"], 0);
+}
+
+#[test]
+fn additions_are_lost_without_a_policy() {
+    let Some((code, object)) = add_for_a_while("naive") else {
+        return;
+    };
+    assert_eq!(code, Some(1), "{object:#}");
+    assert_eq!(object["verified"], false);
+    assert!(object["counts"]["lost_additions"].as_i64() > Some(0));
+}
+
 #[test]
 fn words_of_a_file_are_counted_as_the_shell_would() {
     let path = file("words.txt", "one two\nthree\u{b}four  \n".as_bytes());

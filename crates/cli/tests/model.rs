@@ -59,6 +59,21 @@ fn additions_by_cpu_and_device_are_all_there() {
 }
 
 #[test]
+fn additions_are_exact_under_either_policy_and_lost_without_one() {
+    let small = ["atomics", "--size", "256K", "--vram", "4M", "--atomics"];
+    for atomics in ["device", "exclusive"] {
+        let object = verified_twice(&[&small[..], &[atomics]].concat());
+        assert_eq!(object["counts"]["lost_additions"], 0, "{atomics}");
+        let by_cpu = object["counts"]["cpu_additions"].as_u64();
+        assert!(by_cpu > Some(0), "{atomics}");
+    }
+    let naive = run(&[&small[..], &["naive", "--json"]].concat());
+    assert_eq!(naive.status.code(), Some(1), "{}", text(&naive.stderr));
+    let object: Value = serde_json::from_slice(&naive.stdout).expect("one JSON object");
+    assert!(object["counts"]["lost_additions"].as_i64() > Some(0));
+}
+
+#[test]
 fn random_accesses_migrate_both_ways_and_are_the_same_again() {
     for workload in ["bfs", "gups"] {
         assert!(assert_migrates(workload) > 0, "{workload}");
@@ -152,13 +167,13 @@ scenario 1 a bad page of device memory
 #[test]
 fn a_bad_page_of_device_memory_is_neither_copied_nor_used_again() {
     let file = std::env::temp_dir().join(format!("gpusvm-bad-page-{}.scn", std::process::id()));
-    std::fs::write(&file, BAD_PAGE).expect("a file can be written");
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gpusvm"));
+    fs::write(&file, BAD_PAGE).expect("a file can be written");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gpusvm"));
     command
         .args(["conformance", "scenarios", "--file"])
         .arg(&file);
     let output = command.output().expect("the command runs");
-    std::fs::remove_file(&file).expect("it is there");
+    fs::remove_file(&file).expect("it is there");
     let shown = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{shown}");
 }

@@ -43,7 +43,17 @@ fn assert_found(bug: &str, migration: &str) {
 
 #[test]
 fn nothing_is_found_where_nothing_is_wrong() {
-    let Some(output) = torture(&["--seconds", "3", "--json"]) else {
+    assert_clean(&["--seconds", "3", "--json"]);
+}
+
+/// Where threads sleep in the middle, more of them meet.
+#[test]
+fn nothing_is_found_where_threads_sleep_between_steps() {
+    assert_clean(&["--seconds", "3", "--jitter", "20", "--json"]);
+}
+
+fn assert_clean(options: &[&str]) {
+    let Some(output) = torture(options) else {
         return;
     };
     let said = String::from_utf8_lossy(&output.stderr);
@@ -71,6 +81,8 @@ fn nothing_is_found_where_nothing_is_wrong() {
         assert!(torture[some].as_u64() > Some(0), "{some}");
     }
     assert!(torture["operations"]["discard"]["done"].as_u64() > Some(0));
+    // Nothing came home to a place with other content.
+    assert_eq!(object["stats"]["host_conflict_count"], 0);
 }
 
 /// Where a user without privileges cannot be, the reason is told.
@@ -146,7 +158,7 @@ fn deadlock_is_told_by_the_watchdog() {
 
 #[test]
 fn options_of_torture_go_with_nothing_else() {
-    for option in [["--seconds", "3"], ["--break", "tlb"]] {
+    for option in [["--seconds", "3"], ["--break", "tlb"], ["--jitter", "9"]] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_gpusvm"));
         let output = command.args(["run", "stream"]).args(option).output();
         let output = output.expect("the program runs");

@@ -17,7 +17,7 @@ use gpusvm::seam::copy::{CopyEngine, CopyMove, CopyWith};
 use gpusvm::seam::env::{Environment, Ns, Work};
 use gpusvm::seam::mm::{
     Access, AddressSpace, AllocationRef, CpuFault, FaultIn, InvalidateReason, InvalidationSink,
-    Location, MigrateTo, MigrationSet, PageKind, PageRun, PagemapId, Pager, Placement, Seen,
+    Location, MigrateTo, MigrationSet, Owner, PageKind, PageRun, PagemapId, Pager, Placement, Seen,
     SeenPage, Vma, VmaKind,
 };
 use gpusvm::seam::{Platform, Seams};
@@ -260,6 +260,7 @@ impl AddressSpace for Process {
     fn make_exclusive(
         &self,
         at: HostVa,
+        _owner: Owner,
         _commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
         Err(Failed::NotMigratable(at).into())
@@ -385,6 +386,7 @@ impl Device {
             access: Access::Write,
             device_memory: true,
             populated_up_to: 0,
+            largest: gpusvm::addr::PAGE_2M,
         };
         let range = self.svm.find_or_insert_range(&mut self.owner, &find)?;
         let (span, timeslice) = (range.span(), Ns(0));
@@ -442,6 +444,7 @@ fn main() -> Result<(), Interrupted> {
     let pagemap = Pagemap::new(seams.clone(), PagemapId(1), engine, vram);
     let config = SvmConfig {
         vm: 1,
+        owner: Owner(1),
         area: area(),
         window_bytes: 512 << 20,
     };

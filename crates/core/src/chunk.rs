@@ -21,6 +21,8 @@ pub struct Limits {
     pub area: HostSpan,
     /// Chunks up to this many bytes must be populated.
     pub populated_up_to: u64,
+    /// Most bytes, at least a page.
+    pub largest: u64,
 }
 
 /// Picks the range for a fault at `at`. `overlaps` tells whether a range exists in a span,
@@ -32,7 +34,8 @@ pub fn choose(
     overlaps: impl Fn(HostSpan) -> bool,
     populated: impl Fn(HostSpan) -> bool,
 ) -> Option<HostSpan> {
-    CHUNKS.into_iter().find_map(|size| {
+    let mut sizes = CHUNKS.into_iter().filter(|size| *size <= limits.largest);
+    sizes.find_map(|size| {
         let chunk = HostSpan::aligned_around(at, size)?;
         let inside = [limits.vma, limits.window, limits.area]
             .into_iter()
@@ -66,6 +69,7 @@ mod tests {
             window: all,
             area: all,
             populated_up_to: PAGE_64K,
+            largest: PAGE_2M,
         }
     }
 
@@ -120,6 +124,16 @@ mod tests {
             Touched::All,
         );
         assert_eq!(got, Some(span(6 * M, 6 * M + 4096)));
+    }
+
+    #[test]
+    fn nothing_is_larger_than_was_asked_for() {
+        let one_page = Limits {
+            largest: PAGE,
+            ..limits(span(4 * M, 8 * M))
+        };
+        let got = pick(5 * M, &one_page, &[], Touched::All);
+        assert_eq!(got, Some(span(5 * M, 5 * M + PAGE)));
     }
 
     #[test]

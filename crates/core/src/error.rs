@@ -61,6 +61,8 @@ pub enum Failed {
     Budget(Stale),
     /// The VM is closed (`-ENOENT`).
     Closed,
+    /// The device may do no atomics here: they are the CPU's alone (`-EACCES`).
+    AtomicForbidden(HostVa),
     /// Access needs device memory, which this kind of mapping cannot have (`-EACCES`).
     NotMigratable(HostVa),
     /// The operating system refused (errno).
@@ -82,6 +84,7 @@ impl fmt::Display for Failed {
             Self::Copy => f.write_str("the copy engine could not reach host memory"),
             Self::Budget(last) => write!(f, "gave up retrying: {last}"),
             Self::Closed => f.write_str("the address space is closed"),
+            Self::AtomicForbidden(at) => write!(f, "atomics at {at} are the CPU's alone"),
             Self::NotMigratable(at) => {
                 write!(f, "the mapping at {at} cannot move to device memory")
             }

@@ -63,6 +63,11 @@ mutants! {
         AloneNotEvictable = "alone-not-evictable": "After a migration of which only some pages moved, those cannot be evicted.",
         PlanNotAborted = "plan-not-aborted": "A binding that comes too late keeps the tables that were made for it.",
         FreeWakesNobody = "free-wakes-nobody": "Whoever waits for device memory is not told that some is free.",
+        // Atomics.
+        ExclusiveNotRechecked = "exclusive-not-rechecked": "An exclusive page is bound without asking whether the CPU has taken it back.",
+        ExclusiveEndedQuietly = "exclusive-ended-quietly": "A CPU takes an exclusive page back and tells no notifier.",
+        ExclusiveEventOfOthers = "exclusive-event-of-others": "A VM takes the exclusive events of others for its own.",
+        AtomicsOnPlainPages = "atomics-on-plain-pages": "Entries allow atomics on host memory that the CPU has as well.",
         // The device.
         TlbKeepsEntries = "tlb-keeps-entries": "A unit acknowledges a TLB invalidation and keeps its entries.",
         WalkOutsideGate = "walk-outside-gate": "A unit fills its TLB from a walk that an invalidation has overtaken.",

@@ -11,6 +11,8 @@ pub struct PageSet {
     pub(crate) runs: Vec<PageRun>,
     pub(crate) access: Access,
     pub(crate) seq: Seq,
+    /// The CPU has no access.
+    pub(crate) exclusive: bool,
 }
 
 impl PageSet {
@@ -27,6 +29,13 @@ impl PageSet {
             Location::Device { pagemap, .. } => Some(pagemap),
             Location::System(_) => None,
         }
+    }
+
+    /// Whether the device has the pages, which are host memory, for itself
+    /// ([`Svm::make_exclusive`](crate::svm::Svm::make_exclusive)).
+    #[must_use]
+    pub const fn is_exclusive(&self) -> bool {
+        self.exclusive
     }
 
     /// Right with which the pages were faulted in.

@@ -32,8 +32,8 @@ use crate::pages::{PageSet, in_one_place};
 use crate::range::{Range, RangeKind, RangeRef, Tree};
 use crate::seam::env::{Environment, Mutex, Ns, Point, Work};
 use crate::seam::mm::{
-    Access, AddressSpace, FaultIn, InvalidateReason, InvalidationSink, PagemapId, Pager, Vma,
-    VmaKind,
+    Access, AddressSpace, FaultIn, InvalidateReason, InvalidationSink, Owner, PagemapId, Pager,
+    Vma, VmaKind,
 };
 use crate::seam::{Platform, Seams};
 
@@ -75,6 +75,8 @@ pub struct SvmOwner(());
 pub struct SvmConfig {
     /// Identity for deferred work.
     pub vm: u32,
+    /// Identity as owner of exclusive pages: no two address spaces of a process share one.
+    pub owner: Owner,
     /// Host addresses that may be shared.
     pub area: HostSpan,
     /// Bytes of a notifier window, a power of two of at least 4 KiB (`svm_notifier_size`).
@@ -94,6 +96,8 @@ pub struct FindRange {
     pub device_memory: bool,
     /// Chunks up to this many bytes must be populated (`check_pages_threshold`).
     pub populated_up_to: u64,
+    /// Most bytes of a new range, a chunk size.
+    pub largest: u64,
 }
 
 /// Notifiers and ranges of one device address space.
@@ -201,7 +205,12 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         if !in_one_place(&runs) {
             return Err(Stale::MixedPlacement.into());
         }
-        Ok(PageSet { runs, access, seq })
+        Ok(PageSet {
+            runs,
+            access,
+            seq,
+            exclusive: false,
+        })
     }
 
     /// Publishes `pages` and lets `bind` write the entries, unless an invalidation came in
@@ -220,8 +229,7 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
             .get_mut(range)
             .filter(|r| !r.is_dead())
             .ok_or(Stale::RangeUnmapped)?;
-        let recheck = !self.skip_recheck.load(Ordering::Relaxed)
-            && !self.seams.env.mutant(Mutant::RecheckDropped);
+        let recheck = !self.skip_recheck.load(Ordering::Relaxed) && !self.drops_recheck(&pages);
         if recheck && range.interval.read_retry(pages.seq) {
             return Err(Stale::CpuMappingChanged);
         }
@@ -371,6 +379,7 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
             window,
             area: find.area.intersect(self.config.area).unwrap_or(find.area),
             populated_up_to: find.populated_up_to,
+            largest: find.largest,
         };
         let chunk = chunk::choose(
             find.at,
@@ -401,7 +410,8 @@ impl<P: Platform, D: Bindings> InvalidationSink for Svm<P, D> {
     fn start(&self, interval: &Interval, span: HostSpan, reason: InvalidateReason, seq: Seq) {
         let started = self.seams.env.now();
         let mut tree = self.tree.lock();
-        if !self.seams.env.mutant(Mutant::SeqNotSet) || tree.overlaps(span) {
+        let noted = !self.seams.env.mutant(Mutant::SeqNotSet) || tree.overlaps(span);
+        if noted && !self.is_own(reason) {
             interval.set_seq(seq);
         }
         let Some(clipped) = span.intersect(interval.window()) else {
@@ -484,6 +494,7 @@ fn unmap_pages<B: Default>(tree: &mut Tree<B>, span: HostSpan) {
         .for_each(|range: &mut Range<B>| range.pages.mapped = false);
 }
 
+mod exclusive;
 mod look;
 mod planted;
 #[cfg(test)]

@@ -8,7 +8,7 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::error::{Failed, Interrupted};
 use gpusvm::mmu::Interval;
 use gpusvm::seam::env::{Environment, Ns, Point};
-use gpusvm::seam::mm::{Access, AddressSpace, InvalidationSink, Location, Pager};
+use gpusvm::seam::mm::{Access, AddressSpace, InvalidationSink, Location, Owner, Pager};
 
 use crate::block::Flags;
 use crate::device::Device;
@@ -20,6 +20,9 @@ pub(crate) const PATIENCE: Ns = Ns::from_millis(1000);
 
 /// First address past user space.
 const USER_END: u64 = 1 << 47;
+
+/// Owner of exclusive pages. Mirrors enter them while they are locked, and listen to all events.
+const OWNER: Owner = Owner(u64::MAX);
 
 /// Rounds of faults of one command.
 const ROUNDS: u64 = 1 << 16;
@@ -220,7 +223,7 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
         for n in 0..span.pages().get() {
             let at = span.start().plus(n * PAGE);
             self.retry(|| {
-                self.space.make_exclusive(at, &mut |bus| {
+                self.space.make_exclusive(at, OWNER, &mut |bus| {
                     let entry = Entry {
                         at: Location::System(bus),
                         tag: Tag::Atomic,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use gpusvm::seam::{Platform, Seams, mm::PagemapId};
 use gpusvm_live::{LiveBus, LiveConfig, LiveEnv, LiveSpace, RuntimeAlloc, VramMode, thread};
-use gpusvm_softgpu::{Dispatch, FaultService, GpuConfig, Kernel, SoftGpu, Stop, Tile};
+use gpusvm_softgpu::{Dispatch, FaultService, GpuConfig, Kernel, SmemAtomics, SoftGpu, Stop, Tile};
 use gpusvm_xe::stats::{Counter as C, DeviceStats};
 use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
 use gpusvm_xe::{copy::XeCopy, device::Device};
@@ -50,6 +50,7 @@ const GPU: GpuConfig = GpuConfig {
     fault_ring: 64,
     asids: 2,
     tlb_timeout_ns: 1_000_000_000,
+    smem_atomics: SmemAtomics::OnTheBus,
     planted: None,
 };
 

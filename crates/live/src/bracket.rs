@@ -322,7 +322,9 @@ impl LiveSpace {
         let suspended = self.watch.suspend(span);
         // Before and after, so that no look in between is remembered.
         self.remembered.forget();
+        self.step();
         let result = raw();
+        self.step();
         self.remembered.forget();
         let outcome = Outcome::of(effect, result);
         self.settle_call(span, effect, outcome, &suspended);

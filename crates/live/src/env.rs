@@ -5,12 +5,15 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use core::time::Duration;
 use std::sync::{Arc, OnceLock};
 
-use gpusvm::seam::env::{Environment, Mutex, Ns, Work};
+use gpusvm::seam::env::{Environment, Mutex, Ns, Point, Work};
 use gpusvm_abi::bus::Park;
 
 use crate::sys::futex::{self, RawFutexMutex, Sleepers};
 use crate::sys::thread::{self, RuntimeThread, SpawnError};
 use crate::sys::waits::Reason;
+
+/// The longest sleep of [`set_jitter`](LiveEnv::set_jitter).
+const NAP: Ns = Ns(300_000);
 
 type Handler = Box<dyn Fn(Work) + Send + Sync>;
 
@@ -26,6 +29,8 @@ pub struct LiveEnv {
     handler: OnceLock<Handler>,
     worker: Mutex<Self, Option<RuntimeThread>>,
     random: AtomicU64,
+    /// Of how many switch points one is slept at; 0: none.
+    jitter: AtomicU32,
     /// Those who wait for the framework.
     framework: Sleepers,
     /// Those who wait for the device, or in it.
@@ -50,9 +55,24 @@ impl LiveEnv {
             handler: OnceLock::new(),
             worker: Mutex::<Self, _>::new(None),
             random: AtomicU64::new(seed),
+            jitter: AtomicU32::new(0),
             framework: Sleepers::new(),
             device: Sleepers::new(),
         })
+    }
+
+    /// From now on a thread sleeps at one of `odds` switch points, for up to [`NAP`], so that others meet it
+    /// where they rarely would; at none, if that is 0. For tests.
+    #[doc(hidden)]
+    pub fn set_jitter(&self, odds: u32) {
+        self.jitter.store(odds, Ordering::Relaxed);
+    }
+
+    #[cold]
+    fn nap(&self, odds: u32) {
+        if self.random().is_multiple_of(u64::from(odds)) {
+            self.sleep_until(self.now().after(Ns(self.random() % NAP.0)));
+        }
     }
 
     /// Starts the thread that does deferred work with `handler`. A second call changes nothing.
@@ -136,6 +156,13 @@ impl Environment for LiveEnv {
             let left = deadline.since(self.now());
             let left = Some(Duration::from_nanos(left.0));
             futex::wait(&never_woken, 0, left, Reason::Clock);
+        }
+    }
+
+    fn yield_point(&self, _at: Point) {
+        let odds = self.jitter.load(Ordering::Relaxed);
+        if odds != 0 {
+            self.nap(odds);
         }
     }
 

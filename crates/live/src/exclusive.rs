@@ -13,12 +13,14 @@ use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::HomeCause;
 use gpusvm::seam::env::Mutex;
 use gpusvm::seam::mm::{
-    AllocationId, AllocationRef, CpuFault, CpuFaultOutcome, CpuFaultSink, DeviceAllocation,
-    MigrateTo, MigrationSet, PagemapId, VmaKind,
+    Access, AddressSpace, AllocationId, AllocationRef, CpuFault, CpuFaultOutcome, CpuFaultSink,
+    DeviceAllocation, FaultIn, Folios, InvalidateReason, MigrateTo, MigrationSet, Owner, PagemapId,
+    Pager, VmaKind,
 };
 use gpusvm_abi::bus::VramStore;
 
 use crate::env::LiveEnv;
+use crate::migrate::Goal;
 use crate::space::LiveSpace;
 use crate::sys::advise;
 use crate::sys::vram::{LiveVram, VramMode};
@@ -26,8 +28,11 @@ use crate::sys::vram::{LiveVram, VramMode};
 /// Identity of the memory: that of no device.
 const NOBODYS: PagemapId = PagemapId(u32::MAX);
 
-/// Bytes that can be exclusive at a time. They cost address space only.
-const BYTES: u64 = 64 << 20;
+/// Bytes that can be exclusive at a time. They cost address space, and mappings of the process, of which
+/// there are not many: each page may cut one in three.
+const BYTES: u64 = 32 << 20;
+/// Pages that are sent home, at most, to make room for one.
+const VICTIMS_MAX: usize = 16;
 
 /// Places for exclusive pages. The lock is a leaf.
 pub(crate) struct Lone {
@@ -37,11 +42,34 @@ pub(crate) struct Lone {
 }
 
 /// Which places are free.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Places {
     free: Vec<u64>,
-    /// The first place that was never used.
-    next: u64,
+    /// Who has, or had last, each place that was ever used, in their order.
+    holders: Vec<Weak<Exclusive>>,
+    /// Whose page goes home next, where no place is free.
+    hand: usize,
+}
+
+impl Places {
+    /// A place for nobody's page yet.
+    fn take(&mut self) -> Option<u64> {
+        if let Some(place) = self.free.pop() {
+            return Some(place);
+        }
+        let fresh = u64::try_from(self.holders.len()).ok()? * PAGE;
+        (fresh < BYTES).then(|| {
+            self.holders.push(Weak::new());
+            fresh
+        })
+    }
+
+    /// Who is next to make room, by turns.
+    fn victim(&mut self) -> Option<Arc<Exclusive>> {
+        let holder = self.holders.get(self.hand)?.upgrade();
+        self.hand = (self.hand + 1) % self.holders.len();
+        holder
+    }
 }
 
 impl Default for Lone {
@@ -66,13 +94,30 @@ impl Lone {
         let _once = self.space.set(Arc::downgrade(space));
     }
 
-    fn take(&self) -> Option<u64> {
+    /// A place, for which others may have to go home.
+    fn take(&self) -> Result<u64, Interrupted> {
+        for _victim in 0..VICTIMS_MAX {
+            let mut places = self.places.lock();
+            if let Some(place) = places.take() {
+                return Ok(place);
+            }
+            let victim = places.victim();
+            // Dropping a page takes the lock.
+            drop(places);
+            if let Some(victim) = victim {
+                victim.bring_home(HomeCause::Pressure)?;
+            }
+        }
+        Err(Stale::PagesBusy.into())
+    }
+
+    /// Says whose page is in a place that was taken.
+    fn enter(&self, page: &Arc<Exclusive>) {
+        let index = usize::try_from(page.place / PAGE).unwrap_or(usize::MAX);
         let mut places = self.places.lock();
-        let fresh = (places.next < BYTES).then_some(places.next);
-        places.free.pop().or_else(|| {
-            places.next += PAGE;
-            fresh
-        })
+        if let Some(holder) = places.holders.get_mut(index) {
+            *holder = Arc::downgrade(page);
+        }
     }
 }
 
@@ -90,25 +135,40 @@ impl LiveSpace {
     pub(crate) fn take_for_device(
         &self,
         at: HostVa,
+        owner: Owner,
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
         let span = HostSpan::at(at, PAGE);
         self.check_exclusive(at)?;
-        // A page that is on a device, or a device's own already, comes home by this, too.
+        // A page that is on a device, or a device's own already, comes home first.
+        let request = FaultIn {
+            span,
+            access: Access::Write,
+            keep: None,
+            pager: Pager::Wait,
+        };
+        self.fault_in(&request, &mut Vec::new())?;
         advise::populate_write(span).map_err(|_errno| Failed::BadPage(at))?;
         let memory = self.lone_memory()?;
         let space = self.lone.space.get().cloned().unwrap_or_default();
-        let place = self.lone.take().ok_or(Failed::OutOfMemory)?;
+        let place = self.lone.take()?;
         let page = Arc::new(Exclusive {
             space,
             memory: Arc::clone(&memory),
             place,
             origin: span,
         });
+        self.lone.enter(&page);
         let aperture = page.aperture();
         memory.discard(place, PAGE);
         let there = aperture.ok_or(Failed::NotMigratable(at))?.start();
-        let set = self.begin(span, MigrateTo::device(page as AllocationRef, aperture))?;
+        let goal = Goal {
+            allocation: page as AllocationRef,
+            aperture,
+            folios: Folios::Keep,
+            reason: InvalidateReason::Exclusive(owner),
+        };
+        let set = self.begin_out(span, &goal)?;
         commit(BusAddr::new(there.get()));
         set.finalize();
         Ok(())
@@ -218,7 +278,9 @@ mod tests {
         let at = HostVa::new(map.address());
         let page = HostSpan::at(at, PAGE);
         let mut given = None;
-        let made = bench.space.make_exclusive(at, &mut |bus| given = Some(bus));
+        let made = bench
+            .space
+            .make_exclusive(at, Owner(1), &mut |bus| given = Some(bus));
         made.expect("private memory");
         let bus = given.expect("committed").get();
         assert_eq!(seen(&bench, page), [Seen::Absent]);
@@ -233,6 +295,27 @@ mod tests {
     }
 
     #[test]
+    fn the_first_pages_make_room_where_there_are_too_many() {
+        let Some(bench) = Bench::open(VramMode::Adopt) else {
+            return;
+        };
+        let bytes = BYTES + 2 * PAGE;
+        let len = usize::try_from(bytes).expect("64-bit");
+        let mut map = AnonMapping::new(len, Huge::Never).expect("some memory can be mapped");
+        map.words_mut().fill(3);
+        let all = HostSpan::at(HostVa::new(map.address()), bytes);
+        for n in 0..all.pages().get() {
+            let at = all.start().plus(n * PAGE);
+            let made = bench.space.make_exclusive(at, Owner(1), &mut |_bus| ());
+            made.expect("private memory");
+        }
+        let seen = seen(&bench, all);
+        assert!(matches!(seen[..2], [Seen::Page(_), Seen::Page(_)]));
+        assert!(seen[2..].iter().all(|page| *page == Seen::Absent));
+        assert!(map.words().iter().all(|word| *word == 3));
+    }
+
+    #[test]
     fn pages_of_files_cannot_be_exclusive() {
         let Some(bench) = Bench::open(VramMode::Adopt) else {
             return;
@@ -240,7 +323,7 @@ mod tests {
         let own = std::env::current_exe().expect("a program has a file");
         let map = FileMapping::open(&own).expect("it can be read");
         let at = HostVa::new(map.address());
-        let made = bench.space.make_exclusive(at, &mut |_bus| ());
+        let made = bench.space.make_exclusive(at, Owner(1), &mut |_bus| ());
         assert!(matches!(made, Err(Interrupted::Failed(_))), "{made:?}");
     }
 }

@@ -248,6 +248,7 @@ impl LiveSpace {
         let mut rest = leg.user;
         let mut patience = Patience::new();
         loop {
+            self.step();
             let to = leg.parked_at(rest.start());
             let moved = self.staging.uffd.move_pages(to, rest);
             let Some((stayed, errno)) = self.stayed(rest, moved.error) else {
@@ -400,6 +401,7 @@ impl LiveSpace {
     }
 
     fn move_in(&self, from: Mapping, to: HostVa, parked: HostSpan) -> Moved {
+        self.step();
         let uffd = self.watch.shards.uffd(from.shard);
         if self.holes == Holes::Marked
             && let Err(errno) = uffd.unprotect(HostSpan::at(to, parked.bytes()))

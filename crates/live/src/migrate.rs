@@ -43,10 +43,12 @@ pub struct LiveMigration<'a> {
 }
 
 /// Where pages go, and how.
-struct Goal {
-    allocation: AllocationRef,
-    aperture: Option<HostSpan>,
-    folios: Folios,
+pub(crate) struct Goal {
+    pub(crate) allocation: AllocationRef,
+    pub(crate) aperture: Option<HostSpan>,
+    pub(crate) folios: Folios,
+    /// What devices are told.
+    pub(crate) reason: InvalidateReason,
 }
 
 /// Whether the mapping that pages leave may be written.
@@ -102,6 +104,7 @@ impl LiveSpace {
                     allocation,
                     aperture,
                     folios,
+                    reason: InvalidateReason::Migrate,
                 };
                 self.begin_out(span, &goal)
             }
@@ -115,13 +118,19 @@ impl LiveSpace {
                     allocation,
                     aperture,
                     folios,
+                    reason: InvalidateReason::Migrate,
                 };
                 Ok(self.begin_home(&goal, part))
             }
         }
     }
 
-    fn begin_out(&self, span: HostSpan, goal: &Goal) -> Result<LiveMigration<'_>, Interrupted> {
+    /// Pages leave their mapping for where `goal` says.
+    pub(crate) fn begin_out(
+        &self,
+        span: HostSpan,
+        goal: &Goal,
+    ) -> Result<LiveMigration<'_>, Interrupted> {
         let vma = self
             .vma_around(span.start())
             .filter(|vma| vma.span.contains(span.start()))
@@ -148,6 +157,7 @@ impl LiveSpace {
                 Err(Refused::News) => return Err(Stale::PagesBusy.into()),
                 // A write fault makes fork-shared pages exclusive; pinned ones stay refused.
                 Err(Refused::NotExclusive) => {
+                    self.step();
                     advise::populate_write(span).map_err(|_errno| Stale::PagesRefused)?;
                 }
             }
@@ -169,8 +179,10 @@ impl LiveSpace {
             .lock()
             .claim(span, shard)
             .map_err(|Busy| Stale::PagesBusy)?;
-        let invalidation = self.notifiers.start(span, InvalidateReason::Migrate);
+        self.step();
+        let invalidation = self.notifiers.start(span, goal.reason);
         self.residency.lock().depart(span);
+        self.step();
         let mut from = Mapping { shard, left_at: 0 };
         let aperture = goal.aperture;
         let mut legs = self.legs_out(span, from, goal);
@@ -282,7 +294,7 @@ impl LiveSpace {
         let mut legs = Vec::new();
         let mut moves = Vec::new();
         for piece in &pieces {
-            let invalidation = self.notifiers.start(piece.span, InvalidateReason::Migrate);
+            let invalidation = self.notifiers.start(piece.span, goal.reason);
             self.notifiers.end(&self.env, invalidation);
             self.legs_home(piece, goal, &mut legs, &mut moves);
         }
@@ -424,6 +436,7 @@ impl MigrationSet for LiveMigration<'_> {
                     }
                 }
                 for piece in pieces {
+                    self.space.step();
                     let released = self.space.residency.lock().release(piece.span);
                     self.space.arrived(piece.span, piece.shard);
                     drop(released);

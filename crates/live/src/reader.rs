@@ -241,6 +241,7 @@ impl LiveSpace {
         if uffd.is_changing() || !matches!(self.look_for(fault), Wanted::Hole) {
             return false;
         }
+        self.step();
         // Where only events tell, a mapping that grows takes its arming along, and nobody is told.
         self.watch.disarm(at, shard, &self.residency) || uffd.zero_page(at).is_ok()
     }

@@ -13,9 +13,10 @@ use gpusvm::addr::{BusAddr, HostSpan, HostVa};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::{Event, EventSink, HomeCause};
 use gpusvm::mmu::{Interval, IntervalNotifiers, Seq};
-use gpusvm::seam::env::{Environment, Mutex};
+use gpusvm::seam::env::{Environment, Mutex, Point};
 use gpusvm::seam::mm::{
-    AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Seen, Vma,
+    AddressSpace, FaultIn, InvalidationSink, MigrateTo, Owner, PageRun, PagemapId, Placement, Seen,
+    Vma,
 };
 
 use crate::attendant::Attendant;
@@ -226,6 +227,11 @@ impl LiveSpace {
         }
     }
 
+    /// Between two steps of something that others must not see half done, and that they may meet.
+    pub(crate) fn step(&self) {
+        self.env.yield_point(Point::PteWrite);
+    }
+
     pub(crate) fn emit(&self, event: &Event) {
         self.sink.record(self.env.now(), event);
     }
@@ -426,8 +432,9 @@ impl AddressSpace for LiveSpace {
     fn make_exclusive(
         &self,
         at: HostVa,
+        owner: Owner,
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
-        self.take_for_device(at, commit)
+        self.take_for_device(at, owner, commit)
     }
 }

@@ -8,7 +8,7 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use gpusvm_abi::bus::{
-    BusError, CopyPiece, DevicePort, FaultHandler, Park, SystemBus, TlbTimeout, VramStore,
+    AtomicOp, BusError, CopyPiece, DevicePort, FaultHandler, Park, SystemBus, TlbTimeout, VramStore,
 };
 use gpusvm_abi::fault::{FaultRecord, FaultResponse};
 use lock_api::{Mutex, RawMutex};
@@ -19,6 +19,7 @@ use crate::mmu::{self, Permit, Target};
 use crate::shootdown::{self, Gate, Shootdown};
 use crate::tlb::Tlb;
 use crate::unit::{Running, Tally};
+use crate::updating::Updating;
 use crate::work::{Dispatch, Stop, Tile};
 
 /// A root pointer that is not set.
@@ -43,8 +44,20 @@ pub struct GpuConfig {
     pub asids: u32,
     /// Time within which units must acknowledge a TLB invalidation.
     pub tlb_timeout_ns: u64,
+    /// What becomes of atomics on host memory (`has_device_atomics_on_smem`).
+    pub smem_atomics: SmemAtomics,
     /// A bug in the device. Tests use it to show that they would notice.
     pub planted: Option<Planted>,
+}
+
+/// What a device does about an atomic on host memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SmemAtomics {
+    /// The bus carries it: one access, between which nothing comes.
+    #[default]
+    OnTheBus,
+    /// A read and a write. Units keep out of each other's way; the CPU knows nothing of it.
+    ReadThenWrite,
 }
 
 /// A bug that is planted on purpose.
@@ -118,6 +131,8 @@ pub enum Translation {
         offset: u64,
         /// Stores are allowed.
         write: bool,
+        /// Atomics are allowed.
+        atomic: bool,
         /// Bytes of the block that one entry maps, or 16 entries together.
         block: u64,
     },
@@ -127,6 +142,8 @@ pub enum Translation {
         address: u64,
         /// Stores are allowed.
         write: bool,
+        /// Atomics are allowed.
+        atomic: bool,
         /// As above.
         block: u64,
     },
@@ -146,15 +163,18 @@ impl Translation {
     fn of(leaf: &mmu::Leaf, va: u64) -> Option<Self> {
         let inside = (va - leaf.va) & !0xFFF;
         let write = leaf.write == Permit::Yes;
+        let atomic = leaf.atomic == Permit::Yes;
         match leaf.target {
             Target::Vram(at) => Some(Self::Vram {
                 offset: at + inside,
                 write,
+                atomic,
                 block: leaf.bytes(),
             }),
             Target::Bus(at) => Some(Self::Bus {
                 address: at + inside,
                 write,
+                atomic,
                 block: leaf.bytes(),
             }),
             Target::Null => None,
@@ -181,6 +201,9 @@ pub struct SoftGpu<R: RawMutex> {
     pub(crate) shootdown: Shootdown,
     /// Orders publishers of TLB invalidations; a few stores long.
     publishing: Mutex<R, ()>,
+    /// Held by a unit between the read and the write of [`SmemAtomics::ReadThenWrite`]. Nobody who
+    /// serves a fault of the CPU takes it: the read may wait for one.
+    updating: Updating,
     roots: Box<[AtomicU64]>,
     units: Vec<Unit<R>>,
     ring: FaultRing<R>,
@@ -232,6 +255,7 @@ impl<R: RawMutex + Send + Sync> SoftGpu<R> {
             park,
             shootdown: Shootdown::new(),
             publishing: Mutex::new(()),
+            updating: Updating::default(),
             roots: (0..config.asids).map(|_| AtomicU64::new(NO_ROOT)).collect(),
             units: (0..units).map(unit).collect(),
             ring: FaultRing::new(config.fault_ring, units),
@@ -350,6 +374,20 @@ impl<R: RawMutex> SoftGpu<R> {
         (root != NO_ROOT).then_some(root)
     }
 
+    /// Updates a word of host memory.
+    pub(crate) fn atomic_on_bus(&self, at: u64, op: AtomicOp) -> Result<u64, BusError> {
+        match self.config.smem_atomics {
+            SmemAtomics::OnTheBus => self.bus.atomic(at, op),
+            SmemAtomics::ReadThenWrite => self.updating.alone(&*self.park, || {
+                let mut word = [0; 8];
+                self.bus.read(at, &mut word)?;
+                let former = u64::from_ne_bytes(word);
+                self.bus.write(at, &op.apply(former).to_ne_bytes())?;
+                Ok(former)
+            }),
+        }
+    }
+
     /// Gets a fault served, while the unit is quiescent.
     pub(crate) fn serve(&self, unit: usize, record: FaultRecord) -> FaultResponse {
         let service = self.service.lock().clone();
@@ -415,9 +453,7 @@ impl<R: RawMutex + Send + Sync> DevicePort for SoftGpu<R> {
     }
 
     fn read_entry(&self, offset: u64) -> u64 {
-        let mut word = [0; 8];
-        self.vram.read(offset, &mut word);
-        u64::from_ne_bytes(word)
+        self.vram.word(offset)
     }
 
     fn set_root(&self, asid: u32, root: Option<u64>) {

@@ -46,10 +46,12 @@ mod sync;
 mod tests;
 mod tlb;
 mod unit;
+mod updating;
 pub mod work;
 
 pub use copy::COPY_JOB_BYTES;
 pub use device::{
-    ConfigError, FaultService, GpuConfig, Planted, SoftGpu, Translation, UnitState, Walked,
+    ConfigError, FaultService, GpuConfig, Planted, SmemAtomics, SoftGpu, Translation, UnitState,
+    Walked,
 };
 pub use work::{DeviceFault, Dispatch, Kernel, Stop, Tile};

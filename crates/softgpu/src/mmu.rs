@@ -62,12 +62,7 @@ impl Leaf {
             AccessType::Write | AccessType::Atomic if self.write == Permit::No => {
                 Err(FaultKind::WriteProtected)
             }
-            // Device memory is always the device's to update.
-            AccessType::Atomic
-                if self.atomic == Permit::No && matches!(self.target, Target::Bus(_)) =>
-            {
-                Err(FaultKind::AtomicProtected)
-            }
+            AccessType::Atomic if self.atomic == Permit::No => Err(FaultKind::AtomicProtected),
             AccessType::Write | AccessType::Atomic => Ok(()),
         }
     }
@@ -166,11 +161,7 @@ const fn absent(level: u8) -> NoWay {
 
 fn read_entry(vram: &dyn VramStore, at: u64) -> Option<u64> {
     let inside = at.checked_add(8).is_some_and(|end| end <= vram.size());
-    inside.then(|| {
-        let mut word = [0; 8];
-        vram.read(at, &mut word);
-        u64::from_ne_bytes(word)
-    })
+    inside.then(|| vram.word(at))
 }
 
 /// Decodes a leaf entry; `None` for one that leads outside of device memory, or at a level that

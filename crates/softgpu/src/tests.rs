@@ -14,7 +14,7 @@ use gpusvm_abi::bus::{
 use gpusvm_abi::fault::{FaultRecord, FaultResponse};
 use gpusvm_abi::pte;
 
-use crate::{Dispatch, FaultService, GpuConfig, Kernel, Planted, SoftGpu, Stop, Tile};
+use crate::{Dispatch, FaultService, GpuConfig, Kernel, Planted, SmemAtomics, SoftGpu, Stop, Tile};
 
 /// Memory as words; the same type stands for VRAM and for host memory.
 struct Words(Box<[AtomicU64]>);
@@ -135,6 +135,7 @@ const CONFIG: GpuConfig = GpuConfig {
     fault_ring: 1,
     asids: 2,
     tlb_timeout_ns: 500_000_000_000,
+    smem_atomics: SmemAtomics::OnTheBus,
     planted: None,
 };
 const ROOT: u64 = 0x1000;
@@ -269,6 +270,41 @@ fn write_to_a_read_only_leaf_faults_and_a_read_does_not() {
         world.run(&update, 1).is_err(),
         "host memory without atomic enable"
     );
+}
+
+#[test]
+fn atomics_need_their_bit_wherever_the_page_is() {
+    let world = world(CONFIG);
+    world
+        .gpu
+        .set_fault_service(FaultService::Inline(Arc::new(Refuse::default())));
+    let update = Do(|_, tile: &mut Tile<'_>| tile.atomic(0, AtomicOp::Add(1)).map(|_old| ()));
+    for place in [0, pte::DEVICE_MEMORY] {
+        world.map(0, RW | place | 0x8000);
+        world.flush(0);
+        assert!(world.run(&update, 1).is_err());
+        world.map(0, RW | place | pte::ATOMIC_ENABLE | 0x8000);
+        assert_eq!(world.run(&update, 1), Ok(()), "rights may grow");
+    }
+}
+
+#[test]
+fn atomics_on_host_memory_are_done_with_and_without_a_bus_that_carries_them() {
+    for smem_atomics in [SmemAtomics::OnTheBus, SmemAtomics::ReadThenWrite] {
+        let world = world(GpuConfig {
+            smem_atomics,
+            ..CONFIG
+        });
+        world.map(0, RW | pte::ATOMIC_ENABLE | 0x2000);
+        let twice = Do(|_, tile: &mut Tile<'_>| {
+            assert_eq!(tile.atomic(8, AtomicOp::Add(5))?, 0);
+            assert_eq!(tile.atomic(8, AtomicOp::Xor(1))?, 5);
+            Ok(())
+        });
+        assert_eq!(world.run(&twice, 1), Ok(()));
+        let word = VramStore::atomic(&*world.host, 0x2008, AtomicOp::Add(0));
+        assert_eq!(word, 4, "{smem_atomics:?}");
+    }
 }
 
 #[test]

@@ -272,7 +272,7 @@ impl<R: RawMutex + Send + Sync> Access for Running<'_, R> {
             let inside = va - leaf.va;
             match leaf.target {
                 Target::Vram(at) => Ok(gpu.vram.atomic(at + inside, op)),
-                Target::Bus(at) => gpu.bus.atomic(at + inside, op),
+                Target::Bus(at) => gpu.atomic_on_bus(at + inside, op),
                 Target::Null => Ok(0),
             }
         })

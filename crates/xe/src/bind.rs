@@ -27,11 +27,9 @@ pub(crate) fn plan<P: Platform>(
     range: &RangeRef,
     pages: &PageSet,
 ) -> Result<TablePlan, Failed> {
-    let write = pages.access() == Access::Write;
-    // The device's own atomics reach host memory over the bus as well, so both kinds allow them.
     let flags = LeafFlags {
-        write,
-        atomic: write,
+        write: pages.access() == Access::Write,
+        atomic: allows_atomics(vm, pages),
     };
     let segments: Vec<_> = pages
         .runs()
@@ -53,6 +51,12 @@ pub(crate) fn plan<P: Platform>(
         .plan(&*vm.device.tables, mirrored(range.span()), &segments)
 }
 
+/// Whether the entries for `pages` have the bit AE (`svm-design.md` section 5.8.3).
+fn allows_atomics<P: Platform>(vm: &Vm<P>, pages: &PageSet) -> bool {
+    let mutant = vm.device.seams.env.mutant(Mutant::AtomicsOnPlainPages);
+    pages.access() == Access::Write && (mutant || vm.atomics().allows(pages))
+}
+
 /// Writes the planned entries, unless the host changed its tables since the pages were gathered.
 ///
 /// # Errors
@@ -67,11 +71,13 @@ pub(crate) fn commit<P: Platform>(
     let tables = &*vm.device.tables;
     let mut plan = Some(plan);
     let mut replaced = None;
+    let atomic = allows_atomics(vm, &pages);
     let committed = vm.svm.commit(range, pages, |bound, held| {
         if let Some(plan) = plan.take() {
             let done = state.table.commit(plan, tables, held);
             bound.slots = done.slots;
             bound.valid = true;
+            bound.atomic = atomic;
             replaced = Some(done.garbage);
         }
     });

@@ -1,13 +1,13 @@
 //! A device fault, from the record to the answer (`svm-design.md` section 5.4).
 //!
-//! `service` owns the only loop; `attempt` is the list of steps. A step that finds the world
+//! `until_done` owns the only loop; `attempt` is the list of steps. A step that finds the world
 //! changed answers [`Stale`], and the loop starts over while the budget lasts. Order matters:
 //! garbage goes first, so that a dead range never satisfies a look-up; pages are gathered after
 //! the migration; entries are written last, under the notifier lock.
 
 use alloc::sync::Arc;
 
-use gpusvm::addr::{HostVa, PAGE, PAGE_64K};
+use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M, PAGE_64K};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::event::{Event, FaultEnd};
 use gpusvm::mutant::Mutant;
@@ -16,10 +16,11 @@ use gpusvm::pages::PageSet;
 use gpusvm::range::RangeRef;
 use gpusvm::seam::Platform;
 use gpusvm::seam::env::{Environment, Ns, Point};
-use gpusvm::seam::mm::Access;
+use gpusvm::seam::mm::{Access, AddressSpace, Placement};
 use gpusvm::svm::FindRange;
 use gpusvm_abi::fault::{AccessType, FaultRecord, FaultResponse, KIND_NACK};
 
+use crate::atomics::{self, Need};
 use crate::device::Device;
 use crate::place::{self, Place, Question};
 use crate::vm::{MirrorArea, Rights, Vm, VmState};
@@ -38,6 +39,7 @@ struct DeviceFault<P: Platform> {
     vm: Arc<Vm<P>>,
     gt: u16,
     at: HostVa,
+    kind: AccessType,
     access: Access,
 }
 
@@ -47,6 +49,8 @@ struct Budget {
     deadline: Ns,
     retries: u32,
     migrations: u32,
+    /// Migrations so far.
+    migrated: u32,
 }
 
 /// Serves the fault of `record` and answers it.
@@ -66,7 +70,8 @@ fn decode<P: Platform>(device: &Device<P>, record: &FaultRecord) -> Option<Devic
     if record.kind == KIND_NACK {
         return None;
     }
-    let access = match record.access_type()? {
+    let kind = record.access_type()?;
+    let access = match kind {
         AccessType::Read => Access::Read,
         AccessType::Write | AccessType::Atomic => Access::Write,
     };
@@ -75,13 +80,16 @@ fn decode<P: Platform>(device: &Device<P>, record: &FaultRecord) -> Option<Devic
         vm,
         gt: record.gt,
         at: HostVa::new(record.address).align_down(PAGE),
+        kind,
         access,
     })
 }
 
-/// Makes the access possible or tells why not. Owns the only loop.
+/// Makes the access possible or tells why not.
 fn service<P: Platform>(fault: &DeviceFault<P>) -> Result<(), Failed> {
-    let DeviceFault { vm, gt, at, access } = fault;
+    let DeviceFault {
+        vm, gt, at, access, ..
+    } = fault;
     let seams = &vm.device.seams;
     let started = seams.env.now();
     seams.emit(&Event::FaultStart {
@@ -89,27 +97,11 @@ fn service<P: Platform>(fault: &DeviceFault<P>) -> Result<(), Failed> {
         at: *at,
         access: *access,
     });
-    let mut budget = Budget {
-        deadline: started.after(RETRY_BUDGET),
-        retries: 0,
-        migrations: MIGRATIONS,
-    };
-    let mut state = vm.state.lock();
     let mut range = None;
-    let end = loop {
-        match attempt(fault, &mut state, &mut budget, &mut range) {
-            Ok(end) => break end,
-            Err(Interrupted::Failed(failed)) => break FaultEnd::Refused(failed),
-            Err(Interrupted::Stale(why)) => {
-                seams.emit(&Event::FaultRetry { at: *at, why });
-                if let Err(failed) = budget.spend(why, seams.env.now()) {
-                    break FaultEnd::Refused(failed);
-                }
-                seams.env.yield_point(Point::Retry);
-            }
-        }
+    let end = match vm.atomics().need(fault.kind, *at) {
+        Ok(need) => until_done(fault, need, started, &mut range),
+        Err(failed) => FaultEnd::Refused(failed),
     };
-    drop(state);
     let range = range.map(|range: RangeRef| range.span());
     let took = seams.env.now().since(started);
     seams.emit(&Event::FaultDone {
@@ -125,10 +117,36 @@ fn service<P: Platform>(fault: &DeviceFault<P>) -> Result<(), Failed> {
     }
 }
 
+/// The only loop: attempts until one succeeds, fails, or nothing is left to spend.
+fn until_done<P: Platform>(
+    fault: &DeviceFault<P>,
+    need: Need,
+    started: Ns,
+    range: &mut Option<RangeRef>,
+) -> FaultEnd {
+    let seams = &fault.vm.device.seams;
+    let mut budget = Budget::new(need, started);
+    let mut state = fault.vm.state.lock();
+    loop {
+        match attempt(fault, &mut state, need, &mut budget, range) {
+            Ok(end) => return end,
+            Err(Interrupted::Failed(failed)) => return FaultEnd::Refused(failed),
+            Err(Interrupted::Stale(why)) => {
+                seams.emit(&Event::FaultRetry { at: fault.at, why });
+                if let Err(failed) = budget.spend(why, seams.env.now()) {
+                    return FaultEnd::Refused(failed);
+                }
+                seams.env.yield_point(Point::Retry);
+            }
+        }
+    }
+}
+
 /// One pass over the steps.
 fn attempt<P: Platform>(
     fault: &DeviceFault<P>,
     state: &mut VmState,
+    need: Need,
     budget: &mut Budget,
     found: &mut Option<RangeRef>,
 ) -> Result<FaultEnd, Interrupted> {
@@ -137,23 +155,29 @@ fn attempt<P: Platform>(
         collect::run(vm, state);
     }
     let (area, access) = check_area(fault, state)?;
-    let find = find_request(fault, &area, access);
-    let range = vm.svm.find_or_insert_range(&mut state.owner, &find)?;
+    let range = find_range(fault, state, &find_request(fault, &area, access, need))?;
     vm.device.seams.emit(&Event::FaultRange {
         gt: fault.gt,
         range: range.span(),
     });
     *found = Some(range.clone());
-    if vm
-        .svm
-        .is_bound(&range, fault.access, |bound, _pagemap| bound.valid)
-    {
+    if vm.svm.is_bound(&range, fault.access, |bound, _pagemap| {
+        bound.valid && (bound.atomic || need == Need::Access)
+    }) {
         return Ok(FaultEnd::Valid);
     }
-    if place::decide(&question(&range, budget)) == Place::Device {
-        migrate(fault, &range, budget);
+    if need == Need::DeviceMemory && !range.migratable() {
+        return Err(Failed::NotMigratable(fault.at).into());
     }
-    let pages = get_pages(fault, state, &range, access)?;
+    let pages = match place::decide(&question(vm, &range, need, budget)) {
+        Place::Device => {
+            migrate(fault, &range, need, budget)?;
+            get_pages(fault, state, &range, access)?
+        }
+        Place::AsTheyAre => get_pages(fault, state, &range, access)?,
+        Place::Exclusive => vm.svm.make_exclusive(&range)?,
+    };
+    need.check(&pages, vm.device.pagemap.id())?;
     let started = vm.device.seams.env.now();
     let plan = bind::plan(vm, state, &range, &pages)?;
     vm.device.seams.env.yield_point(Point::BeforeCommit);
@@ -189,6 +213,7 @@ fn find_request<P: Platform>(
     fault: &DeviceFault<P>,
     area: &MirrorArea,
     access: Access,
+    need: Need,
 ) -> FindRange {
     FindRange {
         at: fault.at,
@@ -196,39 +221,66 @@ fn find_request<P: Platform>(
         access,
         device_memory: true,
         populated_up_to: PAGE_64K,
+        largest: match need {
+            Need::Access | Need::DeviceMemory | Need::InPlace => PAGE_2M,
+            Need::Exclusive => PAGE,
+        },
     }
 }
 
-fn question(range: &RangeRef, budget: &Budget) -> Question {
+/// The range of a fault. An exclusive page is a range of its own: a larger one makes room, unless its
+/// pages are on the device.
+fn find_range<P: Platform>(
+    fault: &DeviceFault<P>,
+    state: &mut VmState,
+    find: &FindRange,
+) -> Result<RangeRef, Interrupted> {
+    let vm = &*fault.vm;
+    let range = vm.svm.find_or_insert_range(&mut state.owner, find)?;
+    if range.span().bytes() <= find.largest || on_device(vm, range.span()) {
+        return Ok(range);
+    }
+    collect::remove(vm, state, &range);
+    vm.svm.find_or_insert_range(&mut state.owner, find)
+}
+
+/// Whether all pages of `span` are in the memory of the VM's device. Old when it arrives.
+fn on_device<P: Platform>(vm: &Vm<P>, span: HostSpan) -> bool {
+    let placement = vm.device.seams.space.placement(span);
+    placement == Placement::Device(vm.device.pagemap.id())
+}
+
+fn question<P: Platform>(vm: &Vm<P>, range: &RangeRef, need: Need, budget: &Budget) -> Question {
     Question {
         migratable: range.migratable(),
         bytes: range.span().bytes(),
         migrations_left: budget.migrations,
+        need,
+        on_device: need == Need::Exclusive && on_device(vm, range.span()),
     }
 }
 
-/// Tries to move the range's pages to the device. A migration that does not happen is no error,
-/// whatever the reason: the pages are mapped where they are (`svm-design.md` section 5.4.4).
-fn migrate<P: Platform>(fault: &DeviceFault<P>, range: &RangeRef, budget: &mut Budget) {
+/// Tries to move the range's pages to the device. Where they do not have to be there, a migration
+/// that does not happen is no error, whatever the reason: the pages are mapped where they are
+/// (`svm-design.md` section 5.4.4).
+///
+/// # Errors
+/// Why the last migration did not happen that pages needed.
+fn migrate<P: Platform>(
+    fault: &DeviceFault<P>,
+    range: &RangeRef,
+    need: Need,
+    budget: &mut Budget,
+) -> Result<(), Failed> {
     let device = &fault.vm.device;
     let started = device.seams.env.now();
-    budget.migrations -= 1;
     let wish = ToDevice {
         span: range.span(),
-        timeslice: Ns::default(),
+        timeslice: need.timeslice(budget.migrated),
     };
-    let refused = match device.pagemap.to_device(wish) {
-        Ok(()) => None,
-        Err(Interrupted::Stale(why)) => Some(why),
-        // The mapping changed; what follows finds out how.
-        Err(Interrupted::Failed(
-            Failed::NotMigratable(_)
-            | Failed::NoVma(_)
-            | Failed::BadPage(_)
-            | Failed::Permission(_),
-        )) => Some(Stale::CpuMappingChanged),
-        Err(Interrupted::Failed(_)) => Some(Stale::PagesRefused),
-    };
+    let ended = device.pagemap.to_device(wish);
+    let refused = ended.as_ref().err().map(|why| as_stale(*why));
+    budget.pay_migration(need, refused);
     let took = device.seams.env.now().since(started);
     let (gt, span) = (fault.gt, range.span());
     device.seams.emit(&Event::MigrateToDevice {
@@ -237,6 +289,28 @@ fn migrate<P: Platform>(fault: &DeviceFault<P>, range: &RangeRef, budget: &mut B
         took,
         refused,
     });
+    match ended {
+        Err(why) if need == Need::DeviceMemory && budget.migrations == 0 => Err(match why {
+            Interrupted::Stale(why) => Failed::Budget(why),
+            Interrupted::Failed(failed) => failed,
+        }),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Why a migration did not happen, as something that may be different the next time.
+const fn as_stale(why: Interrupted) -> Stale {
+    match why {
+        Interrupted::Stale(why) => why,
+        // The mapping changed; what follows finds out how.
+        Interrupted::Failed(
+            Failed::NotMigratable(_)
+            | Failed::NoVma(_)
+            | Failed::BadPage(_)
+            | Failed::Permission(_),
+        ) => Stale::CpuMappingChanged,
+        Interrupted::Failed(_) => Stale::PagesRefused,
+    }
 }
 
 /// Gathers the range's pages. Pages in several places are brought home, and the fault starts over.
@@ -274,6 +348,27 @@ fn get_pages<P: Platform>(
 }
 
 impl Budget {
+    fn new(need: Need, started: Ns) -> Self {
+        Self {
+            deadline: started.after(RETRY_BUDGET),
+            retries: 0,
+            migrations: match need {
+                Need::Access | Need::Exclusive | Need::InPlace => MIGRATIONS,
+                Need::DeviceMemory => atomics::ATTEMPTS,
+            },
+            migrated: 0,
+        }
+    }
+
+    /// Pays for one migration. Those that pages need are paid for when they do not happen: pages that
+    /// were there, and were gone before they were bound, are one more retry.
+    fn pay_migration(&mut self, need: Need, refused: Option<Stale>) {
+        self.migrated += 1;
+        if need != Need::DeviceMemory || refused.is_some() {
+            self.migrations -= 1;
+        }
+    }
+
     /// Pays for one retry.
     fn spend(&mut self, why: Stale, now: Ns) -> Result<(), Failed> {
         self.retries += 1;

@@ -29,6 +29,8 @@ pub struct Bound {
     pub(crate) slots: Vec<LeafSlot>,
     /// The entries are valid (`tile_present & !tile_invalidated`).
     pub(crate) valid: bool,
+    /// The entries allow atomics, when they are valid.
+    pub(crate) atomic: bool,
 }
 
 /// What an invalidation needs of a VM.

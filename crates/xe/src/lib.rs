@@ -6,6 +6,7 @@
 //! | [`vm`] | one device address space and its mirror areas | |
 //! | [`fault`] | a device fault, from record to answer | device fault |
 //! | [`prefetch`] | pages move because the program says so | |
+//! | [`atomics`] | where a device does its atomics (pure) | device fault |
 //! | [`place`] | where the pages of a fault should be (pure) | device fault |
 //! | [`bind`] | page-table entries of one range | device fault |
 //! | [`invalidate`] | entries go away because host memory changes | invalidation |
@@ -23,6 +24,7 @@
 
 extern crate alloc;
 
+pub mod atomics;
 pub mod bind;
 pub mod collect;
 pub mod copy;

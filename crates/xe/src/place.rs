@@ -2,6 +2,8 @@
 
 use gpusvm::addr::PAGE_64K;
 
+use crate::atomics::Need;
+
 /// What is known about a fault when its pages have to be placed.
 #[derive(Clone, Copy, Debug)]
 pub struct Question {
@@ -11,6 +13,10 @@ pub struct Question {
     pub bytes: u64,
     /// Migrations that this fault may still try.
     pub migrations_left: u32,
+    /// What the pages have to be.
+    pub need: Need,
+    /// Some pages are on a device, as far as anybody knows; asked for exclusive pages only.
+    pub on_device: bool,
 }
 
 /// The answer.
@@ -20,16 +26,21 @@ pub enum Place {
     Device,
     /// Map the pages where they are.
     AsTheyAre,
+    /// Take them away from the CPU, then map.
+    Exclusive,
 }
 
 /// Ranges of 64 KiB and more move to the device, once per fault; smaller ones stay: their copy is
 /// worth less than its bookkeeping (a 4 KiB move costs 18 times the copy, `livehost.md` section 5).
+/// What must be on the device moves whatever its size.
 #[must_use]
 pub const fn decide(question: &Question) -> Place {
-    if question.migratable && question.bytes >= PAGE_64K && question.migrations_left > 0 {
-        Place::Device
-    } else {
-        Place::AsTheyAre
+    let may_move = question.migratable && question.migrations_left > 0;
+    match question.need {
+        Need::Access if may_move && question.bytes >= PAGE_64K => Place::Device,
+        Need::DeviceMemory if may_move => Place::Device,
+        Need::Exclusive if !question.on_device => Place::Exclusive,
+        Need::Access | Need::DeviceMemory | Need::Exclusive | Need::InPlace => Place::AsTheyAre,
     }
 }
 
@@ -41,6 +52,8 @@ mod tests {
         migratable: true,
         bytes: PAGE_64K,
         migrations_left: 1,
+        need: Need::Access,
+        on_device: false,
     };
 
     #[test]
@@ -53,6 +66,23 @@ mod tests {
             }),
             Place::AsTheyAre
         );
+    }
+
+    #[test]
+    fn atomics_decide_where_small_ranges_are() {
+        let small = |need| Question {
+            bytes: 4096,
+            need,
+            ..MOVABLE
+        };
+        assert_eq!(decide(&small(Need::DeviceMemory)), Place::Device);
+        let alone = small(Need::Exclusive);
+        assert_eq!(decide(&alone), Place::Exclusive);
+        let there = Question {
+            on_device: true,
+            ..alone
+        };
+        assert_eq!(decide(&there), Place::AsTheyAre);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Ranges are found or made as a fault makes them, so that what moves is what a fault will bind; the
 //! binding itself is left to that fault. What cannot move stays where it is, and is no error.
 
-use gpusvm::addr::{HostSpan, HostVa, PAGE, PageCount};
+use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M, PageCount};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::Platform;
@@ -87,6 +87,7 @@ impl<P: Platform> Vm<P> {
             },
             device_memory: true,
             populated_up_to: 0,
+            largest: PAGE_2M,
         };
         let range = self.svm.find_or_insert_range(&mut state.owner, &find)?;
         *found = Some(range.span());

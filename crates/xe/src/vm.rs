@@ -10,9 +10,11 @@ use gpusvm::mutant::Mutant;
 use gpusvm::seam::Platform;
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::env::Mutex;
+use gpusvm::seam::mm::Owner;
 use gpusvm::svm::{Svm, SvmConfig, SvmOwner};
 use gpusvm::table::PageTable;
 
+use crate::atomics::AtomicPolicy;
 use crate::collect;
 use crate::device::Device;
 use crate::format::XeFormat;
@@ -20,6 +22,25 @@ use crate::invalidate::XeBindings;
 
 /// Bytes of a notifier window (`svm_notifier_size`, 512 MiB by default).
 pub const NOTIFIER_BYTES: u64 = 512 << 20;
+
+/// What a VM is made with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// Bytes of a notifier window, a power of two of at least 4 KiB (the module parameter
+    /// `svm_notifier_size`).
+    pub window_bytes: u64,
+    /// Where the device does its atomics.
+    pub atomics: AtomicPolicy,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            window_bytes: NOTIFIER_BYTES,
+            atomics: AtomicPolicy::default(),
+        }
+    }
+}
 
 /// Rights of a mirror area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +107,7 @@ impl VmState {
 pub struct Vm<P: Platform> {
     pub(crate) device: Arc<Device<P>>,
     asid: u32,
+    atomics: AtomicPolicy,
     pub(crate) svm: Arc<Svm<P, XeBindings<P>>>,
     /// The `vm` lock, outermost: one fault or structural change at a time.
     pub(crate) state: Mutex<P::Env, VmState>,
@@ -103,31 +125,27 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// [`Failed::OutOfVram`] for its root table; [`Failed::Closed`] where the id is in use.
     pub fn new(device: &Arc<Device<P>>, asid: u32) -> Result<Arc<Self>, Failed> {
-        Self::with_windows(device, asid, NOTIFIER_BYTES)
+        Self::with(device, asid, VmConfig::default())
     }
 
-    /// As [`new`](Self::new), with notifier windows of `window_bytes`: a power of two of at least
-    /// 4 KiB (the module parameter `svm_notifier_size`).
+    /// As [`new`](Self::new), made with `config`.
     ///
     /// # Errors
-    /// As [`new`](Self::new); [`Failed::OutOfArea`] for another size.
-    pub fn with_windows(
-        device: &Arc<Device<P>>,
-        asid: u32,
-        window_bytes: u64,
-    ) -> Result<Arc<Self>, Failed> {
+    /// As [`new`](Self::new); [`Failed::OutOfArea`] for windows of another size.
+    pub fn with(device: &Arc<Device<P>>, asid: u32, config: VmConfig) -> Result<Arc<Self>, Failed> {
         if device.vm(asid).is_some() {
             return Err(Failed::Closed);
         }
         let table = PageTable::new(&*device.tables)?;
         let root = table.root().get();
-        let config = SvmConfig {
+        let svm_config = SvmConfig {
             vm: asid,
+            owner: Owner(u64::from(device.pagemap.id().0) << 32 | u64::from(asid)),
             area: user_space(),
-            window_bytes,
+            window_bytes: config.window_bytes,
         };
         let bindings = XeBindings::new(device, asid);
-        let (svm, owner) = Svm::new(device.seams.clone(), bindings, config)?;
+        let (svm, owner) = Svm::new(device.seams.clone(), bindings, svm_config)?;
         let state = VmState {
             owner,
             table,
@@ -138,6 +156,7 @@ impl<P: Platform> Vm<P> {
         let vm = Arc::new(Self {
             device: Arc::clone(device),
             asid,
+            atomics: config.atomics,
             svm,
             state,
         });
@@ -150,6 +169,12 @@ impl<P: Platform> Vm<P> {
     #[must_use]
     pub const fn asid(&self) -> u32 {
         self.asid
+    }
+
+    /// Where the device does its atomics.
+    #[must_use]
+    pub const fn atomics(&self) -> AtomicPolicy {
+        self.atomics
     }
 
     /// The framework's part, for reports and tests.

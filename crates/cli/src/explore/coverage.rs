@@ -9,6 +9,7 @@ use gpusvm_model::mm::{Machine, Pid};
 use gpusvm_model::sched::ModelEnv;
 use serde_json::{Value, json};
 
+use crate::atomics::Atomics;
 use crate::explore::doing::{Doing, Phase, Step};
 use crate::explore::op::Op;
 use crate::explore::plan::Plan;
@@ -178,7 +179,7 @@ const fn asks_others(doing: Doing) -> bool {
     match doing {
         Doing::Cpu(op) => matches!(op, Op::Send | Op::Evict),
         Doing::GpuLoad | Doing::GpuStore | Doing::GpuExchange | Doing::Serve => true,
-        Doing::LookUp | Doing::ToDevice | Doing::Home => false,
+        Doing::LookUp | Doing::ToDevice | Doing::Home | Doing::TakeAlone => false,
     }
 }
 
@@ -201,6 +202,8 @@ pub(super) struct Coverage {
     worlds: Vec<u64>,
     /// What CPUs did.
     ops: Vec<Op>,
+    /// Devices had pages for themselves.
+    alone: bool,
 }
 
 impl Coverage {
@@ -213,6 +216,7 @@ impl Coverage {
             *total += worlds;
         }
         self.ops.extend(plan.does());
+        self.alone |= plan.atomics == Atomics::Exclusive;
     }
 
     fn worlds(&self, meeting: Meeting) -> u64 {
@@ -223,6 +227,7 @@ impl Coverage {
     fn is_possible(&self, meeting: Meeting) -> bool {
         let done = match meeting.doing {
             Doing::Cpu(op) => self.ops.contains(&op),
+            Doing::TakeAlone => self.alone,
             _ => true,
         };
         done && meeting.never().is_none()

@@ -5,7 +5,8 @@ use core::ops::Range;
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::env::Ns;
-use gpusvm::seam::mm::{Access, AddressSpace};
+use gpusvm::seam::mm::{Access, AddressSpace, Owner};
+use gpusvm_abi::bus::AtomicOp;
 use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::errno::Errno;
 use gpusvm_model::mm::flags::Prot;
@@ -15,7 +16,7 @@ use gpusvm_model::sched::{Kind, ModelEnv};
 use crate::explore::doing::Doing;
 use crate::explore::ledger::{Effect, Ended};
 use crate::explore::op::Op;
-use crate::explore::plan::{WORDS, address, page_at};
+use crate::explore::plan::{COUNTER, address, page_at};
 use crate::explore::world::{World, map};
 
 const DONTNEED: i32 = 4;
@@ -25,6 +26,8 @@ const GUARD_INSTALL: i32 = 102;
 const GUARD_REMOVE: i32 = 103;
 /// What a child stores. No version of any word looks like it.
 const MARK: u64 = u64::MAX;
+/// Owner of exclusive pages who is no device.
+const NOBODY: Owner = Owner(0);
 /// Steps for which a page is pinned.
 const PINNED_STEPS: u32 = 30;
 /// Longest timeslice, in virtual nanoseconds.
@@ -51,11 +54,18 @@ pub(super) fn sweep(world: &World) {
     for (page, slot) in world.used() {
         load(world, page, slot);
     }
+    for page in world.counting() {
+        if let Ok(found) = world.space.load(address(page, COUNTER)) {
+            world.must(world.ledger(|ledger| ledger.counted(page, found)));
+        } else {
+            ModelEnv.fail(format!("a CPU was refused the counter of page {page}"));
+        }
+    }
 }
 
 fn operate(world: &World, n: usize, op: Op, page: u32) {
     match op {
-        Op::Load => load(world, page, ModelEnv.choose(4) as usize % WORDS),
+        Op::Load => load(world, page, world.any_slot()),
         Op::Store => store(world, n, page),
         Op::Send => send(world, page),
         Op::Evict => evict(world),
@@ -85,8 +95,17 @@ fn operate(world: &World, n: usize, op: Op, page: u32) {
         Op::Pin => pin(world, page),
         Op::Exclusive => {
             let at = address(page, 0);
-            let _made = world.space.make_exclusive(at, &mut |_bus| {});
+            let _made = world.space.make_exclusive(at, NOBODY, &mut |_bus| {});
         }
+        Op::Add => add(world, page),
+    }
+}
+
+/// Adds to the counter of a page.
+fn add(world: &World, page: u32) {
+    match world.space.atomic(address(page, COUNTER), AtomicOp::Add(1)) {
+        Ok(_former) => world.ledger(|ledger| ledger.added(page)),
+        Err(_signal) => ModelEnv.fail(format!("a CPU was refused the counter of page {page}")),
     }
 }
 
@@ -197,7 +216,7 @@ fn evict(world: &World) {
 fn fork(world: &World, page: u32) {
     let pages = some(world, page);
     let looks: Vec<_> = pages
-        .flat_map(|page| (0..WORDS).map(move |slot| (page, slot)))
+        .flat_map(|page| (0..world.plan.slots()).map(move |slot| (page, slot)))
         .map(|(page, slot)| world.ledger(|ledger| ledger.begin(page, slot)))
         .collect();
     // There is one child at a time.

@@ -22,6 +22,8 @@ pub(super) enum Doing {
     GpuStore,
     /// A unit compares and exchanges.
     GpuExchange,
+    /// The driver takes a page away from the CPU, for a device's atomics.
+    TakeAlone,
     /// The driver serves a device fault.
     Serve,
     /// The driver looks pages up.
@@ -34,7 +36,7 @@ pub(super) enum Doing {
 
 impl Doing {
     /// What is not a CPU's.
-    const DRIVER: [Self; 7] = [
+    const DRIVER: [Self; 8] = [
         Self::GpuLoad,
         Self::GpuStore,
         Self::GpuExchange,
@@ -42,6 +44,7 @@ impl Doing {
         Self::LookUp,
         Self::ToDevice,
         Self::Home,
+        Self::TakeAlone,
     ];
 
     /// All of them, in the order of [`index`](Self::index).
@@ -66,6 +69,7 @@ impl Doing {
             Self::LookUp => 4,
             Self::ToDevice => 5,
             Self::Home => 6,
+            Self::TakeAlone => 7,
         }
     }
 
@@ -76,6 +80,7 @@ impl Doing {
             Self::GpuLoad => "gpu_load",
             Self::GpuStore => "gpu_store",
             Self::GpuExchange => "gpu_exchange",
+            Self::TakeAlone => "take_alone",
             Self::Serve => "serve_fault",
             Self::LookUp => "look_up",
             Self::ToDevice => "to_device",

@@ -4,10 +4,11 @@ use core::sync::atomic::Ordering;
 
 use gpusvm_abi::bus::{AtomicOp, DevicePort, FaultHandler};
 use gpusvm_model::sched::{Kind, ModelEnv};
-use gpusvm_softgpu::{Dispatch, Tile};
+use gpusvm_softgpu::{Dispatch, Stop, Tile};
 
+use crate::atomics::Atomics;
 use crate::explore::doing::Doing;
-use crate::explore::plan::{Closes, PAGES_MAX, WORDS, address, page_at};
+use crate::explore::plan::{COUNTER, Closes, PAGES_MAX, address, page_at};
 use crate::explore::world::World;
 use crate::on_tile::OnTile;
 
@@ -33,6 +34,9 @@ pub(super) fn sweep(world: &World, n: usize) {
         for (page, slot) in world.used() {
             load(world, tile, page, slot);
         }
+        for page in world.counting() {
+            count(world, tile, page);
+        }
     });
 }
 
@@ -49,7 +53,10 @@ fn operate(world: &World, n: usize, tile: &mut Tile<'_>) {
     let page = ModelEnv.choose(world.plan.pages);
     match ModelEnv.choose(8) {
         7 => load_nothing(tile),
-        0 | 1 => load(world, tile, page, ModelEnv.choose(4) as usize % WORDS),
+        5 | 6 if world.plan.adds() => {
+            let _refused = add(world, tile, page);
+        }
+        0 | 1 => load(world, tile, page, world.any_slot()),
         2..=4 => store(world, n, tile, page),
         _ => exchange(world, n, tile, page),
     }
@@ -109,7 +116,28 @@ fn exchange(world: &World, n: usize, tile: &mut Tile<'_>, page: u32) {
         Ok(found) if found == expected => world.ledger(|ledger| ledger.stored(&look)),
         // Destroyed in between.
         Ok(found) => world.must(world.ledger(|ledger| ledger.loaded(&look, found))),
+        // Where pages have to move first, they may be busy for too long.
+        Err(_stop) if world.plan.atomics != Atomics::System => {}
         Err(_stop) => world.must(world.ledger(|ledger| ledger.refused(&look, "a device"))),
+    }
+}
+
+/// Adds to the counter of a page.
+fn add(world: &World, tile: &mut Tile<'_>, page: u32) -> Result<u64, Stop> {
+    let _ends = world.between.watch.begin(Doing::GpuExchange, page_at(page));
+    ModelEnv.emit("gpu add", [page.into(), 0]);
+    let former = tile.atomic(address(page, COUNTER).get(), AtomicOp::Add(1))?;
+    world.ledger(|ledger| ledger.added(page));
+    Ok(former)
+}
+
+/// When nobody adds any more, a device finds every addition, and can add.
+fn count(world: &World, tile: &mut Tile<'_>, page: u32) {
+    match add(world, tile, page) {
+        Ok(former) => world.must(world.ledger(|ledger| ledger.counted(page, former + 1))),
+        Err(stop) => ModelEnv.fail(format!(
+            "a device was refused the counter of page {page}, which nobody uses: {stop:?}"
+        )),
     }
 }
 

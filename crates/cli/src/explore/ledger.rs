@@ -37,6 +37,8 @@ struct PageState {
     flux: Flux,
     epoch: u32,
     words: [Word; WORDS],
+    /// Additions to its counter.
+    added: u64,
 }
 
 /// All words.
@@ -163,6 +165,31 @@ impl Ledger {
         }
     }
 
+    /// One was added to the counter of a page.
+    pub(super) fn added(&mut self, page: u32) {
+        self.pages[page as usize].added += 1;
+    }
+
+    /// Whether something was added to the counter of a page.
+    pub(super) fn counts(&self, page: u32) -> bool {
+        self.page(page).added > 0
+    }
+
+    /// The counter of a page was found to be `found`, when nobody adds any more.
+    ///
+    /// # Errors
+    /// That this is not what was added.
+    pub(super) fn counted(&self, page: u32, found: u64) -> Result<(), String> {
+        let added = self.page(page).added;
+        if found == added {
+            Ok(())
+        } else {
+            Err(format!(
+                "lost addition: the counter of page {page} is {found}, {added} were added"
+            ))
+        }
+    }
+
     /// An access was refused.
     ///
     /// # Errors
@@ -247,6 +274,17 @@ mod tests {
         for wrong in [0, first, second + 1, second ^ 1 << 40] {
             assert!(ledger.loaded(&look, wrong).is_err(), "{wrong:#x}");
         }
+    }
+
+    #[test]
+    fn additions_are_counted() {
+        let mut ledger = Ledger::default();
+        assert!(!ledger.counts(2));
+        ledger.added(2);
+        ledger.added(2);
+        assert!(ledger.counts(2));
+        assert_eq!(ledger.counted(2, 2), Ok(()));
+        assert!(ledger.counted(2, 1).is_err());
     }
 
     #[test]

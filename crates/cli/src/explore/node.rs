@@ -11,7 +11,7 @@ use gpusvm_abi::bus::FaultHandler;
 use gpusvm_abi::fault::{FaultRecord, FaultResponse};
 use gpusvm_model::kernel::Kernel;
 use gpusvm_model::sched::{Kind, ModelEnv, Rank, Sim};
-use gpusvm_softgpu::{GpuConfig, Planted};
+use gpusvm_softgpu::{GpuConfig, Planted, SmemAtomics};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
 use gpusvm_xe::vm::NOTIFIER_BYTES;
@@ -116,6 +116,7 @@ fn config(plan: &Plan) -> NodeConfig {
         fault_ring: 2,
         asids: u32::from(plan.gpus) + 1,
         tlb_timeout_ns: 1_000_000,
+        smem_atomics: SmemAtomics::default(),
         planted: planted.map(|(_, bug)| bug),
     };
     NodeConfig {
@@ -124,5 +125,6 @@ fn config(plan: &Plan) -> NodeConfig {
         gpu,
         service: plan.service,
         window: NOTIFIER_BYTES,
+        atomics: plan.atomics,
     }
 }

@@ -49,9 +49,18 @@ operations! {
     Pin = "pin",
     /// A page is made exclusive to a device, until a CPU touches it.
     Exclusive = "exclusive",
+    /// One is added to the counter that a page has in some worlds. The last one: see
+    /// [`BUT_ADDITIONS`](Self::BUT_ADDITIONS).
+    Add = "add",
 }
 
 impl Op {
+    /// What all worlds can do.
+    pub(super) const BUT_ADDITIONS: &[Self] = match Self::ALL.split_last() {
+        Some((_, others)) => others,
+        None => &[],
+    };
+
     /// Whether it changes pages that nobody else changes meanwhile.
     pub(super) const fn is_alone(self) -> bool {
         match self {
@@ -64,7 +73,8 @@ impl Op {
             | Self::Collapse
             | Self::Fork
             | Self::Pin
-            | Self::Exclusive => false,
+            | Self::Exclusive
+            | Self::Add => false,
         }
     }
 }

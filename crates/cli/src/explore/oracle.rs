@@ -11,7 +11,7 @@ use gpusvm_softgpu::{Translation, Walked};
 use crate::explore::node::Node;
 use crate::explore::plan::{PAGES_MAX, address};
 use crate::explore::world::World;
-use crate::world::oracle::entry_agrees;
+use crate::world::oracle::{Owner, entry_agrees};
 use crate::world::vram::Written;
 
 /// The process that everybody uses.
@@ -132,7 +132,7 @@ impl Tables {
 /// Whether what a device has for a page agrees with the process.
 fn agrees(mm: &Machine, node: &Node, page: u32, found: Option<Translation>) -> Result<(), String> {
     found.map_or(Ok(()), |found| {
-        entry_agrees(mm, node.vm.asid(), page, found)
+        entry_agrees(mm, &Owner::of(node), page, found)
     })
 }
 

@@ -3,6 +3,7 @@
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm_model::mm::{DeviceFolios, Shape, Thp};
 
+use crate::atomics::Atomics;
 use crate::explore::op::Op;
 use crate::world::Service;
 /// Words of a page that have content: one for each writer.
@@ -36,6 +37,8 @@ pub(crate) struct Plan {
     pub(super) service: Service,
     /// When VMs are closed.
     pub(super) closes: Closes,
+    /// Where devices do their atomics.
+    pub(super) atomics: Atomics,
     /// Calls fail or are late once in so many times; 0: never.
     pub(super) chaos: u32,
 }
@@ -49,7 +52,7 @@ pub(super) enum Closes {
     Early,
 }
 
-const EVERYTHING: &[Op] = Op::ALL;
+const EVERYTHING: &[Op] = Op::BUT_ADDITIONS;
 const MIGRATION: &[Op] = &[
     Op::Load,
     Op::Store,
@@ -58,6 +61,9 @@ const MIGRATION: &[Op] = &[
     Op::Evict,
     Op::SwapOut,
 ];
+
+/// The word of a page that counts, where the plan has [additions](Plan::adds).
+pub(super) const COUNTER: usize = WORDS - 1;
 
 const SWARM: Plan = Plan {
     name: "swarm",
@@ -70,6 +76,7 @@ const SWARM: Plan = Plan {
     does: EVERYTHING,
     service: Service::Inline,
     closes: Closes::AtTheEnd,
+    atomics: Atomics::System,
     chaos: 0,
 };
 
@@ -179,6 +186,40 @@ pub(crate) const PLANS: &[Plan] = &[
         ..SWARM
     },
     Plan {
+        name: "atomics",
+        what: "a CPU and devices add to the same words, in device memory",
+        cpus: 1,
+        does: &[
+            Op::Add,
+            Op::Add,
+            Op::Store,
+            Op::Load,
+            Op::Send,
+            Op::Evict,
+            Op::SwapOut,
+        ],
+        atomics: Atomics::Device,
+        ..SWARM
+    },
+    Plan {
+        name: "exclusive",
+        what: "a CPU and devices add to the same words, on pages that a device has for itself",
+        cpus: 1,
+        pages: 4,
+        does: &[
+            Op::Add,
+            Op::Add,
+            Op::Store,
+            Op::Load,
+            Op::Send,
+            Op::Evict,
+            Op::SwapOut,
+            Op::Fork,
+        ],
+        atomics: Atomics::Exclusive,
+        ..SWARM
+    },
+    Plan {
         name: "chaos",
         what: "as swarm, and calls fail or are late, until all must be well",
         chaos: 6,
@@ -204,6 +245,17 @@ impl Plan {
     /// What its CPU actors do.
     pub(super) fn does(&self) -> impl Iterator<Item = Op> {
         self.does.iter().copied()
+    }
+
+    /// Whether its pages have counters: words to which everybody adds, and whose content nothing
+    /// destroys.
+    pub(super) fn adds(&self) -> bool {
+        self.does.contains(&Op::Add)
+    }
+
+    /// Words of a page that hold versions.
+    pub(super) fn slots(&self) -> usize {
+        if self.adds() { COUNTER } else { WORDS }
     }
 
     /// Sizes of its process: room for copies of all pages, and some more.

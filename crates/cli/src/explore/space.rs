@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PageCount};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PageCount};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::copy::CopyMove;
 use gpusvm::seam::mm::{
-    AddressSpace, FaultIn, InvalidateReason, InvalidationSink, MigrateTo, MigrationSet, PageRun,
-    PagemapId, Placement, Seen, Vma,
+    AddressSpace, FaultIn, InvalidateReason, InvalidationSink, MigrateTo, MigrationSet, Owner,
+    PageRun, PagemapId, Placement, Seen, Vma,
 };
 use gpusvm_model::kernel::{ModelMigration, ModelSpace};
 use gpusvm_model::sched::ModelEnv;
@@ -166,9 +166,12 @@ impl AddressSpace for Space {
     fn make_exclusive(
         &self,
         at: HostVa,
+        owner: Owner,
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
         self.between.chaos.must_be_outside("make_exclusive");
-        self.host.make_exclusive(at, commit)
+        let page = HostSpan::at(at, PAGE);
+        let _ends = self.between.watch.begin(Doing::TakeAlone, page);
+        self.host.make_exclusive(at, owner, commit)
     }
 }

@@ -23,7 +23,7 @@ use crate::explore::doing::Watch;
 use crate::explore::ledger::Ledger;
 use crate::explore::node::{Node, Shared};
 use crate::explore::oracle::{Oracle, host_is_empty};
-use crate::explore::plan::{Closes, Plan, WORDS, address};
+use crate::explore::plan::{Closes, Plan, address};
 use crate::explore::space::{Between, Space};
 use crate::explore::{coverage, cpu, gpu};
 use crate::world::Service;
@@ -170,11 +170,23 @@ impl World {
 
     /// Words that were stored to.
     pub(super) fn used(&self) -> Vec<(u32, usize)> {
-        let all = (0..self.plan.pages).flat_map(|page| (0..WORDS).map(move |slot| (page, slot)));
+        let all = (0..self.plan.pages)
+            .flat_map(|page| (0..self.plan.slots()).map(move |slot| (page, slot)));
         self.ledger(|ledger| {
             all.filter(|(page, slot)| ledger.is_used(*page, *slot))
                 .collect()
         })
+    }
+
+    /// A word that holds versions.
+    pub(super) fn any_slot(&self) -> usize {
+        ModelEnv.choose(4) as usize % self.plan.slots()
+    }
+
+    /// Pages whose counters count.
+    pub(super) fn counting(&self) -> Vec<u32> {
+        let counts = |page: &u32| self.ledger(|ledger| ledger.counts(*page));
+        (0..self.plan.pages).filter(counts).collect()
     }
 
     /// Fails the world where a rule is broken.

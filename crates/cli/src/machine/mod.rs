@@ -31,6 +31,7 @@ use gpusvm_xe::device::Device;
 use gpusvm_xe::stats::{Counter, DeviceStats};
 use gpusvm_xe::vm::{MirrorArea, NOTIFIER_BYTES, Rights, Vm};
 
+use crate::atomics::Atomics;
 use crate::notes::Notes;
 use crate::size;
 use crate::timeline::Timeline;
@@ -96,6 +97,8 @@ pub struct MachineConfig {
     pub migration: VramMode,
     /// Where faults are served.
     pub service: ServiceMode,
+    /// Where devices do their atomics.
+    pub atomics: Atomics,
     /// The host's brackets.
     pub live: LiveConfig,
     /// Seed of the environment's random numbers.
@@ -116,6 +119,7 @@ impl Default for MachineConfig {
             units: 2,
             migration: VramMode::Adopt,
             service: ServiceMode::Inline,
+            atomics: Atomics::System,
             live: LiveConfig::default(),
             seed: 1,
             timeline: false,

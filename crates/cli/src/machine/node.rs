@@ -11,7 +11,7 @@ use gpusvm_live::{LiveBus, thread};
 use gpusvm_softgpu::{FaultService, GpuConfig, Planted, SoftGpu};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
-use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
+use gpusvm_xe::vm::{MirrorArea, Rights, Vm, VmConfig, user_space};
 
 use super::{LivePlatform, MachineConfig, MachineError, ServiceMode};
 
@@ -66,8 +66,7 @@ impl Node {
         let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
         let device = Device::new(seams, PagemapId(u32::from(index) + 1), port, copy);
         let first = 1 + u32::from(index) * u32::from(config.vms);
-        let vms =
-            (first..first + u32::from(config.vms)).map(|asid| mirror(&device, asid, config.window));
+        let vms = (first..first + u32::from(config.vms)).map(|asid| mirror(&device, asid, config));
         let mut node = Self {
             vms: vms.collect::<Result<_, _>>()?,
             gpu,
@@ -148,9 +147,13 @@ impl Node {
 fn mirror(
     device: &Arc<Device<LivePlatform>>,
     asid: u32,
-    window: u64,
+    config: &MachineConfig,
 ) -> Result<Arc<Vm<LivePlatform>>, MachineError> {
-    let vm = Vm::with_windows(device, asid, window).map_err(MachineError::Driver)?;
+    let config = VmConfig {
+        window_bytes: config.window,
+        atomics: config.atomics.policy(),
+    };
+    let vm = Vm::with(device, asid, config).map_err(MachineError::Driver)?;
     let area = MirrorArea {
         span: user_space(),
         rights: Rights::ReadWrite,
@@ -167,6 +170,7 @@ fn gpu_config(config: &MachineConfig) -> GpuConfig {
         fault_ring: FAULT_RING,
         asids: u32::from(config.devices) * u32::from(config.vms) + 1,
         tlb_timeout_ns: TLB_TIMEOUT_NS,
+        smem_atomics: config.atomics.smem(),
         planted: config.plant_stale_tlb.then_some(Planted::KeepTlb),
     }
 }

@@ -21,6 +21,7 @@ fn run() -> Report {
         traffic: 1 << 20,
         vram: 64 << 20,
         answer: None,
+        counts: None,
         host: json!({
             "level": "full", "bracket": "patched", "thp": "always", "kernel": "6.11",
             "not_covered": ["a & b", "c"],

@@ -15,7 +15,7 @@ use gpusvm::addr::{HostVa, PAGE, PAGE_2M};
 use gpusvm::seam::env::{Environment, Ns};
 use gpusvm_model::mm::{Shape, Thp};
 use gpusvm_model::sched::{KeepTape, ModelEnv, Options, Outcome, Picker, Sim};
-use gpusvm_softgpu::GpuConfig;
+use gpusvm_softgpu::{GpuConfig, SmemAtomics};
 use gpusvm_xe::stats::DeviceStats;
 use gpusvm_xe::vm::NOTIFIER_BYTES;
 use serde_json::{Value, json};
@@ -118,10 +118,12 @@ pub(super) fn run_one(
 
 fn order_of(args: &RunArgs, plan: &Planned) -> impl FnOnce(Memory) -> Order + use<> {
     let (size, seed, input) = (plan.bytes, args.seed, args.input.clone());
+    let seconds = args.seconds;
     move |memory| Order {
         size,
         seed,
         input,
+        seconds,
         memory,
     }
 }
@@ -171,6 +173,7 @@ fn node(args: &RunArgs, vram: u64) -> NodeConfig {
             fault_ring: 64,
             asids: 2,
             tlb_timeout_ns: 10_000_000_000,
+            smem_atomics: SmemAtomics::default(),
             planted: None,
         },
         service: match args.fault_service {
@@ -182,6 +185,7 @@ fn node(args: &RunArgs, vram: u64) -> NodeConfig {
         } else {
             NOTIFIER_BYTES
         },
+        atomics: args.atomics,
     }
 }
 
@@ -201,6 +205,7 @@ struct Done {
     bytes: u64,
     traffic: u64,
     answer: Option<String>,
+    counts: Option<Value>,
     stats: serde_json::Map<String, Value>,
     gts: Vec<String>,
     picture: Option<Picture>,
@@ -239,6 +244,7 @@ impl<O: FnOnce(Memory) -> Order> Program<O> {
             bytes: data.bytes(),
             traffic: data.traffic(),
             answer: data.answer(),
+            counts: data.counts(),
             stats: report::stats_json(stats),
             gts: report::stats_text(stats),
             picture: timeline.as_ref().map(|t| Picture::of(t, elapsed)),
@@ -256,6 +262,7 @@ fn report_of(args: &RunArgs, plan: &Planned, done: Done, outcome: &Outcome) -> R
         traffic: done.traffic,
         vram: plan.vram,
         answer: done.answer,
+        counts: done.counts,
         host: host_json(outcome),
         config: config_json(args, plan),
         stats: done.stats,

@@ -192,13 +192,17 @@ const fn block_of(found: Translation) -> u64 {
 }
 
 fn allows(found: Option<Translation>, wanted: Entries) -> bool {
-    let write = found.map(|found| match found {
-        Translation::Vram { write, .. } | Translation::Bus { write, .. } => write,
+    let rights = found.map(|found| match found {
+        Translation::Vram { write, atomic, .. } | Translation::Bus { write, atomic, .. } => {
+            (write, atomic)
+        }
     });
     match wanted {
-        Entries::None => write.is_none(),
-        Entries::Valid => write.is_some(),
-        Entries::Read => write == Some(false),
-        Entries::Write => write == Some(true),
+        Entries::None => rights.is_none(),
+        Entries::Valid => rights.is_some(),
+        Entries::Read => rights.is_some_and(|(write, _)| !write),
+        Entries::Write => rights.is_some_and(|(write, _)| write),
+        Entries::Atomic => rights == Some((true, true)),
+        Entries::Plain => rights == Some((true, false)),
     }
 }

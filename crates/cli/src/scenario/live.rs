@@ -90,6 +90,7 @@ impl LiveHost {
             vram: setup.vram.max(VRAM_MIN),
             units: u16::try_from(scenario.width() + 1).unwrap_or(u16::MAX),
             window: setup.window.unwrap_or(NOTIFIER_BYTES),
+            atomics: setup.atomics,
             live: LiveConfig {
                 brackets: BracketChoice::Patched,
                 ..LiveConfig::default()

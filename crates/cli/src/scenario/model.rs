@@ -24,7 +24,7 @@ use gpusvm_model::mm::memory::FrameId;
 use gpusvm_model::mm::remap::Target;
 use gpusvm_model::mm::{DeviceFolios, Shape, Thp};
 use gpusvm_model::sched::{Kind, Life, ModelEnv, Options, Outcome, Picker, Sim, Texts, When};
-use gpusvm_softgpu::{Dispatch, GpuConfig, Planted, Stop, Tile};
+use gpusvm_softgpu::{Dispatch, GpuConfig, Planted, SmemAtomics, Stop, Tile};
 use gpusvm_xe::stats::DeviceStats;
 use gpusvm_xe::vm::NOTIFIER_BYTES;
 
@@ -313,6 +313,7 @@ fn node_config(setup: &Setup, lanes: usize) -> NodeConfig {
             fault_ring: 16,
             asids: u32::from(setup.gpus) + 1,
             tlb_timeout_ns: 250_000_000,
+            smem_atomics: SmemAtomics::default(),
             planted: match setup.answers {
                 Answers::Arrive => None,
                 Answers::Lost => Some(Planted::LosesTlbAnswers),
@@ -320,6 +321,7 @@ fn node_config(setup: &Setup, lanes: usize) -> NodeConfig {
         },
         service: Service::Inline,
         window: setup.window.unwrap_or(NOTIFIER_BYTES),
+        atomics: setup.atomics,
     }
 }
 

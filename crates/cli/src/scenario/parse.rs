@@ -7,6 +7,7 @@ use gpusvm::seam::env::{Ns, Point};
 use gpusvm_xe::stats::Counter;
 use gpusvm_xe::vm::Rights as Mirror;
 
+use crate::atomics::Atomics;
 use crate::scenario::HostKind;
 use crate::scenario::lex::{Lines, ParseError, Words, name, parse_size};
 use crate::scenario::text::{
@@ -109,6 +110,7 @@ fn set_up(setup: &mut Setup, mut words: Words<'_>) -> Result<Known, String> {
         "seeds" => setup.seeds = words.number()?,
         "collector" => setup.collector = words.one::<Collector>()?,
         "tlb-answers" => setup.answers = words.one::<Answers>()?,
+        "atomics" => setup.atomics = words.one::<Atomics>()?,
         _ => return Ok(Known::No),
     }
     words.end()?;

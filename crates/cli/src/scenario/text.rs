@@ -6,6 +6,7 @@ use gpusvm::seam::env::{Ns, Point};
 use gpusvm_xe::stats::Counter;
 use gpusvm_xe::vm::Rights as Mirror;
 
+use crate::atomics::Atomics;
 use crate::scenario::HostKind;
 use crate::scenario::words::{
     Advice, Answers, Backing, Collector, Compare, Deed, Entries, Huge, Object, Rights,
@@ -92,6 +93,7 @@ pub(crate) struct Setup {
     pub(crate) seeds: u64,
     pub(crate) collector: Collector,
     pub(crate) answers: Answers,
+    pub(crate) atomics: Atomics,
 }
 
 impl Default for Setup {
@@ -104,6 +106,7 @@ impl Default for Setup {
             seeds: 1,
             collector: Collector::Runs,
             answers: Answers::Arrive,
+            atomics: Atomics::System,
         }
     }
 }

@@ -3,6 +3,8 @@
 use gpusvm::seam::env::Point;
 use gpusvm_xe::vm::Rights as Mirror;
 
+use crate::atomics::Atomics;
+
 macro_rules! words {
     ($($(#[$doc:meta])* $name:ident { $($(#[$of:meta])* $id:ident = $word:literal,)* })*) => {$(
         $(#[$doc])*
@@ -103,6 +105,10 @@ words! {
         Valid = "valid",
         Read = "read",
         Write = "write",
+        /// They allow atomics.
+        Atomic = "atomic",
+        /// They allow stores, and no atomics.
+        Plain = "plain",
     }
 
     /// How a number is compared.
@@ -131,6 +137,16 @@ words! {
         Evictable = "evictable",
         Pinned = "pinned",
     }
+}
+
+impl Word for Atomics {
+    const KIND: &'static str = "policy";
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("system", Self::System),
+        ("device", Self::Device),
+        ("exclusive", Self::Exclusive),
+        ("cpu", Self::Cpu),
+    ];
 }
 
 impl Word for Mirror {

@@ -85,6 +85,7 @@ use gpusvm_xe::stats::DeviceStats;
 use serde_json::Value;
 
 use crate::args::{CpuFaults, Planted, RunArgs};
+use crate::atomics::Atomics;
 use crate::machine::{Machine, VRAM_MIN};
 use crate::on_tile::OnTile;
 use crate::report::{COLUMNS, Clock, Report, config_json, host_json, stats_json};
@@ -178,6 +179,10 @@ pub(crate) fn run(
     if args.report.is_some() {
         return Err(RunError::Needless("--report"));
     }
+    // Some of its memory can be nowhere else.
+    if args.atomics != Atomics::System {
+        return Err(RunError::Needless("--atomics"));
+    }
     let (size, vram) = (args.size.unwrap_or(SIZE), args.vram.unwrap_or(VRAM));
     check_size(size, vram)?;
     let crew = Crew {
@@ -187,6 +192,7 @@ pub(crate) fn run(
     config.units = crew.units();
     let machine = Machine::start(config).map_err(RunError::Machine)?;
     plant(args, &machine);
+    machine.env().set_jitter(args.jitter.unwrap_or(0));
     let stats = Arc::clone(machine.stats());
     let seconds = args.seconds.unwrap_or(SECONDS);
     let world = {
@@ -202,6 +208,7 @@ pub(crate) fn run(
         traffic: 0,
         vram,
         answer: None,
+        counts: None,
         host: host_json(world.space.level(), &probe()),
         config: config_json(args, size, vram),
         stats: stats_json(&stats),

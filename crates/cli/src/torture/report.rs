@@ -245,6 +245,9 @@ pub(super) fn repeat(args: &RunArgs, seconds: u64, size: u64, vram: u64) -> Stri
         let names: Vec<_> = args.ops.iter().map(|op| op.name()).collect();
         let _written = write!(command, " --ops {}", names.join(","));
     }
+    if let Some(odds) = args.jitter {
+        let _written = write!(command, " --jitter {odds}");
+    }
     if let Some(planted) = args.planted {
         let _written = write!(command, " --break {}", lower(&planted));
     }

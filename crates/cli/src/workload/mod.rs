@@ -18,6 +18,7 @@ mod pingpong;
 mod sort;
 mod spmv;
 mod stencil;
+mod storm;
 mod stream;
 mod wordcount;
 
@@ -30,13 +31,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use gpusvm::addr::{HostSpan, HostVa};
 use gpusvm::error::Failed;
+use gpusvm_live::FaultLevel;
 use gpusvm_softgpu::{Kernel, Stop};
+use serde_json::Value;
 
 use crate::machine::Machine;
 use crate::progress::Progress;
 use crate::world;
 
 pub(crate) use memory::{Array, File, Memory, Words};
+pub(crate) use storm::Storm;
 pub use stream::cpu_triad;
 
 /// What a workload is made from.
@@ -48,6 +52,8 @@ pub struct Order {
     pub seed: u64,
     /// File to read, for workloads that read one.
     pub input: Option<PathBuf>,
+    /// How long to go on, for workloads that can go on.
+    pub seconds: Option<u64>,
     /// Where the data is to be.
     pub(crate) memory: Memory,
 }
@@ -228,6 +234,11 @@ pub trait Prepared {
     fn answer(&self) -> Option<String> {
         None
     }
+
+    /// What it counted, as JSON, where that is more than the answer.
+    fn counts(&self) -> Option<Value> {
+        None
+    }
 }
 
 /// What runs kernels, on either host.
@@ -330,13 +341,31 @@ impl Job<'_> {
         result.map_err(JobError::Device)
     }
 
-    /// Evicts everything from the device, while it computes.
-    pub fn evict_all(&self) {
+    /// Does `work` while a storm rages, where there can be one. Returns what it gave, and how often the storm moved pages.
+    pub(crate) fn in_storm<R>(&self, storm: Storm, work: impl FnOnce() -> R) -> (R, u64) {
         match self.device {
-            Device::Live(machine) => {
-                gpusvm_live::thread::run(|| machine.evict_all());
+            // Nothing would bring home what the CPU touches.
+            Device::Live(machine) if machine.space().level().faults == FaultLevel::Explicit => {
+                (work(), 0)
             }
-            Device::Model(machine) => machine.evict_all(),
+            Device::Live(machine) => {
+                let over = AtomicBool::new(false);
+                let pagemap = machine.device().pagemap();
+                let gust = |n| gpusvm_live::thread::run(|| storm.gust(pagemap, n));
+                let rage = || call_until(&gust, || over.load(Ordering::Acquire));
+                std::thread::scope(|scope| {
+                    let raging = scope.spawn(rage);
+                    let done = work();
+                    over.store(true, Ordering::Release);
+                    let gusts = raging.join().unwrap_or_else(|panic| resume_unwind(panic));
+                    (done, gusts)
+                })
+            }
+            Device::Model(machine) => {
+                machine.begin_storm(storm);
+                let done = work();
+                (done, machine.end_storm())
+            }
         }
     }
 

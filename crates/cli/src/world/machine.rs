@@ -7,7 +7,7 @@
 //! ```
 
 use core::ops::ControlFlow;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -24,6 +24,7 @@ use gpusvm_softgpu::{Dispatch, Kernel, Stop, Tile};
 use gpusvm_xe::vm::{MirrorArea, Rights};
 
 use crate::machine::Folds;
+use crate::workload::Storm;
 use crate::world::sink::Told;
 use crate::world::vram::Wires;
 use crate::world::{Node, NodeConfig, Service, oracle};
@@ -39,6 +40,12 @@ pub(crate) struct Machine {
     /// How many there were.
     launches: AtomicU32,
     units: u32,
+    /// What moves pages meanwhile.
+    storm: Mutex<Option<Storm>>,
+    /// Changes with each storm that begins.
+    storms: AtomicU32,
+    /// How often the storm moved pages.
+    gusts: AtomicU64,
     /// No fault will come any more.
     closed: AtomicBool,
 }
@@ -77,6 +84,9 @@ impl Machine {
             launch: Mutex::default(),
             launches: AtomicU32::new(0),
             units: config.gpu.units_per_gt.into(),
+            storm: Mutex::default(),
+            storms: AtomicU32::new(0),
+            gusts: AtomicU64::new(0),
             closed: AtomicBool::new(false),
         });
         machine.spawn(sim, config.service);
@@ -88,6 +98,8 @@ impl Machine {
             let machine = Arc::clone(self);
             sim.daemon(format!("unit{n}"), move || machine.unit(n));
         }
+        let machine = Arc::clone(self);
+        sim.daemon("storm", move || machine.rage());
         if service == Service::Queue {
             let machine = Arc::clone(self);
             sim.spawn("service", move || machine.serve());
@@ -153,6 +165,35 @@ impl Machine {
     /// Evicts everything that can be evicted from the device.
     pub(crate) fn evict_all(&self) {
         let _evicted = self.node.device.pagemap().vram().evict_all();
+    }
+
+    /// From now on an actor moves pages.
+    pub(crate) fn begin_storm(&self, storm: Storm) {
+        *locked(&self.storm) = Some(storm);
+        self.gusts.store(0, Ordering::Relaxed);
+        self.storms.fetch_add(1, Ordering::AcqRel);
+        Environment::wake(&ModelEnv, &self.storms);
+    }
+
+    /// No more; returns how often it did.
+    pub(crate) fn end_storm(&self) -> u64 {
+        *locked(&self.storm) = None;
+        self.gusts.load(Ordering::Relaxed)
+    }
+
+    /// What the storm's actor does, until the world is over.
+    fn rage(&self) {
+        loop {
+            let seen = self.storms.load(Ordering::Acquire);
+            let storm = *locked(&self.storm);
+            if let Some(storm) = storm {
+                let n = self.gusts.fetch_add(1, Ordering::Relaxed);
+                storm.gust(self.node.device.pagemap(), n);
+                ModelEnv.point(Kind::Other);
+            } else if ModelEnv.idle(&self.storms, seen) == Life::Over {
+                return;
+            }
+        }
     }
 
     /// Brings all data home and ends what serves the device. Before, device and process must agree; after,

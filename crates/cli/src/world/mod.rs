@@ -20,8 +20,9 @@ use gpusvm_model::sched::{ModelEnv, ModelMutex};
 use gpusvm_softgpu::{FaultService, GpuConfig, SoftGpu};
 use gpusvm_xe::copy::XeCopy;
 use gpusvm_xe::device::Device;
-use gpusvm_xe::vm::{MirrorArea, Rights, Vm, user_space};
+use gpusvm_xe::vm::{MirrorArea, Rights, Vm, VmConfig, user_space};
 
+use crate::atomics::Atomics;
 use crate::world::port::{Inline, Port};
 use crate::world::sink::Sink;
 use crate::world::vram::{ModelVram, Wires, Written};
@@ -50,6 +51,8 @@ pub(crate) struct NodeConfig {
     pub(crate) service: Service,
     /// Bytes of a notifier window.
     pub(crate) window: u64,
+    /// Where the device does its atomics.
+    pub(crate) atomics: Atomics,
 }
 
 /// How much of each page of device memory there is.
@@ -124,8 +127,12 @@ impl<P: Platform<Env = ModelEnv, Copy = XeCopy>> Node<P> {
         port: impl FnOnce(Arc<dyn DevicePort>) -> Arc<dyn DevicePort>,
     ) -> Self {
         let written = Arc::<Written>::default();
+        let gpu = GpuConfig {
+            smem_atomics: config.atomics.smem(),
+            ..config.gpu
+        };
         let gpu = SoftGpu::new(
-            config.gpu,
+            gpu,
             config.content.vram(config.vram, wires, &written),
             Arc::clone(&wires.bus),
             Arc::new(ModelEnv) as Arc<dyn Park>,
@@ -135,7 +142,11 @@ impl<P: Platform<Env = ModelEnv, Copy = XeCopy>> Node<P> {
         let copy = Arc::new(XeCopy::new(Arc::clone(&port)));
         let id = PagemapId(u32::from(n) + 1);
         let device = Device::new(seams.clone(), id, port, copy);
-        let vm = Vm::with_windows(&device, u32::from(n) + 1, config.window);
+        let vm_config = VmConfig {
+            window_bytes: config.window,
+            atomics: config.atomics.policy(),
+        };
+        let vm = Vm::with(&device, u32::from(n) + 1, vm_config);
         let vm = vm.expect("a fresh device has room for a table");
         let area = MirrorArea {
             span: user_space(),

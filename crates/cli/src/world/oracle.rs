@@ -9,6 +9,7 @@ use gpusvm_model::mm::memory::FrameId;
 use gpusvm_model::mm::{Machine, Pid};
 use gpusvm_model::sched::ModelEnv;
 use gpusvm_softgpu::Translation;
+use gpusvm_xe::atomics::AtomicPolicy;
 
 use crate::world::Node;
 use crate::world::sink::Told;
@@ -30,7 +31,7 @@ pub(crate) fn look(
             for page in pages.clone() {
                 let at = mm.shape().address(page).get();
                 if let Some(found) = node.gpu.translation(node.vm.asid(), at) {
-                    entry_agrees(mm, node.vm.asid(), page, found)?;
+                    entry_agrees(mm, &Owner::of(node), page, found)?;
                 }
             }
         }
@@ -50,14 +51,37 @@ pub(crate) fn trespasses(kernel: &Kernel<ModelEnv>) -> Result<(), String> {
     }
 }
 
+/// Whose entries are looked at.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owner {
+    device: u32,
+    atomics: AtomicPolicy,
+}
+
+impl Owner {
+    /// The VM of a device.
+    pub(crate) fn of<P: Platform<Env = ModelEnv>>(node: &Node<P>) -> Self {
+        Self {
+            device: node.vm.asid(),
+            atomics: node.vm.atomics(),
+        }
+    }
+
+    /// Whether entries may allow atomics on host memory that the CPU has as well.
+    fn shares_atomics(&self) -> bool {
+        matches!(self.atomics, AtomicPolicy::System | AtomicPolicy::Naive)
+    }
+}
+
 /// A valid entry of a device leads where the process has the page, and gives no right that the
 /// process does not have: invalidations zap before anything changes.
 pub(crate) fn entry_agrees(
     mm: &Machine,
-    device: u32,
+    owner: &Owner,
     page: u32,
     found: Translation,
 ) -> Result<(), String> {
+    let device = owner.device;
     let entry = mm.entry(Pid(0), page);
     let wrong = |why: &str| {
         Err(format!(
@@ -65,9 +89,19 @@ pub(crate) fn entry_agrees(
         ))
     };
     match (found, entry) {
-        (Translation::Bus { address, write, .. }, Entry::Present(frame, bits)) => {
+        (
+            Translation::Bus {
+                address,
+                write,
+                atomic,
+                ..
+            },
+            Entry::Present(frame, bits),
+        ) => {
             if address != bus::address_of(frame).get() {
                 wrong("leads to another page")
+            } else if atomic && !owner.shares_atomics() {
+                wrong("allows atomics on a page that the CPU has")
             } else if write && !bits.has(Bits::WRITE) {
                 wrong("allows stores that the process may not do")
             } else {
@@ -83,6 +117,20 @@ pub(crate) fn entry_agrees(
             Entry::Zero(_),
         ) => {
             if address == bus::ZERO_PAGE.get() {
+                Ok(())
+            } else {
+                wrong("leads to another page")
+            }
+        }
+        (
+            Translation::Bus {
+                address,
+                atomic: true,
+                ..
+            },
+            Entry::DeviceExclusive(frame, _),
+        ) if owner.atomics == AtomicPolicy::Exclusive => {
+            if address == bus::address_of(frame).get() {
                 Ok(())
             } else {
                 wrong("leads to another page")

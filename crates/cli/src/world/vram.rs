@@ -171,6 +171,11 @@ impl<const N: usize> VramStore for ModelVram<N> {
         });
     }
 
+    fn word(&self, offset: u64) -> u64 {
+        let (page, byte) = place(offset);
+        self.with(|pages| pages[page].words().get(byte / 8).copied().unwrap_or(0))
+    }
+
     fn write(&self, offset: u64, src: &[u8]) {
         for (at, piece) in pieces(offset, src.len()) {
             let byte = place(at).1;

@@ -128,6 +128,11 @@ pub enum Placement {
     Mixed,
 }
 
+/// Who has a page for itself: an identity, comparable and otherwise opaque (the `owner` of
+/// `make_device_exclusive`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Owner(pub u64);
+
 /// Why the host is about to change a span (`enum mmu_notifier_event`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InvalidateReason {
@@ -143,6 +148,8 @@ pub enum InvalidateReason {
     Release,
     /// Pages move to or from a device.
     Migrate,
+    /// A page becomes exclusive to a device, of this owner, who knows already.
+    Exclusive(Owner),
 }
 
 /// Receives invalidations of one interval. **Inside: no allocation, no host call, no lock but the
@@ -444,7 +451,8 @@ pub trait AddressSpace: Send + Sync + 'static {
 
     /// Takes the page at `at` away from the CPU and gives it, where it is, to a device alone, for
     /// atomics on host memory (`make_device_exclusive`). The page is faulted in for writing first;
-    /// the next access by the CPU takes it back, inside an invalidation.
+    /// the next access by the CPU takes it back, inside an invalidation. The taking itself is one of
+    /// the reason [`Exclusive`](InvalidateReason::Exclusive), with this `owner`.
     ///
     /// `commit` enters the page's bus address in the device's table. Meanwhile the page is locked:
     /// neither the CPU nor a change of the address space gets at it. `commit` takes the notifier lock
@@ -456,6 +464,7 @@ pub trait AddressSpace: Send + Sync + 'static {
     fn make_exclusive(
         &self,
         at: HostVa,
+        owner: Owner,
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted>;
 }

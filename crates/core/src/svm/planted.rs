@@ -3,6 +3,7 @@
 use crate::NotifierHeld;
 use crate::error::Stale;
 use crate::mutant::Mutant;
+use crate::pages::PageSet;
 use crate::range::{RangeRef, Tree};
 use crate::seam::Platform;
 use crate::seam::env::{Environment, MutexGuard, Point};
@@ -13,6 +14,13 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
     pub(super) fn keeps_tlbs(&self) -> bool {
         let env = &self.seams.env;
         env.mutant(Mutant::FlushSkipped) || env.mutant(Mutant::ZapAfterFlush)
+    }
+
+    /// Mutants that commit what they found without another look.
+    pub(super) fn drops_recheck(&self, pages: &PageSet) -> bool {
+        let env = &self.seams.env;
+        env.mutant(Mutant::RecheckDropped)
+            || (pages.exclusive && env.mutant(Mutant::ExclusiveNotRechecked))
     }
 
     /// A mutant: the guard is gone when the entries are written.

@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 use std::sync::Mutex as StdMutex;
 
 use super::*;
-use crate::addr::{BusAddr, PAGE_2M, PageCount};
+use crate::addr::{BusAddr, PAGE, PAGE_2M, PageCount};
 use crate::mmu::IntervalNotifiers;
 use crate::seam::copy::{CopyEngine, CopyMove};
 use crate::seam::mm::{Location, MigrateTo, MigrationSet, PageRun, PagemapId, Placement, Seen};
@@ -88,10 +88,15 @@ impl AddressSpace for Host {
 
     fn make_exclusive(
         &self,
-        _at: HostVa,
-        _commit: &mut dyn FnMut(BusAddr),
+        at: HostVa,
+        owner: Owner,
+        commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
-        Err(Stale::PagesRefused.into())
+        let reason = InvalidateReason::Exclusive(owner);
+        let running = self.notifiers.start(HostSpan::at(at, PAGE), reason);
+        self.notifiers.end(&self.env, running);
+        commit(BusAddr::new(at.get()));
+        Ok(())
     }
 }
 
@@ -179,6 +184,7 @@ fn world() -> World {
     let area = HostSpan::at(HostVa::new(0), 1 << 40);
     let config = SvmConfig {
         vm: 1,
+        owner: Owner(1),
         area,
         window_bytes: 512 << 20,
     };
@@ -211,12 +217,18 @@ impl World {
     }
 
     fn range(&mut self, at: u64) -> RangeRef {
+        self.range_of(at, PAGE_2M)
+    }
+
+    /// A range of at most so many bytes.
+    fn range_of(&mut self, at: u64, largest: u64) -> RangeRef {
         let find = FindRange {
             at: HostVa::new(BASE + at),
             area: HostSpan::at(HostVa::new(0), 1 << 40),
             access: Access::Write,
             device_memory: true,
             populated_up_to: 0,
+            largest,
         };
         self.svm
             .find_or_insert_range(&mut self.owner, &find)
@@ -271,6 +283,40 @@ fn planted_missing_recheck_is_caught() {
         world.stale_entry_survives(),
         "the test above would fail without the re-check"
     );
+}
+
+#[test]
+fn exclusive_page_is_bound_unless_somebody_else_has_it() {
+    let mut world = world();
+    let range = world.range_of(0, PAGE);
+    world.bind(&range, Access::Write).expect("nothing changed");
+    let pages = world.svm.make_exclusive(&range).expect("it is private");
+    assert!(pages.is_exclusive());
+    assert!(!world.is_bound(&range, Access::Write), "it is zapped first");
+    let bound = world
+        .svm
+        .commit(&range, pages, |binding, _held| *binding = true);
+    assert_eq!(bound, Ok(()), "the own event is no change");
+    assert!(world.is_bound(&range, Access::Write));
+    for other in [
+        InvalidateReason::Exclusive(Owner(2)),
+        InvalidateReason::Clear,
+    ] {
+        let pages = world.svm.make_exclusive(&range).expect("it is private");
+        world.invalidate(range.span(), other);
+        let bound = world
+            .svm
+            .commit(&range, pages, |binding, _held| *binding = true);
+        assert_eq!(bound, Err(Stale::CpuMappingChanged), "{other:?}");
+    }
+}
+
+#[test]
+fn larger_ranges_are_not_exclusive() {
+    let mut world = world();
+    let range = world.range(0);
+    let made = world.svm.make_exclusive(&range);
+    assert!(matches!(made, Err(Interrupted::Failed(_))), "{made:?}");
 }
 
 #[test]
@@ -420,6 +466,7 @@ fn mapping_decides_how_a_look_up_fails() {
         access,
         device_memory: true,
         populated_up_to: 0,
+        largest: PAGE_2M,
     };
     let beyond = HostVa::new(BASE + 8 * PAGE_2M);
     let missing = world

@@ -240,7 +240,9 @@ impl<E: Environment> Around for Kernel<E> {
         self.refused
             .store(state.memory.refused(), Ordering::Relaxed);
         drop(state);
-        self.release(released);
+        if !released.is_empty() {
+            self.release(released);
+        }
         result
     }
 
@@ -260,7 +262,8 @@ impl<E: Environment> Around for Kernel<E> {
             InvalidateReason::Clear
             | InvalidateReason::ProtectVma
             | InvalidateReason::Release
-            | InvalidateReason::Migrate => false,
+            | InvalidateReason::Migrate
+            | InvalidateReason::Exclusive(_) => false,
         };
         let told = if forgotten { Pages::new(0, 0) } else { pages };
         let span = self.shape.span(told);

@@ -4,7 +4,7 @@ use gpusvm::addr::{BusAddr, HostSpan, HostVa, PageCount, VramAddr};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{
-    Access, AllocationId, InvalidateReason, Location, PageKind, PagemapId, Seen, SeenPage,
+    Access, AllocationId, InvalidateReason, Location, Owner, PageKind, PagemapId, Seen, SeenPage,
 };
 
 use crate::kernel::bus::{ZERO_PAGE, address_of};
@@ -41,6 +41,7 @@ impl<E: Environment> ModelSpace<E> {
     pub(super) fn take_for_device(
         &self,
         at: HostVa,
+        owner: Owner,
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
         let kernel = &*self.kernel;
@@ -48,7 +49,11 @@ impl<E: Environment> ModelSpace<E> {
         let page = page.ok_or(Failed::BadPage(at))?;
         let _lock = self.lock_for_exclusive(page, at)?;
         split_blocks(kernel, self.pid, Pages::one(page));
-        let open = kernel.open(self.pid, Pages::one(page), InvalidateReason::Clear);
+        let open = kernel.open(
+            self.pid,
+            Pages::one(page),
+            InvalidateReason::Exclusive(owner),
+        );
         kernel.step();
         let made = kernel.with(|mm| mm.make_exclusive(self.pid, page));
         kernel.close(self.pid, open);

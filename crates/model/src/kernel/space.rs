@@ -8,8 +8,8 @@ use gpusvm::error::{Failed, Interrupted};
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{
-    AddressSpace, FaultIn, InvalidationSink, MigrateTo, PageRun, PagemapId, Placement, Seen, Vma,
-    VmaKind,
+    AddressSpace, FaultIn, InvalidationSink, MigrateTo, Owner, PageRun, PagemapId, Placement, Seen,
+    Vma, VmaKind,
 };
 
 use crate::kernel::Kernel;
@@ -224,9 +224,10 @@ impl<E: Environment> AddressSpace for ModelSpace<E> {
     fn make_exclusive(
         &self,
         at: HostVa,
+        owner: Owner,
         commit: &mut dyn FnMut(BusAddr),
     ) -> Result<(), Interrupted> {
         self.alive()?;
-        self.take_for_device(at, commit)
+        self.take_for_device(at, owner, commit)
     }
 }

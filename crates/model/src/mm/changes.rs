@@ -13,47 +13,53 @@ use crate::mm::{Machine, Pid};
 /// A set of small numbers.
 #[derive(Clone, Debug, Default)]
 pub struct Marks {
-    words: Vec<u64>,
+    /// One bit for each of the first numbers, the only ones where a machine is small.
+    near: u128,
+    /// The bits behind.
+    far: Vec<u64>,
     any: bool,
 }
 
 const BITS: u32 = u64::BITS;
+const NEAR: u32 = u128::BITS;
 
 impl Marks {
     /// Adds a number.
     #[inline]
     pub(crate) fn add(&mut self, n: u32) {
-        let at = (n / BITS) as usize;
-        if at >= self.words.len() {
-            self.words.resize(at + 1, 0);
+        match n.checked_sub(NEAR) {
+            None => self.near |= 1 << n,
+            Some(n) => self.add_far((n / BITS) as usize, 1 << (n % BITS)),
         }
-        self.words[at] |= 1 << (n % BITS);
         self.any = true;
+    }
+
+    fn add_far(&mut self, at: usize, bits: u64) {
+        if at >= self.far.len() {
+            self.far.resize(at + 1, 0);
+        }
+        self.far[at] |= bits;
     }
 
     /// Moves all numbers of `other` here.
     #[inline]
     pub(crate) fn take_from(&mut self, other: &mut Self) {
-        if other.any {
-            self.add_all(other);
-            other.clear();
+        if !other.any {
+            return;
         }
+        self.near |= other.near;
+        for (at, more) in other.far.iter().enumerate() {
+            self.add_far(at, *more);
+        }
+        self.any = true;
+        other.clear();
     }
 
-    /// Adds all numbers of `other`.
-    fn add_all(&mut self, other: &Self) {
-        if self.words.len() < other.words.len() {
-            self.words.resize(other.words.len(), 0);
-        }
-        for (word, more) in self.words.iter_mut().zip(&other.words) {
-            *word |= more;
-        }
-        self.any |= other.any;
-    }
-
+    #[inline]
     pub(crate) fn clear(&mut self) {
         if self.any {
-            self.words.iter_mut().for_each(|word| *word = 0);
+            self.near = 0;
+            self.far.iter_mut().for_each(|word| *word = 0);
             self.any = false;
         }
     }
@@ -65,15 +71,46 @@ impl Marks {
     }
 
     /// The numbers, ascending.
-    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        (0..).zip(&self.words).flat_map(|(at, word)| {
-            let mut rest = *word;
-            core::iter::from_fn(move || {
-                let bit = (rest != 0).then(|| rest.trailing_zeros())?;
-                rest &= rest - 1;
-                Some(at * BITS + bit)
-            })
-        })
+    #[must_use]
+    pub fn iter(&self) -> Numbers<'_> {
+        Numbers {
+            near: self.near,
+            word: 0,
+            behind: NEAR,
+            far: &self.far,
+        }
+    }
+}
+
+/// The numbers of a set, ascending.
+#[derive(Clone, Debug)]
+pub struct Numbers<'a> {
+    near: u128,
+    /// Bits of the word behind which `far` begins.
+    word: u64,
+    /// The first number behind it.
+    behind: u32,
+    far: &'a [u64],
+}
+
+impl Iterator for Numbers<'_> {
+    type Item = u32;
+
+    #[inline]
+    fn next(&mut self) -> Option<u32> {
+        if self.near != 0 {
+            let n = self.near.trailing_zeros();
+            self.near &= self.near - 1;
+            return Some(n);
+        }
+        while self.word == 0 {
+            let (first, rest) = self.far.split_first()?;
+            (self.word, self.far) = (*first, rest);
+            self.behind += BITS;
+        }
+        let bit = self.word.trailing_zeros();
+        self.word &= self.word - 1;
+        Some(self.behind - BITS + bit)
     }
 }
 
@@ -144,8 +181,11 @@ impl Changes {
     /// Whether nothing has changed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        let rest = [&self.frames, &self.mappings, &self.slots, &self.places];
-        self.pages.iter().chain(rest).all(Marks::is_empty)
+        self.frames.is_empty()
+            && self.mappings.is_empty()
+            && self.slots.is_empty()
+            && self.places.is_empty()
+            && self.pages.iter().all(Marks::is_empty)
     }
 
     /// Pages of a process whose entries have changed, or lead to frames that have.
@@ -198,5 +238,37 @@ impl Machine {
             };
             pages.for_each(|page| tell(mapping.pid, page));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn marked(numbers: &[u32]) -> Marks {
+        let mut marks = Marks::default();
+        numbers.iter().for_each(|n| marks.add(*n));
+        marks
+    }
+
+    #[test]
+    fn numbers_come_back_in_order_near_and_far() {
+        let all = [0, 63, 64, 127, 128, 191, 192, 700];
+        let mut given = all;
+        given.reverse();
+        let marks = marked(&given);
+        assert!(marks.iter().eq(all));
+        assert!(marked(&[]).iter().eq([]), "an empty set has none");
+        assert!(marked(&[300]).iter().eq([300]), "only far away");
+    }
+
+    #[test]
+    fn what_is_taken_is_here_and_not_there() {
+        let (mut here, mut there) = (marked(&[5, 130]), marked(&[4, 131, 600]));
+        here.take_from(&mut there);
+        assert!(here.iter().eq([4, 5, 130, 131, 600]));
+        assert!(there.is_empty() && there.iter().next().is_none());
+        here.clear();
+        assert!(here.is_empty() && here.iter().next().is_none());
     }
 }

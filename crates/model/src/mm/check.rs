@@ -146,31 +146,23 @@ fn check_tables(mm: &Machine, pid: Pid) -> Result<(), Broken> {
 
 /// Checks what stands at one page.
 pub(super) fn check_entry(mm: &Machine, pid: Pid, page: u32) -> Result<(), Broken> {
-    check_block(mm, pid, page)?;
-    let small = mm.process(pid).entries[page as usize];
-    if mm.entry(pid, page) == Entry::None {
+    let (process, at) = (mm.process(pid), At::Page(pid, page));
+    let (small, block) = (process.entries[page as usize], mm.block(pid, page));
+    if small == Entry::None && block == Block::Table {
         return Ok(());
     }
-    let mapped = mm.process(pid).vmas.at(page).is_some();
-    let dying = mm.process(pid).detached.contains(page);
-    let at = At::Page(pid, page);
+    rule!(
+        small == Entry::None || (block == Block::Table && mm.has_table(pid, page)),
+        "nothing lies below a block entry, or where there is no table",
+        at,
+    )?;
+    let mapped = process.vmas.at(page).is_some();
+    let dying = process.detached.contains(page);
     rule!(mapped || dying, "an entry lies in a mapping", at)?;
     match small.named_frame() {
         Some(frame) => check_named(mm, pid, page, small, frame),
         None => Ok(()),
     }
-}
-
-fn check_block(mm: &Machine, pid: Pid, page: u32) -> Result<(), Broken> {
-    let block = mm.block(pid, page);
-    let small = mm.process(pid).entries[page as usize];
-    let table = mm.has_table(pid, page);
-    let empty = small == Entry::None || (block == Block::Table && table);
-    rule!(
-        empty,
-        "nothing lies below a block entry, or where there is no table",
-        At::Page(pid, page),
-    )
 }
 
 fn check_named(

@@ -23,6 +23,12 @@ use crate::mm::{Machine, Pid};
 pub struct Checker {
     /// What has changed since the last look.
     changes: Changes,
+    counts: Counts,
+}
+
+/// What is counted over everything.
+#[derive(Debug, Default)]
+struct Counts {
     /// Whose every frame was; `None` for one that was not looked at, and where it was no head.
     owners: Vec<Option<Owner>>,
     /// Pages that the allocation in every place had.
@@ -40,17 +46,17 @@ impl Checker {
             changes: Changes::new(mm.shape.processes),
             ..Self::default()
         };
-        let changes = &mut checker.changes;
+        let Self { changes, counts } = &mut checker;
         for (n, frame) in (0..).zip(&mm.memory.frames) {
             let free = Frame {
                 head: n,
                 ..Frame::default()
             };
             if *frame == free && n < mm.memory.host_frames() {
-                checker.owners.push(Some(Owner::Free));
-                checker.free += 1;
+                counts.owners.push(Some(Owner::Free));
+                counts.free += 1;
             } else {
-                checker.owners.push(None);
+                counts.owners.push(None);
                 changes.frames.add(n);
             }
         }
@@ -86,13 +92,14 @@ impl Checker {
     /// # Errors
     /// A rule that does not hold.
     pub fn check(&mut self, mm: &Machine) -> Result<(), Broken> {
-        let mut changes = core::mem::take(&mut self.changes);
-        let result = self.look(mm, &mut changes);
-        changes.clear();
-        self.changes = changes;
+        let result = self.counts.look(mm, &mut self.changes);
+        self.changes.clear();
         result
     }
+}
 
+impl Counts {
+    /// Looks at what has changed, and counts it.
     fn look(&mut self, mm: &Machine, changes: &mut Changes) -> Result<(), Broken> {
         for pid in changes.mappings.iter() {
             let pid = Pid(u8::try_from(pid).unwrap_or(u8::MAX));

@@ -4,6 +4,7 @@
 //! [`Machine::fault`] for one step. Steps that change what devices may use already (copy on write,
 //! the end of a device's exclusive use) come back as a plan, to be committed inside a bracket.
 
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::mm::{Access, InvalidateReason};
 
 use crate::mm::around::{Around, MmapLock, Waited};
@@ -86,7 +87,13 @@ pub fn fault<A: Around>(around: &A, pid: Pid, page: u32, access: Access) -> Resu
 
 /// Ends a device's exclusive use of a page.
 pub(crate) fn restore_exclusive<A: Around>(around: &A, pid: Pid, page: u32) {
-    let open = around.open(pid, Pages::one(page), InvalidateReason::Clear);
+    let quietly = around.with(|mm| mm.mutant == Some(Mutant::ExclusiveEndedQuietly));
+    let told = if quietly {
+        Pages::new(0, 0)
+    } else {
+        Pages::one(page)
+    };
+    let open = around.open(pid, told, InvalidateReason::Clear);
     around.step();
     around.with(|mm| mm.restore_exclusive(pid, page));
     around.close(pid, open);

@@ -74,6 +74,10 @@ struct Node {
     class: usize,
 }
 
+/// Which lock of this world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NodeId(u32);
+
 /// Addresses whose locks have a name.
 #[derive(Debug)]
 struct Named {
@@ -84,7 +88,7 @@ struct Named {
 
 #[derive(Clone, Copy, Debug)]
 struct Held {
-    node: u32,
+    node: NodeId,
     /// Bit of its class; none where its order is not watched.
     bit: u64,
     site: Site,
@@ -175,17 +179,17 @@ impl LockTable {
 
     /// The entry of a lock.
     #[inline]
-    fn node(&mut self, word: &LockWord, site: Site) -> u32 {
+    pub(super) fn node(&mut self, word: &LockWord, site: Site) -> NodeId {
         let hint = word.node();
         let known = self.nodes.get(hint as usize);
         if known.is_some_and(|node| node.address == word.address()) {
-            return hint;
+            return NodeId(hint);
         }
         self.new_node(word, site)
     }
 
     #[cold]
-    fn new_node(&mut self, word: &LockWord, site: Site) -> u32 {
+    fn new_node(&mut self, word: &LockWord, site: Site) -> NodeId {
         let address = word.address();
         // The innermost name: that of the smallest object around the lock.
         let around = |named: &&Named| (named.start..named.end).contains(&address);
@@ -198,7 +202,11 @@ impl LockTable {
         let node = u32::try_from(self.nodes.len()).unwrap_or(NO_NODE);
         self.nodes.push(Node { address, class });
         word.remember(node);
-        node
+        NodeId(node)
+    }
+
+    fn class(&self, node: NodeId) -> usize {
+        self.nodes[node.0 as usize].class
     }
 
     fn class_of_site(&mut self, site: Site) -> usize {
@@ -212,17 +220,11 @@ impl LockTable {
 
     /// Checks whether `actor` may take a lock, whether or not it is free.
     #[inline]
-    pub(super) fn check(
-        &mut self,
-        actor: usize,
-        word: &LockWord,
-        site: Site,
-    ) -> Result<(), Broken> {
+    pub(super) fn check(&mut self, actor: usize, node: NodeId, site: Site) -> Result<(), Broken> {
         if self.held[actor].is_empty() {
             return Ok(());
         }
-        let node = self.node(word, site);
-        let known = self.classes[self.nodes[node as usize].class].outer;
+        let known = self.classes[self.class(node)].outer;
         if self.held[actor].iter().all(|held| held.bit & known != 0) {
             return Ok(());
         }
@@ -230,12 +232,12 @@ impl LockTable {
     }
 
     #[cold]
-    fn check_order(&mut self, actor: usize, node: u32, site: Site) -> Result<(), Broken> {
-        let inner = self.nodes[node as usize].class;
+    fn check_order(&mut self, actor: usize, node: NodeId, site: Site) -> Result<(), Broken> {
+        let inner = self.class(node);
         for at in 0..self.held[actor].len() {
             let held = self.held[actor][at];
             let edge = Edge {
-                outer: self.nodes[held.node as usize].class,
+                outer: self.class(held.node),
                 outer_site: held.site,
                 inner,
                 inner_site: site,
@@ -345,9 +347,8 @@ impl LockTable {
 
     /// Takes note of a new holder.
     #[inline]
-    pub(super) fn took(&mut self, actor: usize, word: &LockWord, site: Site) {
-        let node = self.node(word, site);
-        let class = self.nodes[node as usize].class;
+    pub(super) fn took(&mut self, actor: usize, node: NodeId, site: Site) {
+        let class = self.class(node);
         let bit = if class < CLASSES_MAX { 1 << class } else { 0 };
         self.held[actor].push(Held { node, bit, site });
     }
@@ -358,7 +359,7 @@ impl LockTable {
         let Some(holder) = word.holder().filter(|holder| *holder <= HOST) else {
             return;
         };
-        let node = word.node();
+        let node = NodeId(word.node());
         let held = &mut self.held[holder];
         match held.last() {
             Some(last) if last.node == node => {
@@ -371,10 +372,10 @@ impl LockTable {
     /// What `actor` holds above `rank`, if anything.
     pub(super) fn held_above(&self, actor: usize, rank: Rank) -> Option<String> {
         let held = self.held[actor].iter().find(|held| {
-            let class = self.nodes[held.node as usize].class;
+            let class = self.class(held.node);
             self.classes[class].rank.is_some_and(|held| held > rank)
         })?;
-        let class = self.nodes[held.node as usize].class;
+        let class = self.class(held.node);
         let label = &self.classes[class].label;
         Some(format!("{label}, taken at {}", short(held.site)))
     }
@@ -390,7 +391,7 @@ impl LockTable {
 
     /// Where `actor` took the lock at `address`.
     pub(super) fn taken_at(&self, actor: usize, address: usize) -> Option<String> {
-        let lock = |held: &&Held| self.nodes[held.node as usize].address == address;
+        let lock = |held: &&Held| self.nodes[held.node.0 as usize].address == address;
         let held = self.held.get(actor)?.iter().find(lock)?;
         Some(short(held.site))
     }

@@ -186,6 +186,8 @@ pub struct Pct {
     count: u32,
     /// The next priority for who gives way: lower each time, so that spinning actors take turns.
     lowest: u64,
+    /// Who could run at the last pick, and the one of them that was picked.
+    last: (u64, usize),
 }
 
 /// Starting priorities lie above; those of change points and of giving way below.
@@ -209,6 +211,7 @@ impl Pct {
             changed: 0,
             count: 0,
             lowest: CHANGED - 1,
+            last: (0, 0),
         }
     }
 
@@ -219,23 +222,35 @@ impl Pct {
             What::Next => None,
             What::Rare(_) | What::Data => return self.data.pick(n, what),
         };
+        if what == What::Stay && !self.is_change_due() && running == self.goes_on(among.ready) {
+            self.count += 1;
+            return 0;
+        }
         if let Some(running) = running {
             self.lower(running, what);
         }
         self.count += 1;
         let highest = |(_, actor): &(u32, usize)| self.priorities[*actor];
         let best = (0..n).zip(among.actors()).max_by_key(highest);
-        best.map_or(0, |(index, _)| index)
+        let (index, actor) = best.unwrap_or_default();
+        self.last = (among.ready, actor);
+        index
+    }
+
+    /// Who was picked last, if the same actors can run as then.
+    fn goes_on(&self, ready: u64) -> Option<usize> {
+        (ready == self.last.0).then_some(self.last.1)
+    }
+
+    fn is_change_due(&self) -> bool {
+        let next = self.changes.get(self.changed);
+        next.is_some_and(|at| *at <= self.count)
     }
 
     /// Applies the change points that are due, and puts who gives way behind all others.
     fn lower(&mut self, running: usize, what: What) {
         // A change that fell on a choice without a running actor is due now.
-        while self
-            .changes
-            .get(self.changed)
-            .is_some_and(|at| *at <= self.count)
-        {
+        while self.is_change_due() {
             self.changed += 1;
             self.priorities[running] = CHANGED + (self.changes.len() - self.changed) as u64;
         }

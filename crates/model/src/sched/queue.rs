@@ -45,6 +45,7 @@ impl World {
         self.actors[current].block = Some(block);
         self.actors[current].deadline = deadline;
         self.ready &= !(1 << current);
+        self.blocked |= 1 << current;
         if let Block::Lock(..) = block {
             self.lock_waiters |= 1 << current;
         }
@@ -56,14 +57,17 @@ impl World {
         self.actors[actor].block = None;
         self.actors[actor].deadline = NEVER;
         self.ready |= 1 << actor;
+        self.blocked &= !(1 << actor);
         self.lock_waiters &= !(1 << actor);
     }
 
-    /// Whether there were any.
-    fn unblock_all(&mut self, wakes: impl Fn(&Actor) -> bool) -> bool {
-        let mut any = false;
-        for actor in 0..self.actors.len() {
-            if self.actors[actor].block.is_some() && wakes(&self.actors[actor]) {
+    /// Whether there were any `among` these blocked ones.
+    fn unblock_all(&mut self, among: u64, wakes: impl Fn(&Actor) -> bool) -> bool {
+        let (mut any, mut rest) = (false, among);
+        while rest != 0 {
+            let actor = rest.trailing_zeros() as usize;
+            rest &= rest - 1;
+            if wakes(&self.actors[actor]) {
                 self.unblock(actor);
                 any = true;
             }
@@ -77,16 +81,20 @@ impl World {
 
     pub(super) fn wake_sleepers(&mut self) {
         let now = self.now;
-        self.unblock_all(|actor| actor.deadline <= now);
+        self.unblock_all(self.blocked, |actor| actor.deadline <= now);
     }
 
     /// Wakes whoever waits for the word at `address`; whether anybody did.
     pub(super) fn wake_word(&mut self, address: usize) -> bool {
-        self.unblock_all(|actor| matches!(actor.block, Some(Block::Word(at, _)) if at == address))
+        let waits =
+            |actor: &Actor| matches!(actor.block, Some(Block::Word(at, _)) if at == address);
+        self.unblock_all(self.blocked, waits)
     }
 
     pub(super) fn wake_lock(&mut self, address: usize) {
-        self.unblock_all(|actor| matches!(actor.block, Some(Block::Lock(at, _)) if at == address));
+        let waits =
+            |actor: &Actor| matches!(actor.block, Some(Block::Lock(at, _)) if at == address);
+        self.unblock_all(self.lock_waiters, waits);
     }
 
     /// Queues work, once, and wakes workers.
@@ -94,7 +102,8 @@ impl World {
         if !self.deferred.contains(&work) {
             self.deferred.push(work);
         }
-        self.unblock_all(|actor| matches!(actor.block, Some(Block::Idle)));
+        let idles = |actor: &Actor| matches!(actor.block, Some(Block::Idle));
+        self.unblock_all(self.blocked, idles);
     }
 
     /// The running actor is done.

@@ -16,7 +16,7 @@ use gpusvm::seam::env::{Ns, Work};
 
 use crate::sched::fail::FailureKind;
 use crate::sched::fiber;
-use crate::sched::lock::Rank;
+use crate::sched::lock::{Broken, NodeId, Rank};
 use crate::sched::lock_word::{HOST, LockWord, Site};
 use crate::sched::options::{Kind, LockRules};
 use crate::sched::oracle::{Moments, Oracle};
@@ -105,10 +105,9 @@ pub(super) fn look(moments: Moments) {
     drop(looking);
     with(|world| {
         world.looking = false;
-        if world.oracles.is_empty() {
-            world.oracles = oracles;
-        } else {
-            // One of them has made another one.
+        // If one of them has made another one, that is the last.
+        std::mem::swap(&mut world.oracles, &mut oracles);
+        if !oracles.is_empty() {
             world.oracles.append(&mut oracles);
         }
         if let Some(text) = found {
@@ -203,25 +202,33 @@ fn refuse(word: &LockWord, site: Site) {
 impl World {
     #[inline]
     fn take(&mut self, word: &LockWord, site: Site) -> Taking {
-        if self.state == State::Running
-            && self.current != HOST
-            && let Err(taking) = self.check_lock(word, site)
+        let node = self.node(word, site);
+        if let Some(node) = node
+            && self.is_live()
+            && let Err(broken) = self.locks.check(self.current, node, site)
+            && let Err(taking) = self.break_order(broken)
         {
             return taking;
         }
-        if word.claim(self.current) {
-            if self.state != State::Idle {
-                self.locks.took(self.current, word, site);
-            }
-            return Taking::Taken;
+        if !word.claim(self.current) {
+            return self.wait_for_lock(word, site);
         }
-        self.wait_for_lock(word, site)
+        if let Some(node) = node {
+            self.locks.took(self.current, node, site);
+        }
+        Taking::Taken
     }
 
-    fn check_lock(&mut self, word: &LockWord, site: Site) -> Result<(), Taking> {
-        let Err(broken) = self.locks.check(self.current, word, site) else {
-            return Ok(());
-        };
+    /// What is known of a lock, where it is a matter of rules. What an oracle takes is none: it is free
+    /// again before anybody goes on.
+    #[inline]
+    fn node(&mut self, word: &LockWord, site: Site) -> Option<NodeId> {
+        let watched = self.state != State::Idle && !self.looking;
+        watched.then(|| self.locks.node(word, site))
+    }
+
+    #[cold]
+    fn break_order(&mut self, broken: Broken) -> Result<(), Taking> {
         if self.options.lock_rules == LockRules::Ignore {
             return Ok(());
         }
@@ -261,7 +268,9 @@ impl World {
 
     #[inline]
     fn release(&mut self, word: &LockWord) {
-        self.locks.released(word);
+        if !self.looking {
+            self.locks.released(word);
+        }
         word.clear();
         if self.lock_waiters != 0 {
             self.wake_lock(word.address());
@@ -274,8 +283,8 @@ pub(super) fn try_lock(word: &LockWord, site: Site) -> bool {
     point(Kind::Lock);
     with(|world| {
         let claimed = word.claim(world.current);
-        if claimed && world.state != State::Idle {
-            world.locks.took(world.current, word, site);
+        if claimed && let Some(node) = world.node(word, site) {
+            world.locks.took(world.current, node, site);
         }
         claimed
     })

@@ -102,7 +102,9 @@ pub(super) struct World {
     pub(super) ready: u64,
     /// Required actors that are not done.
     pub(super) unfinished: u64,
-    /// Actors that wait for a lock.
+    /// Actors that wait for something.
+    pub(super) blocked: u64,
+    /// Those of them that wait for a lock.
     pub(super) lock_waiters: u64,
     pub(super) current: usize,
     /// Who is to be resumed by the thread.
@@ -114,7 +116,8 @@ pub(super) struct World {
     pub(super) earliest: u64,
     pub(super) streak: u32,
     pub(super) phase: Phase,
-    calm_since: u64,
+    /// The last step of the phase.
+    phase_ends: u64,
     picker: Picker,
     pub(super) tape: Vec<u32>,
     pub(super) hash: u64,
@@ -179,6 +182,7 @@ impl World {
             stacks: Vec::new(),
             ready: 0,
             unfinished: 0,
+            blocked: 0,
             lock_waiters: 0,
             current: HOST,
             next: None,
@@ -188,7 +192,7 @@ impl World {
             earliest: NEVER,
             streak: 0,
             phase: Phase::Safety,
-            calm_since: 0,
+            phase_ends: 0,
             picker: Picker::NONE,
             tape: Vec::new(),
             hash: 0,
@@ -236,10 +240,10 @@ impl World {
         self.reached.clear();
         (self.ready, self.unfinished, self.steps, self.switches) = (0, 0, 0, 0);
         (self.now, self.earliest, self.streak, self.dying_waits) = (0, NEVER, 0, 0);
-        (self.phase, self.calm_since) = (Phase::Safety, options.safety_steps);
+        (self.phase, self.phase_ends) = (Phase::Safety, options.safety_steps);
         (self.watched, self.touched) = (Moments::NONE, true);
         (self.looking, self.busy) = (false, 0);
-        self.lock_waiters = 0;
+        (self.blocked, self.lock_waiters) = (0, 0);
         (self.current, self.next) = (HOST, None);
         (self.failure, self.panic_site) = (None, None);
         self.hash = mix(options.seed, hash_text(&options.scenario));
@@ -301,14 +305,19 @@ impl World {
         self.state == State::Running && self.current != HOST && !self.looking
     }
 
-    /// An actor arrives at a point.
+    /// An actor arrives at a place that may be a point.
     #[inline]
     pub(super) fn arrive(&mut self, kind: Kind) -> Due {
-        if !self.options.points.has(kind) || !self.is_live() {
-            return Due::Nothing;
+        if self.options.points.has(kind) && self.is_live() {
+            self.arrive_at_point(kind)
+        } else {
+            Due::Nothing
         }
+    }
+
+    fn arrive_at_point(&mut self, kind: Kind) -> Due {
         self.step();
-        if self.steps > self.calm_since && self.is_late() {
+        if self.steps > self.phase_ends && self.is_late() {
             return Due::Death;
         }
         match self.moments() {
@@ -360,7 +369,7 @@ impl World {
     #[cold]
     fn is_late(&mut self) -> bool {
         self.calm();
-        let late = self.steps - self.calm_since.min(self.steps) > self.options.calm_steps;
+        let late = self.steps > self.phase_ends;
         if late {
             let text = self.describe_waiting("the actors are not done in time");
             self.fail(FailureKind::Stuck, text);
@@ -372,7 +381,8 @@ impl World {
     pub(super) fn calm(&mut self) {
         if self.phase == Phase::Safety {
             self.phase = Phase::Liveness;
-            self.calm_since = self.steps.min(self.calm_since);
+            let began = self.steps.min(self.phase_ends);
+            self.phase_ends = began.saturating_add(self.options.calm_steps);
             if let Picker::Pct(_) = self.picker {
                 self.picker = Picker::uniform(mix(self.options.seed, self.steps));
             }
@@ -386,21 +396,22 @@ impl World {
             self.now = self.now.max(self.earliest);
             self.wake_sleepers();
         }
-        let among = Candidates {
-            ready: self.ready,
-            first: u32::try_from(self.current).unwrap_or(0),
-        };
-        let n = among.count();
-        if n < 2 {
+        if self.ready & self.ready.wrapping_sub(1) == 0 {
+            // Nobody else can run.
             return Due::Nothing;
         }
-        let chosen = if kind == Kind::Spin || self.streak >= STREAK_MAX {
-            self.streak = 0;
-            let first = (among.first + 1) % 64;
-            self.pick_actor(n, What::Yield, Candidates { first, ..among })
-        } else {
-            self.pick_actor(n, What::Stay, among)
+        let gives_way = kind == Kind::Spin || self.streak >= STREAK_MAX;
+        let current = u32::try_from(self.current).unwrap_or(0);
+        let (what, first) = match gives_way {
+            true => (What::Yield, (current + 1) % 64),
+            false => (What::Stay, current),
         };
+        if gives_way {
+            self.streak = 0;
+        }
+        let ready = self.ready;
+        let among = Candidates { ready, first };
+        let chosen = self.pick_actor(among.count(), what, among);
         if chosen == self.current {
             self.streak += 1;
             return Due::Nothing;

@@ -1,8 +1,7 @@
 //! Calls of the model's process, in the words of scenarios.
 
 use gpusvm::addr::{HostSpan, PAGE};
-use gpusvm::seam::mm::Access;
-use gpusvm::seam::mm::AddressSpace;
+use gpusvm::seam::mm::{Access, AddressSpace, Owner};
 use gpusvm_model::mm::around::Around;
 use gpusvm_model::mm::errno::{Errno, Signal};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
@@ -65,7 +64,7 @@ impl ModelHost {
             }
             Deed::Exclusive => {
                 for at in pages {
-                    let made = self.space.make_exclusive(at, &mut |_page| {});
+                    let made = self.space.make_exclusive(at, Owner(0), &mut |_page| {});
                     made.map_err(|_why| Refusal::With("EBUSY".to_owned()))?;
                 }
             }

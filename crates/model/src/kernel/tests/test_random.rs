@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use gpusvm::addr::PAGE;
 use gpusvm::error::Interrupted;
-use gpusvm::seam::mm::{AddressSpace, DeviceAllocation, MigrateTo, MigrationSet};
+use gpusvm::seam::mm::{AddressSpace, DeviceAllocation, MigrateTo, MigrationSet, Owner};
 use gpusvm_abi::bus::AtomicOp;
 use proptest::prelude::*;
 
@@ -117,7 +117,11 @@ fn run(bench: &Bench, values: &mut BTreeMap<u32, u64>, op: &Op) {
             }
             child.exit();
         }
-        Op::Exclusive(page) => drop(bench.space.make_exclusive(bench.at(page), &mut |_bus| ())),
+        Op::Exclusive(page) => {
+            let _made = bench
+                .space
+                .make_exclusive(bench.at(page), Owner(1), &mut |_bus| ());
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::env::Point;
 use gpusvm::seam::mm::{
     Access, AddressSpace, DeviceAllocation, FaultIn, Folios, InvalidateReason, Location, MigrateTo,
-    MigrationSet, PagemapId, Pager, Placement, Seen, VmaKind,
+    MigrationSet, Owner, PagemapId, Pager, Placement, Seen, VmaKind,
 };
 use gpusvm_abi::bus::{AtomicOp, SystemBus};
 
@@ -368,7 +368,7 @@ fn an_exclusive_page_comes_back_when_the_cpu_touches_it() {
     let mut given = None;
     let made = bench
         .space
-        .make_exclusive(bench.at(0), &mut |bus| given = Some(bus));
+        .make_exclusive(bench.at(0), Owner(1), &mut |bus| given = Some(bus));
     made.expect("private memory");
     assert_eq!(bench.read(given.expect("committed")), 4);
     assert!(matches!(
