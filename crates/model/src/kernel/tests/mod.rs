@@ -1,5 +1,6 @@
 //! A machine at work, with a toy device memory.
 
 mod test_bench;
+mod test_folios;
 mod test_random;
 mod test_space;
