@@ -306,11 +306,6 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         Some(result)
     }
 
-    /// Any range, for teardown loops; `None` when all are gone.
-    pub fn any_range(&self, _owner: &mut SvmOwner) -> Option<RangeRef> {
-        self.tree.lock().any()
-    }
-
     /// From now on dead ranges are not queued: the VM is closed and removes all of them itself.
     pub fn close(&self, _owner: &mut SvmOwner) {
         let _under_the_notifier_lock = self.tree.lock();

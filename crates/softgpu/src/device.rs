@@ -15,7 +15,6 @@ use lock_api::{Mutex, RawMutex};
 
 use crate::copy;
 use crate::fault_ring::FaultRing;
-use crate::mmu::{self, Permit, Target};
 use crate::shootdown::{self, Gate, Shootdown};
 use crate::tlb::Tlb;
 use crate::unit::{Running, Tally};
@@ -120,66 +119,6 @@ pub struct UnitState {
     pub awaited: bool,
     /// Address of the fault whose answer it waits for.
     pub fault: Option<u64>,
-}
-
-/// Where an entry of the page tables leads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Translation {
-    /// Device memory.
-    Vram {
-        /// Offset of the page.
-        offset: u64,
-        /// Stores are allowed.
-        write: bool,
-        /// Atomics are allowed.
-        atomic: bool,
-        /// Bytes of the block that one entry maps, or 16 entries together.
-        block: u64,
-    },
-    /// Host memory.
-    Bus {
-        /// Bus address of the page.
-        address: u64,
-        /// Stores are allowed.
-        write: bool,
-        /// Atomics are allowed.
-        atomic: bool,
-        /// As above.
-        block: u64,
-    },
-}
-
-/// What a walk comes by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Walked {
-    /// A page table, by its offset in device memory.
-    Table(u64),
-    /// A page, by its virtual address, and where it leads.
-    Page(u64, Option<Translation>),
-}
-
-impl Translation {
-    /// Where a leaf leads at `va`.
-    fn of(leaf: &mmu::Leaf, va: u64) -> Option<Self> {
-        let inside = (va - leaf.va) & !0xFFF;
-        let write = leaf.write == Permit::Yes;
-        let atomic = leaf.atomic == Permit::Yes;
-        match leaf.target {
-            Target::Vram(at) => Some(Self::Vram {
-                offset: at + inside,
-                write,
-                atomic,
-                block: leaf.bytes(),
-            }),
-            Target::Bus(at) => Some(Self::Bus {
-                address: at + inside,
-                write,
-                atomic,
-                block: leaf.bytes(),
-            }),
-            Target::Null => None,
-        }
-    }
 }
 
 struct Unit<R> {
@@ -343,26 +282,6 @@ fn run_groups<R: RawMutex + Send + Sync>(running: &mut Running<'_, R>) -> Result
 impl<R: RawMutex> SoftGpu<R> {
     pub(crate) const fn config(&self) -> &GpuConfig {
         &self.config
-    }
-
-    /// Where the page tables lead at `va`, for whoever checks them. No unit is asked, and no TLB.
-    #[must_use]
-    pub fn translation(&self, asid: u32, va: u64) -> Option<Translation> {
-        let leaf = mmu::walk(&*self.vram, self.root(asid)?, va).ok()?;
-        Translation::of(&leaf, va)
-    }
-
-    /// What a walk over every page of `[start, end)`, which is page aligned, comes by, in order. No
-    /// unit is asked, and no TLB.
-    pub fn walk(&self, asid: u32, span: (u64, u64), mut tell: impl FnMut(Walked)) {
-        let Some(root) = self.root(asid) else { return };
-        mmu::walk_span(&*self.vram, root, span, &mut |found| match found {
-            mmu::Found::Table(table) => tell(Walked::Table(table)),
-            mmu::Found::Page(va, leaf) => {
-                let leads = leaf.and_then(|leaf| Translation::of(&leaf, va));
-                tell(Walked::Page(va, leads));
-            }
-        });
     }
 
     /// Offset of the root table of an address space.

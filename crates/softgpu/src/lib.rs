@@ -37,6 +37,7 @@ extern crate std;
 mod copy;
 pub mod device;
 mod fault_ring;
+mod look;
 mod mmu;
 mod shootdown;
 #[cfg(test)]
@@ -50,8 +51,6 @@ mod updating;
 pub mod work;
 
 pub use copy::COPY_JOB_BYTES;
-pub use device::{
-    ConfigError, FaultService, GpuConfig, Planted, SmemAtomics, SoftGpu, Translation, UnitState,
-    Walked,
-};
+pub use device::{ConfigError, FaultService, GpuConfig, Planted, SmemAtomics, SoftGpu, UnitState};
+pub use look::{Translation, Walked};
 pub use work::{DeviceFault, Dispatch, Kernel, Stop, Tile};

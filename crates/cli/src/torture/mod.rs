@@ -61,6 +61,7 @@
 //! never lost.
 
 mod area;
+mod build;
 mod churn;
 mod forker;
 mod ledger;
@@ -80,24 +81,23 @@ use std::sync::Arc;
 use std::thread::scope;
 
 use gpusvm::addr::{HostVa, PAGE_2M};
-use gpusvm_live::{RuntimeScope, Territory, memory_available, probe, thread};
+use gpusvm_live::{RuntimeScope, memory_available, probe, thread};
 use gpusvm_xe::stats::DeviceStats;
 use serde_json::Value;
 
-use crate::args::{CpuFaults, Planted, RunArgs};
+use crate::args::{Planted, RunArgs};
 use crate::atomics::Atomics;
 use crate::machine::{Machine, VRAM_MIN};
 use crate::on_tile::OnTile;
 use crate::report::{COLUMNS, Clock, Report, config_json, host_json, stats_json};
 use crate::run::RunError;
 use crate::table::Table;
-use crate::torture::area::{Area, Plan};
 use crate::torture::churn::{AWAY_BYTES, Churner};
 use crate::torture::forker::Forker;
 use crate::torture::random::Stream;
 use crate::torture::visit::{CpuPort, TilePort, Visitor};
 use crate::torture::watchdog::Watchdog;
-use crate::torture::world::{Actor, Fault, Parts, World};
+use crate::torture::world::{Fault, World};
 use crate::workload::{PrepareError, count};
 
 /// Name on the command line.
@@ -197,7 +197,7 @@ pub(crate) fn run(
     let seconds = args.seconds.unwrap_or(SECONDS);
     let world = {
         let _runtime_memory = RuntimeScope::enter();
-        build(args, size, crew, &machine)?
+        build::build(args, size, crew, &machine)?
     };
     let result = Report {
         workload: NAME,
@@ -249,47 +249,6 @@ fn plant(args: &RunArgs, machine: &Machine) {
         Some(Planted::Freeze) => machine.space().plant_missing_freeze(),
         Some(Planted::Tlb | Planted::Hang) | None => {}
     }
-}
-
-/// Maps the areas and puts the world together.
-fn build(args: &RunArgs, size: u64, crew: Crew, machine: &Machine) -> Result<World, RunError> {
-    let mut random = Stream::named(args.seed, "areas", 0);
-    let plans = area::plan(size, crew.writers(), &mut random);
-    let room = area::room(&plans) + PAGE_2M;
-    let refused = |error: std::io::Error| {
-        RunError::Prepare(PrepareError::Input {
-            path: "address space".into(),
-            why: error.to_string(),
-        })
-    };
-    let land = Territory::reserve(2 * room + AWAY_BYTES * count(CHURNERS)).map_err(refused)?;
-    let compute_only = match args.cpu_faults {
-        CpuFaults::Monitor => Ok(None),
-        CpuFaults::InThread => machine.space().compute_only(land.span()).map(Some),
-    };
-    let compute_only = compute_only.map_err(|error| RunError::Machine(error.into()))?;
-    let start = land.span().start();
-    let homes = [0, 1].map(|n| area::place(&plans, start.plus(n * room)));
-    let mut areas = Vec::new();
-    for (id, plan) in (0..=u8::MAX).zip(plans) {
-        let n = usize::from(id);
-        let plan: Plan = plan;
-        land.map(homes[0][n], plan.huge).map_err(refused)?;
-        areas.push(Area::new(
-            id,
-            plan,
-            [homes[0][n].start(), homes[1][n].start()],
-        ));
-    }
-    Ok(World::new(Parts {
-        land,
-        compute_only,
-        areas,
-        actors: crew.names().into_iter().map(Actor::new).collect(),
-        space: Arc::clone(machine.space()),
-        seed: args.seed,
-        hang: args.planted == Some(Planted::Hang),
-    }))
 }
 
 /// One run, ready to begin.

@@ -83,10 +83,24 @@ pub(crate) fn entry_agrees(
 ) -> Result<(), String> {
     let device = owner.device;
     let entry = mm.entry(Pid(0), page);
-    let wrong = |why: &str| {
-        Err(format!(
-            "the entry of device {device} for page {page} {why}: {found:?}, the process has {entry:?}"
-        ))
+    judge(mm, owner, found, entry).map_err(|why| {
+        format!("the entry of device {device} for page {page} {why}: {found:?}, the process has {entry:?}")
+    })
+}
+
+/// What is wrong with an entry of a device that leads to `found`, where the process has `entry`.
+fn judge(
+    mm: &Machine,
+    owner: &Owner,
+    found: Translation,
+    entry: Entry,
+) -> Result<(), &'static str> {
+    let leads = |right: bool| {
+        if right {
+            Ok(())
+        } else {
+            Err("leads to another page")
+        }
     };
     match (found, entry) {
         (
@@ -98,12 +112,11 @@ pub(crate) fn entry_agrees(
             },
             Entry::Present(frame, bits),
         ) => {
-            if address != bus::address_of(frame).get() {
-                wrong("leads to another page")
-            } else if atomic && !owner.shares_atomics() {
-                wrong("allows atomics on a page that the CPU has")
+            leads(address == bus::address_of(frame).get())?;
+            if atomic && !owner.shares_atomics() {
+                Err("allows atomics on a page that the CPU has")
             } else if write && !bits.has(Bits::WRITE) {
-                wrong("allows stores that the process may not do")
+                Err("allows stores that the process may not do")
             } else {
                 Ok(())
             }
@@ -115,13 +128,7 @@ pub(crate) fn entry_agrees(
                 ..
             },
             Entry::Zero(_),
-        ) => {
-            if address == bus::ZERO_PAGE.get() {
-                Ok(())
-            } else {
-                wrong("leads to another page")
-            }
-        }
+        ) => leads(address == bus::ZERO_PAGE.get()),
         (
             Translation::Bus {
                 address,
@@ -130,23 +137,13 @@ pub(crate) fn entry_agrees(
             },
             Entry::DeviceExclusive(frame, _),
         ) if owner.atomics == AtomicPolicy::Exclusive => {
-            if address == bus::address_of(frame).get() {
-                Ok(())
-            } else {
-                wrong("leads to another page")
-            }
+            leads(address == bus::address_of(frame).get())
         }
         (Translation::Vram { offset, .. }, Entry::DevicePrivate(frame, _)) => {
-            if vram_of(mm, frame) == Some(offset) {
-                Ok(())
-            } else {
-                wrong("leads to other device memory")
-            }
+            leads(vram_of(mm, frame) == Some(offset))
         }
-        (Translation::Bus { .. }, _) => {
-            wrong("leads to host memory that the process does not have")
-        }
-        (Translation::Vram { .. }, _) => wrong("leads to device memory that has no page"),
+        (Translation::Bus { .. }, _) => Err("leads to host memory that the process does not have"),
+        (Translation::Vram { .. }, _) => Err("leads to device memory that has no page"),
     }
 }
 

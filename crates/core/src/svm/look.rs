@@ -2,10 +2,16 @@
 //! Every answer is old when it arrives, unless the caller holds the driver's `vm` lock.
 
 use crate::addr::{HostSpan, HostVa};
+use crate::range::RangeRef;
 use crate::seam::Platform;
-use crate::svm::{Bindings, Svm};
+use crate::svm::{Bindings, Svm, SvmOwner};
 
 impl<P: Platform, D: Bindings> Svm<P, D> {
+    /// Any range, for teardown loops; `None` when all are gone.
+    pub fn any_range(&self, _owner: &mut SvmOwner) -> Option<RangeRef> {
+        self.tree.lock().any()
+    }
+
     /// Number of ranges.
     pub fn range_count(&self) -> usize {
         self.tree.lock().len()

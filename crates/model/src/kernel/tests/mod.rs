@@ -3,4 +3,5 @@
 mod test_bench;
 mod test_folios;
 mod test_random;
+mod test_refused;
 mod test_space;
