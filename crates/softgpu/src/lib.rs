@@ -51,7 +51,7 @@ pub mod work;
 
 pub use copy::COPY_JOB_BYTES;
 pub use device::{
-    ConfigError, FaultService, GpuConfig, Planted, SmemAtomics, SoftGpu, Translation, UnitState,
-    Walked,
+    ConfigError, FaultService, GpuConfig, Planted, SoftGpu, Translation, UnitState, Walked,
 };
+pub use updating::SmemAtomics;
 pub use work::{DeviceFault, Dispatch, Kernel, Stop, Tile};

@@ -89,19 +89,12 @@ pub(crate) fn entry_agrees(
         ))
     };
     match (found, entry) {
-        (
-            Translation::Bus {
-                address,
-                write,
-                atomic,
-                ..
-            },
-            Entry::Present(frame, bits),
-        ) => {
+        (Translation::Bus { atomic: true, .. }, Entry::Present(..)) if !owner.shares_atomics() => {
+            wrong("allows atomics on a page that the CPU has")
+        }
+        (Translation::Bus { address, write, .. }, Entry::Present(frame, bits)) => {
             if address != bus::address_of(frame).get() {
                 wrong("leads to another page")
-            } else if atomic && !owner.shares_atomics() {
-                wrong("allows atomics on a page that the CPU has")
             } else if write && !bits.has(Bits::WRITE) {
                 wrong("allows stores that the process may not do")
             } else {
