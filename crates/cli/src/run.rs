@@ -12,6 +12,7 @@ use gpusvm_abi::bus::Park;
 use gpusvm_live::{LiveEnv, RuntimeScope, allocate_for, memory_available, probe};
 
 use crate::args::{CpuFaults, Host, RunArgs};
+use crate::atomics::Atomics;
 use crate::folder::{self, Folder, FolderError};
 use crate::machine::{Machine, MachineError};
 use crate::page::Page;
@@ -159,6 +160,10 @@ pub fn run(
     if args.workload.as_deref() == Some(torture::NAME) {
         if args.host == Host::Model {
             return Err(RunError::LiveOnly(torture::NAME));
+        }
+        // Some of its memory can be nowhere else than it is.
+        if args.atomics != Atomics::System {
+            return Err(RunError::Needless("--atomics"));
         }
         return torture::run(args, interrupted, out);
     }

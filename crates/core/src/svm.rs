@@ -229,8 +229,7 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
             .get_mut(range)
             .filter(|r| !r.is_dead())
             .ok_or(Stale::RangeUnmapped)?;
-        let recheck = !self.skip_recheck.load(Ordering::Relaxed) && !self.drops_recheck(&pages);
-        if recheck && range.interval.read_retry(pages.seq) {
+        if !self.drops_recheck(&pages) && range.interval.read_retry(pages.seq) {
             return Err(Stale::CpuMappingChanged);
         }
         if self.seams.env.mutant(Mutant::CommitWithoutGuard) {

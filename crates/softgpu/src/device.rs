@@ -8,7 +8,7 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use gpusvm_abi::bus::{
-    AtomicOp, BusError, CopyPiece, DevicePort, FaultHandler, Park, SystemBus, TlbTimeout, VramStore,
+    BusError, CopyPiece, DevicePort, FaultHandler, Park, SystemBus, TlbTimeout, VramStore,
 };
 use gpusvm_abi::fault::{FaultRecord, FaultResponse};
 use lock_api::{Mutex, RawMutex};
@@ -18,7 +18,7 @@ use crate::fault_ring::FaultRing;
 use crate::shootdown::{self, Gate, Shootdown};
 use crate::tlb::Tlb;
 use crate::unit::{Running, Tally};
-use crate::updating::Updating;
+use crate::updating::{SmemAtomics, Updating};
 use crate::work::{Dispatch, Stop, Tile};
 
 /// A root pointer that is not set.
@@ -47,16 +47,6 @@ pub struct GpuConfig {
     pub smem_atomics: SmemAtomics,
     /// A bug in the device. Tests use it to show that they would notice.
     pub planted: Option<Planted>,
-}
-
-/// What a device does about an atomic on host memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SmemAtomics {
-    /// The bus carries it: one access, between which nothing comes.
-    #[default]
-    OnTheBus,
-    /// A read and a write. Units keep out of each other's way; the CPU knows nothing of it.
-    ReadThenWrite,
 }
 
 /// A bug that is planted on purpose.
@@ -142,7 +132,7 @@ pub struct SoftGpu<R: RawMutex> {
     publishing: Mutex<R, ()>,
     /// Held by a unit between the read and the write of [`SmemAtomics::ReadThenWrite`]. Nobody who
     /// serves a fault of the CPU takes it: the read may wait for one.
-    updating: Updating,
+    pub(crate) updating: Updating,
     roots: Box<[AtomicU64]>,
     units: Vec<Unit<R>>,
     ring: FaultRing<R>,
@@ -291,20 +281,6 @@ impl<R: RawMutex> SoftGpu<R> {
             .get(usize::try_from(asid).ok()?)?
             .load(Ordering::Acquire);
         (root != NO_ROOT).then_some(root)
-    }
-
-    /// Updates a word of host memory.
-    pub(crate) fn atomic_on_bus(&self, at: u64, op: AtomicOp) -> Result<u64, BusError> {
-        match self.config.smem_atomics {
-            SmemAtomics::OnTheBus => self.bus.atomic(at, op),
-            SmemAtomics::ReadThenWrite => self.updating.alone(&*self.park, || {
-                let mut word = [0; 8];
-                self.bus.read(at, &mut word)?;
-                let former = u64::from_ne_bytes(word);
-                self.bus.write(at, &op.apply(former).to_ne_bytes())?;
-                Ok(former)
-            }),
-        }
     }
 
     /// Gets a fault served, while the unit is quiescent.

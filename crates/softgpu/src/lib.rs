@@ -51,6 +51,7 @@ mod updating;
 pub mod work;
 
 pub use copy::COPY_JOB_BYTES;
-pub use device::{ConfigError, FaultService, GpuConfig, Planted, SmemAtomics, SoftGpu, UnitState};
+pub use device::{ConfigError, FaultService, GpuConfig, Planted, SoftGpu, UnitState};
 pub use look::{Translation, Walked};
+pub use updating::SmemAtomics;
 pub use work::{DeviceFault, Dispatch, Kernel, Stop, Tile};

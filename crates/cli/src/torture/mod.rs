@@ -86,7 +86,6 @@ use gpusvm_xe::stats::DeviceStats;
 use serde_json::Value;
 
 use crate::args::{Planted, RunArgs};
-use crate::atomics::Atomics;
 use crate::machine::{Machine, VRAM_MIN};
 use crate::on_tile::OnTile;
 use crate::report::{COLUMNS, Clock, Report, config_json, host_json, stats_json};
@@ -178,10 +177,6 @@ pub(crate) fn run(
     }
     if args.report.is_some() {
         return Err(RunError::Needless("--report"));
-    }
-    // Some of its memory can be nowhere else.
-    if args.atomics != Atomics::System {
-        return Err(RunError::Needless("--atomics"));
     }
     let (size, vram) = (args.size.unwrap_or(SIZE), args.vram.unwrap_or(VRAM));
     check_size(size, vram)?;

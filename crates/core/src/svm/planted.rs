@@ -1,5 +1,7 @@
 //! Parts of [`Svm`] as [mutants](crate::mutant) have them.
 
+use core::sync::atomic::Ordering;
+
 use crate::NotifierHeld;
 use crate::error::Stale;
 use crate::mutant::Mutant;
@@ -16,10 +18,11 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         env.mutant(Mutant::FlushSkipped) || env.mutant(Mutant::ZapAfterFlush)
     }
 
-    /// Mutants that commit what they found without another look.
+    /// Planted bugs that commit what they found without another look.
     pub(super) fn drops_recheck(&self, pages: &PageSet) -> bool {
         let env = &self.seams.env;
-        env.mutant(Mutant::RecheckDropped)
+        self.skip_recheck.load(Ordering::Relaxed)
+            || env.mutant(Mutant::RecheckDropped)
             || (pages.exclusive && env.mutant(Mutant::ExclusiveNotRechecked))
     }
 
