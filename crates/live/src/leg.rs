@@ -323,7 +323,7 @@ impl LiveSpace {
                 moved.error.map_or(leg.user.bytes(), |_errno| 0)
             }
             // The system copies over guards, of which it tells nobody. It moves nothing over them.
-            Kind::Small if self.pagemap.first_guard(leg.user).is_some() => 0,
+            Kind::Small if self.has_guards(leg.user) => 0,
             Kind::Small => {
                 self.watch
                     .shards
@@ -443,10 +443,9 @@ impl LiveSpace {
         errno: Errno,
         lost: &mut Lost,
     ) -> HostVa {
-        let guarded = || self.pagemap.first_guard(HostSpan::at(to, PAGE)).is_some();
         let copied = match errno {
             Errno::EXIST => Err(errno),
-            _ if guarded() => Err(Errno::EXIST),
+            _ if self.has_guards(HostSpan::at(to, PAGE)) => Err(Errno::EXIST),
             _ => copy_in(self.watch.shards.uffd(mapping.shard), to, from),
         };
         match copied {

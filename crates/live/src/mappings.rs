@@ -220,6 +220,11 @@ impl LiveSpace {
         vma
     }
 
+    /// Whether some page of `span` is a guard. Looks no further where nobody has installed any.
+    pub(crate) fn has_guards(&self, span: HostSpan) -> bool {
+        self.guards.load(Ordering::Acquire) && self.pagemap.first_guard(span).is_some()
+    }
+
     /// Takes note of guards in a mapping that is watched from now on.
     pub(crate) fn look_for_guards(&self, vma: &Vma) {
         if self.pagemap.first_guard(vma.span).is_some() {
