@@ -271,6 +271,20 @@ fn data_migrates_without_userfaultfd_where_it_may() {
     assert_eq!(moved("explicit"), Some(0));
 }
 
+/// The block of the first thread is in a mapping that the system joins with large arrays.
+#[test]
+fn data_migrates_where_system_calls_cannot_wait_for_it() {
+    let args = ["run", "stream", "--size", "24M", "--vram", "32M", "--json"];
+    let run = output(&[&args[..], &["--level", "user-mode-only"]].concat());
+    if refused(&run) {
+        return;
+    }
+    let object: Value = serde_json::from_slice(&run.stdout).expect("one JSON object");
+    assert_eq!(object["verified"], true);
+    let moved = object["stats"]["adopted_to_device_kb"].as_u64();
+    assert!(moved > Some(16 << 10), "{moved:?}");
+}
+
 #[test]
 fn forced_brackets_are_those_in_use_and_named() {
     for brackets in ["patched", "symbols", "events"] {

@@ -34,6 +34,9 @@ use crate::sys::threads::{ThreadId, Threads, Told};
 
 /// Bytes on each side of the head of a robust list: more than a control block has.
 const AROUND: u64 = 2 << 10;
+/// The same for the first thread, where system calls cannot wait: its variables, too, into which the
+/// kernel writes.
+const AROUND_FIRST: u64 = 64 << 10;
 /// Bytes at the top of a stack in which the control block lies.
 const TOP: u64 = 16 << 10;
 
@@ -134,7 +137,7 @@ impl Stays {
         }
         for thread in threads {
             match thread.told() {
-                Told::Block(head) => known.blocks.insert(self.around(procmap, head)),
+                Told::Block(head) => known.blocks.insert(self.around(procmap, thread, head)),
                 Told::Nothing => known.silent.push(thread),
                 Told::Ended => {}
             }
@@ -143,18 +146,20 @@ impl Stays {
     }
 
     /// What stays around a control block.
-    fn around(&self, procmap: &ProcMap, head: HostVa) -> HostSpan {
-        match self.level {
-            FaultLevel::Full => {
-                let from = HostVa::new(head.get().saturating_sub(AROUND));
-                let near = HostSpan::new(from, head.plus(AROUND)).align_outward(PAGE);
-                // What begins behind a stack is not of the thread.
-                near.intersect(mapping_of(procmap, head)).unwrap_or(near)
-            }
+    fn around(&self, procmap: &ProcMap, thread: ThreadId, head: HostVa) -> HostSpan {
+        let bytes = match self.level {
+            FaultLevel::Full => AROUND,
+            // The stack of the first thread lies elsewhere, and is used in place because it grows. Its block
+            // is in a mapping of the dynamic linker's, which the system joins with the program's.
+            _ if thread.is_first() => AROUND_FIRST,
             FaultLevel::UserModeOnly | FaultLevel::Mprotect | FaultLevel::Explicit => {
-                mapping_of(procmap, head)
+                return mapping_of(procmap, head);
             }
-        }
+        };
+        let from = HostVa::new(head.get().saturating_sub(bytes));
+        let near = HostSpan::new(from, head.plus(bytes)).align_outward(PAGE);
+        // What begins behind a stack is not of the thread.
+        near.intersect(mapping_of(procmap, head)).unwrap_or(near)
     }
 }
 

@@ -64,6 +64,11 @@ pub(crate) enum Told {
 }
 
 impl ThreadId {
+    /// Whether the process began with it.
+    pub(crate) fn is_first(self) -> bool {
+        u32::try_from(self.0) == Ok(std::process::id())
+    }
+
     /// What it has told.
     pub(crate) fn told(self) -> Told {
         match robust_list(self.0) {
