@@ -40,20 +40,24 @@ impl EventSink for Counts {
     }
 }
 
+/// What a process has once, tests use one after the other: the space, the patched sites, the hull.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A space with one device memory of two blocks. Closed when dropped.
 pub(crate) struct Bench {
     pub(crate) space: Arc<LiveSpace>,
     pub(crate) vram: Arc<LiveVram>,
     pub(crate) counts: Arc<Counts>,
-    /// There is one space per process, and tests run side by side.
     _alone: MutexGuard<'static, ()>,
 }
 
 impl Bench {
     /// Opens it; says why not and answers `None` where the machine has no userfaultfd.
     pub(crate) fn open(mode: VramMode) -> Option<Self> {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = alone();
         let counts = Arc::new(Counts::default());
         // Other tests of this binary patch and restore the system-call sites.
         let config = LiveConfig {

@@ -57,14 +57,9 @@ fn clobber_vector_registers() {
     }
 }
 
-/// The process has one set of sites and one hull: one test at a time uses them.
-static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
-
 /// Runs `test` with everything patched, or says why not.
 fn patched(test: impl FnOnce()) {
-    let _alone = ONE_AT_A_TIME
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _alone = crate::toy::alone();
     match install(&RECORDER) {
         Ok(patches) => {
             assert!(patches.sites().len() >= 14, "{:?}", patches.sites());
