@@ -6,18 +6,20 @@ use gpusvm::seam::mm::AddressSpace;
 use crate::sys::vram::VramMode;
 use crate::toy::Bench;
 
-/// Runs `check` with the mapping of another thread's stack. The thread ends afterwards, and is
-/// joined.
-fn with_stack_of_a_thread(procmap: &ProcMap, check: impl FnOnce(HostSpan)) {
+/// Runs `check` with the mapping of another thread's stack, of `bytes` bytes. The thread ends afterwards,
+/// and is joined.
+fn with_stack_of_a_thread(procmap: &ProcMap, bytes: usize, check: impl FnOnce(HostSpan)) {
     let (tell, hear) = channel();
     let (go, wait) = channel::<()>();
     std::thread::scope(|scope| {
-        scope.spawn(move || {
+        let builder = std::thread::Builder::new().stack_size(bytes);
+        let thread = builder.spawn_scoped(scope, move || {
             let local = 0_u8;
             let here = u64::try_from((&raw const local).addr()).expect("64-bit");
             tell.send(here).expect("the test listens");
             let _end = wait.recv();
         });
+        thread.expect("one more thread");
         let here = hear.recv().expect("it tells");
         check(mapping_of(procmap, HostVa::new(here)));
         drop(go);
@@ -30,7 +32,7 @@ fn a_thread_whose_stack_was_sent_away_ends_and_is_joined() {
         return;
     };
     for _ in 0..20 {
-        with_stack_of_a_thread(&bench.space.procmap, |stack| {
+        with_stack_of_a_thread(&bench.space.procmap, 2 << 20, |stack| {
             let top = HostSpan::new(HostVa::new(stack.end().get() - TOP), stack.end());
             let near = HostSpan::new(HostVa::new(top.start().get() - TOP), top.start());
             assert!(bench.send(top).is_err(), "the control block stays");
@@ -51,7 +53,8 @@ fn a_thread_whose_stack_was_sent_away_ends_and_is_joined() {
 fn where_system_calls_cannot_wait_whole_stacks_stay() {
     let procmap = ProcMap::open().expect("the kernel answers queries");
     let stays = Stays::open(FaultLevel::UserModeOnly).expect("there is a /proc");
-    with_stack_of_a_thread(&procmap, |stack| {
+    // Larger than any that was used before: the C library uses stacks again, and arming has cut those.
+    with_stack_of_a_thread(&procmap, 3 << 20, |stack| {
         let may_leave = stays.check(&procmap, stack).is_ok();
         assert!(!may_leave, "it has a thread");
         stays.known.lock().blocks = SpanSet::default();
