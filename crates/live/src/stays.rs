@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | control blocks of threads | at a thread's end the kernel clears a word there, and whoever joins the thread waits for that; a missing page is passed over | around the head of the robust list; the top of every stack of the C library's, where the block of its next thread will be |
 //! | variables of the C library and the dynamic linker, and of the library that the runtime is in | threads that serve faults use them, in `memcpy` for one | as the linker tells |
-//! | stacks, where system calls cannot wait for pages | signal frames, and the id of a new thread | memory right above what nobody may access, as the C library makes its stacks; the mapping around a control block |
+//! | stacks, where system calls cannot wait for pages | signal frames, and the id of a new thread | memory right above what nobody may access, as the C library makes its stacks; the mapping around a control block, but for the first thread's |
 //!
 //! A stack of the C library's is known by its shape before it has a thread. A thread on a stack that
 //! the program gave it is known once it has told the kernel where its block is, which it does before it
@@ -149,8 +149,8 @@ impl Stays {
     fn around(&self, procmap: &ProcMap, thread: ThreadId, head: HostVa) -> HostSpan {
         let bytes = match self.level {
             FaultLevel::Full => AROUND,
-            // The stack of the first thread lies elsewhere, and is used in place because it grows. Its block
-            // is in a mapping of the dynamic linker's, which the system joins with the program's.
+            // Its stack lies elsewhere, and is used in place because it grows. Its block is in a mapping of the
+            // dynamic linker's, which the system joins with the program's.
             _ if thread.is_first() => AROUND_FIRST,
             FaultLevel::UserModeOnly | FaultLevel::Mprotect | FaultLevel::Explicit => {
                 return mapping_of(procmap, head);
