@@ -152,17 +152,9 @@ impl Machine {
         let head = self.memory.head(frame);
         let all = Pages::new(page, page + (1 << self.memory.frame(head).order));
         let table = self.shape.block_around(page);
-        let in_order = |n: u32| match self.entry(pid, page + n) {
-            Entry::Present(other, _) => other == head.plus(n),
-            Entry::None
-            | Entry::Zero(_)
-            | Entry::Swap(..)
-            | Entry::Migration(..)
-            | Entry::DevicePrivate(..)
-            | Entry::DeviceExclusive(..)
-            | Entry::HwPoison(_)
-            | Entry::Guard
-            | Entry::UffdWp => false,
+        let in_order = |n: u32| {
+            let entry = self.entry(pid, page + n);
+            matches!(entry, Entry::Present(other, _) if other == head.plus(n))
         };
         if pages.covers(all) && table.covers(all) && (0..all.len()).all(in_order) {
             return Extent {
