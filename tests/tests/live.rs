@@ -11,8 +11,11 @@ use std::thread;
 use gpusvm::addr::{HostSpan, HostVa, VramAddr, VramSpan};
 use gpusvm::error::Failed;
 use gpusvm_abi::bus::AtomicOp;
+use gpusvm_cli::atomics::Atomics;
 use gpusvm_cli::machine::{Machine, MachineConfig, Place};
-use gpusvm_live::{BracketChoice, Huge, Leave, LiveConfig, Protect, Territory, VramMode};
+use gpusvm_live::{
+    BracketChoice, FaultLevel, Huge, Leave, LiveConfig, Protect, Territory, VramMode,
+};
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 use gpusvm_tests::stage::{
     Add, MIB, assert_goes_on, assert_nothing_leaks, filled, modes, span_of, start, turn,
@@ -747,4 +750,47 @@ fn memory_that_is_not_mirrored_is_out_of_reach() {
     assert!(add(rest.start()).is_err(), "the device has no right there");
     assert_eq!(map.words()[2 * MIB / 8], OLD);
     assert_eq!(map.words()[0], OLD + 1);
+}
+
+/// A closure as a kernel.
+struct On<F>(F);
+
+impl<F: Fn(&mut Tile<'_>) -> Result<(), Stop> + Sync> Kernel for On<F> {
+    fn run(&self, _group: u32, tile: &mut Tile<'_>) -> Result<(), Stop> {
+        (self.0)(tile)
+    }
+}
+
+#[test]
+fn large_range_that_makes_room_for_an_exclusive_page_leaves_no_translation() {
+    let _turn = turn();
+    let config = MachineConfig {
+        atomics: Atomics::Exclusive,
+        ..Default::default()
+    };
+    let has_uffd = |machine: &Machine| machine.space().level().faults != FaultLevel::Mprotect;
+    let Some(machine) = start(config).filter(has_uffd) else {
+        return;
+    };
+    let map = filled(4 * MIB, 5);
+    let at = span_of(&map).start;
+    let vram = machine.device().pagemap().vram();
+    // Both blocks stay where they are, each in one entry of the same table.
+    let mut balloons = Vec::new();
+    while vram.usage().free > 256 << 10 {
+        balloons.push(vram.inflate(64 << 10).expect("memory that nobody has"));
+    }
+    let store = On(|tile: &mut Tile<'_>| {
+        tile.store_one(at, 6_u64)?;
+        tile.store_one(at + (2 << 20), 6_u64)
+    });
+    assert_eq!(machine.launch_on(0, &store), Ok(()));
+    let flushes = || machine.stats().total(Counter::TlbInvalCount);
+    let before = flushes();
+    let add = On(|tile: &mut Tile<'_>| tile.atomic(at + (1 << 20), AtomicOp::Add(1)).map(drop));
+    assert_eq!(machine.launch_on(0, &add), Ok(()));
+    assert!(flushes() > before, "the unit has the large range by heart");
+    assert_eq!(map.words()[(1 << 20) / 8], 6);
+    drop((balloons, map));
+    machine.close();
 }

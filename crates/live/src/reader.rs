@@ -237,13 +237,12 @@ impl LiveSpace {
         let Fault { at, shard } = fault;
         // What is not read might say that the page is another one's, which is away.
         let _unread = self.watch.shards.hold(shard);
-        let uffd = self.watch.shards.uffd(shard);
-        if uffd.is_changing() || !matches!(self.look_for(fault), Wanted::Hole) {
+        let changing = self.watch.shards.uffd(shard).is_changing();
+        if changing || !matches!(self.look_for(fault), Wanted::Hole) {
             return false;
         }
         self.step();
-        // Where only events tell, a mapping that grows takes its arming along, and nobody is told.
-        self.watch.disarm(at, shard, &self.residency) || uffd.zero_page(at).is_ok()
+        self.watch.disarm(at, shard, &self.residency)
     }
 
     /// When to look again at what is over in a moment.

@@ -274,9 +274,11 @@ impl Watch {
     ///
     /// Nothing is filled where another shard has what is mapped at `at` by now: the mapping in which the
     /// thread waited is gone, and that one's pages leave without asking the reader of this shard. The
-    /// system would let this shard fill it.
+    /// system would let this shard fill it. For the same reason the page is filled under this lock also
+    /// where nothing is armed, which is so where a mapping has grown and only events tell: without it,
+    /// another shard might get what is mapped at `at`, and send the page away, just before it is filled.
     ///
-    /// False where nothing is armed at `at`.
+    /// False where that cannot be told yet.
     pub(crate) fn disarm(
         &self,
         at: HostVa,
@@ -288,6 +290,7 @@ impl Watch {
         if sets.owner(at).is_some_and(|owner| owner != shard) {
             return true;
         }
+        let is_here = || !residency.lock().has_departed(HostSpan::at(at, PAGE));
         let block = HostSpan::at(at.align_down(PAGE_2M), PAGE_2M);
         let Some(sets) = sets.shard(shard) else {
             return false;
@@ -298,10 +301,10 @@ impl Watch {
             .into_iter()
             .find(|piece| piece.contains(at))
         else {
-            return false;
+            return is_here() && uffd.zero_page(at).is_ok();
         };
         if residency.lock().has_departed(piece) {
-            if !residency.lock().has_departed(HostSpan::at(at, PAGE)) {
+            if is_here() {
                 // Refused where the page has come meanwhile: the thread finds it.
                 let _filled = uffd.zero_page(at);
             }

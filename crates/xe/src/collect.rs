@@ -5,6 +5,7 @@
 
 use gpusvm::range::RangeRef;
 use gpusvm::seam::Platform;
+use gpusvm::svm::Bindings;
 
 use crate::vm::{Vm, VmState};
 
@@ -25,12 +26,24 @@ pub(crate) fn run_deferred<P: Platform>(vm: &Vm<P>) {
 
 /// Unbinds one range and removes it. Tables that nobody uses any more are freed after a flush: a
 /// walk that has begun may still read them.
+///
+/// A range that is still valid is flushed before it is gone: an invalidation that comes later does not
+/// find it, and so leaves in the TLBs what was bound. Of a closed VM nothing is in the TLBs.
 pub(crate) fn remove<P: Platform>(vm: &Vm<P>, state: &mut VmState, range: &RangeRef) {
-    let VmState { owner, table, .. } = state;
+    let VmState {
+        owner,
+        table,
+        closed,
+        ..
+    } = state;
     let tables = &*vm.device.tables;
     let detached = vm.svm.remove_range(owner, range, |bound, held| {
-        bound.valid = false;
-        table.unbind(tables, &bound.slots, held)
+        let valid = core::mem::replace(&mut bound.valid, false);
+        let detached = table.unbind(tables, &bound.slots, held);
+        if valid && !*closed {
+            vm.svm.driver().flush(range.span(), held);
+        }
+        detached
     });
     if let Some(detached) = detached
         && !detached.is_empty()

@@ -105,6 +105,39 @@ fn thread_that_waited_in_a_mapping_that_is_gone_gets_nothing_in_the_next_one() {
     assert_eq!(byte(at), 0, "its own shard fills it");
 }
 
+#[test]
+fn page_that_another_shard_sends_away_meanwhile_is_not_filled() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(4 << 20).expect("there is room");
+    let span = filled(&land, 2);
+    let shards = &bench.space.watch.shards;
+    let own = shards.of(span.start());
+    let other = shards
+        .ids()
+        .find(|id| *id != own && Some(*id) != shards.compute_only());
+    let Some(other) = other else {
+        return;
+    };
+    // A thread that waited in what was mapped here before: nobody watches this mapping yet.
+    let fault = Fault {
+        at: span.start(),
+        shard: other,
+    };
+    let gate = &shards.uffd(other).gate;
+    gate.close();
+    thread::scope(|scope| {
+        scope.spawn(|| bench.space.fill_hole(fault));
+        gate.meet();
+        bench.send(span).expect("plain memory migrates");
+        gate.open();
+    });
+    assert_eq!(bench.space.watch.shard_of(span), Some(own));
+    assert_eq!([span.start(), last(span)].map(byte), [2, 2]);
+    assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 0);
+}
+
 /// A mapping of two blocks that is written all over with `value`, and reached by copies.
 fn filled(land: &Territory, value: u8) -> HostSpan {
     let span = HostSpan::at(land.span().start(), 2 * PAGE_2M);

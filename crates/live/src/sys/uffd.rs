@@ -179,6 +179,9 @@ pub(crate) struct Uffd {
     /// See [`misreport_moves`](Self::misreport_moves).
     #[cfg(test)]
     misreports: core::sync::atomic::AtomicBool,
+    /// Who fills a page waits here.
+    #[cfg(test)]
+    pub(crate) gate: gate::Gate,
 }
 
 impl Uffd {
@@ -211,6 +214,8 @@ impl Uffd {
             available,
             #[cfg(test)]
             misreports: false.into(),
+            #[cfg(test)]
+            gate: gate::Gate::default(),
         }
     }
 
@@ -324,6 +329,8 @@ impl Uffd {
 
     /// Fills the missing page at `at` with zeros. Nobody is woken.
     pub(crate) fn zero_page(&self, at: HostVa) -> Result<(), Errno> {
+        #[cfg(test)]
+        self.gate.pass();
         self.fill(HostSpan::at(at, PAGE))
     }
 
@@ -486,6 +493,8 @@ fn outcome(done: i64, result: Result<(), Errno>) -> Moved {
     }
 }
 
+#[cfg(test)]
+mod gate;
 mod message;
 #[cfg(test)]
 mod tests;
