@@ -8,8 +8,7 @@ use gpusvm::addr::{HostVa, PAGE_2M};
 use crate::env::LiveEnv;
 use crate::sys::child::{By, Child};
 use crate::sys::mapping::{AnonMapping, Huge};
-use crate::sys::uffd::RegisterMode;
-use crate::sys::uffd::{Features, OpenMode};
+use crate::sys::uffd::{Features, OpenMode, RegisterMode};
 use crate::sys::vram::VramMode;
 use crate::toy::Bench;
 
@@ -121,6 +120,20 @@ fn child_of_a_raw_clone_gets_what_was_away() {
         assert!(child.passed().expect("ours"), "{huge:?}");
         assert!(all(&map, 5), "{huge:?}");
     });
+}
+
+#[test]
+fn child_knows_itself_however_it_was_made() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    assert!(!atfork::is_child());
+    for (by, is_child) in [(By::Fork, true), (By::RawClone, true), (By::Vfork, false)] {
+        let child = Child::make(by, || atfork::is_child() == is_child).expect("a child");
+        assert!(child.passed().expect("ours"), "{by:?}");
+    }
+    assert!(!atfork::is_child());
+    drop(bench);
 }
 
 /// A child that changes its memory waits until somebody has read that, and takes no copies meanwhile.
