@@ -97,6 +97,7 @@ impl RunError {
             Self::Prepare(_) | Self::Folder(_) => 2,
             Self::Machine(MachineError::VramTooSmall(..)) => 2,
             Self::Job(JobError::Interrupted) => 130,
+            Self::Job(JobError::Refused(refused)) if refused.is_for_want_of_options() => 2,
             Self::Machine(_) | Self::Job(_) | Self::Report(_) => 1,
             Self::NotVerified(_) | Self::Torture(_) | Self::World(_) | Self::Output => 1,
         }

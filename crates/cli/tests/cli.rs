@@ -183,6 +183,49 @@ fn there_is_no_storm_where_no_touch_brings_pages_home() {
     assert_eq!(object["counts"]["lost_additions"], 0);
 }
 
+/// What has no place for atomics at a lower level says which level, why, and what to do.
+#[test]
+fn atomics_that_a_level_has_no_place_for_are_told_in_one_line() {
+    for (level, atomics, why) in [
+        // The words lie beside the variables of the first thread.
+        ("user-mode-only", "device", "beside a thread's variables"),
+        ("user-mode-only", "exclusive", "beside a thread's variables"),
+        ("mprotect", "exclusive", "never a device's alone"),
+        ("explicit", "device", "nothing moves"),
+        ("explicit", "exclusive", "nothing moves"),
+    ] {
+        let args = ["run", "atomics", "--size", "4M", "--vram", "8M", "--json"];
+        let mut run = gpusvm(&[&args[..], &["--level", level, "--atomics", atomics]].concat());
+        for (user, run) in [
+            ("ours", run.output()),
+            ("nobody", run.uid(NOBODY).gid(NOBODY).output()),
+        ] {
+            let run = match run {
+                Ok(run) => run,
+                Err(error) => {
+                    println!("skipped: another user cannot run the command: {error}");
+                    continue;
+                }
+            };
+            if refused(&run) && !text(&run.stderr).contains("device atomic") {
+                continue;
+            }
+            if level == "user-mode-only" && run.status.success() {
+                println!("skipped: the words lie elsewhere");
+                continue;
+            }
+            let said = text(&run.stderr);
+            assert_eq!(run.status.code(), Some(2), "{level}, {user}: {said}");
+            assert_eq!(said.lines().count(), 1, "{level}, {user}: {said}");
+            assert!(run.stdout.is_empty(), "{level}, {user}: no object");
+            let level = format!("at level {level}; use --atomics system, or level full");
+            for part in ["device atomic at 0x", why, &level] {
+                assert!(said.contains(part), "{part}, {user}: {said}");
+            }
+        }
+    }
+}
+
 #[test]
 fn additions_are_lost_without_a_policy() {
     let Some((code, object)) = add_for_a_while("naive") else {

@@ -54,7 +54,12 @@ impl Attendant {
             // Nothing is missing: the child's registrations end with the descriptor.
             return;
         }
-        self.orphans.lock().push(Orphan { memory, away });
+        self.adopt(Orphan::new(memory, away));
+    }
+
+    /// Takes in a child that misses something.
+    pub(crate) fn adopt(&self, orphan: Orphan) {
+        self.orphans.lock().push(orphan);
         last_wish::call();
     }
 
@@ -79,7 +84,7 @@ impl Attendant {
             }
             let next = self.orphans.lock().pop();
             match next {
-                Some(orphan) => fork::feed(space, &orphan),
+                Some(orphan) => fork::feed(space, orphan),
                 None if space.staging.tend() => {}
                 None if self.stop.load(Ordering::Acquire) => return,
                 None => last_wish::wait_called(seen),

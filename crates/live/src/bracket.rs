@@ -363,10 +363,22 @@ impl LiveSpace {
             self.let_go(pieces);
             return;
         }
-        for piece in &pieces {
+        // Calls that replace mappings may fail after they have unmapped what was there.
+        let (kept, gone): (Vec<_>, Vec<_>) = pieces
+            .into_iter()
+            .partition(|piece| self.is_mapped(piece.span.start()));
+        gone.iter().for_each(|piece| self.watch.forget(piece.span));
+        self.let_go(gone);
+        for piece in &kept {
             self.residency.lock().put_back(piece);
             self.arrived(piece.span, piece.shard);
         }
+    }
+
+    /// Whether something is mapped at `at`, as far as the system tells.
+    fn is_mapped(&self, at: HostVa) -> bool {
+        let found = self.procmap.query(at);
+        found.is_ok_and(|found| found.is_some_and(|map| map.span.contains(at)))
     }
 }
 

@@ -23,11 +23,13 @@ use rustix::io::Errno;
 
 use crate::bracket;
 use crate::in_thread;
+use crate::pool::{Change, Fate};
 use crate::residency::everything;
+use crate::shard::BATCH;
 use crate::space::LiveSpace;
 use crate::sys::atfork::{self, ForkHook};
 use crate::sys::thread;
-use crate::sys::uffd::Uffd;
+use crate::sys::uffd::{Message, Uffd};
 
 /// Forks that are going on.
 #[derive(Debug, Default)]
@@ -94,31 +96,87 @@ impl LiveSpace {
 pub(crate) struct Orphan {
     pub(crate) memory: Uffd,
     pub(crate) away: Vec<HostSpan>,
+    /// What it has done to its memory since, as far as that has been read.
+    changes: Vec<Change>,
+}
+
+impl Orphan {
+    pub(crate) const fn new(memory: Uffd, away: Vec<HostSpan>) -> Self {
+        Self {
+            memory,
+            away,
+            changes: Vec::new(),
+        }
+    }
+
+    /// Reads what the child is about to do. It waits for that, and until then its memory takes nothing.
+    fn read(&mut self, space: &LiveSpace) {
+        let mut messages = [const { Message::None }; BATCH];
+        let count = self.memory.read(&mut messages).unwrap_or(0);
+        for message in messages.into_iter().take(count) {
+            self.changes.push(match message {
+                Message::Unmap(span) => Change::Unmap(span),
+                Message::Remove(span) => Change::Remove(span),
+                Message::Remap { from, to } => Change::Move { from, to },
+                // A child of the child's misses the same.
+                Message::Fork(memory) => {
+                    let changes = self.changes.clone();
+                    space.attendant.adopt(Self {
+                        memory,
+                        away: self.away.clone(),
+                        changes,
+                    });
+                    continue;
+                }
+                // Whoever waits goes on at the end.
+                Message::Fault { .. } | Message::None => continue,
+            });
+        }
+    }
+
+    /// Where the child has the first pages of `span` by now.
+    fn fate(&self, span: HostSpan) -> Fate {
+        let changes = self.changes.iter();
+        changes.fold(Fate::home(span), |fate, change| fate.after(change))
+    }
 }
 
 /// Copies into a child what it misses. Closing its descriptor afterwards lets it go on.
-pub(crate) fn feed(space: &LiveSpace, orphan: &Orphan) {
-    for span in &orphan.away {
-        space.residency.lock().hold(*span);
-        space.bring_home(*span, HomeCause::SpaceChange);
-        copy_present(space, &orphan.memory, *span);
-        space.residency.lock().release_hold(*span);
+pub(crate) fn feed(space: &LiveSpace, mut orphan: Orphan) {
+    for span in orphan.away.clone() {
+        space.residency.lock().hold(span);
+        space.bring_home(span, HomeCause::SpaceChange);
+        copy_present(space, &mut orphan, span);
+        space.residency.lock().release_hold(span);
         space.announce_change();
     }
 }
 
-/// Copies the pages of `span` that are home into the same places of a child.
-fn copy_present(space: &LiveSpace, child: &Uffd, span: HostSpan) {
+/// Copies the pages of `span` that are home to where a child has them.
+fn copy_present(space: &LiveSpace, child: &mut Orphan, span: HostSpan) {
     let mut rest = span;
     while let Some(run) = space.first_populated(rest) {
-        let copied = child.copy(run.start(), run);
-        let done = run.start().plus(copied.bytes);
-        let next = match copied.error {
+        let fate = child.fate(run);
+        let run = HostSpan::at(run.start(), fate.bytes);
+        let next = match fate.place {
+            // The child has dropped them.
             None => run.end(),
-            Some(Errno::AGAIN) => done,
-            // The child, or its mapping there, is gone; or it has the page.
-            Some(Errno::SRCH) => return,
-            Some(_) => done.plus(PAGE),
+            Some(place) => {
+                let copied = child.memory.copy(place, run);
+                let done = run.start().plus(copied.bytes);
+                match copied.error {
+                    None => run.end(),
+                    Some(Errno::AGAIN) => {
+                        child.read(space);
+                        rustix::thread::sched_yield();
+                        done
+                    }
+                    // The child is gone.
+                    Some(Errno::SRCH) => return,
+                    // Its mapping there is; or it has the page.
+                    Some(_) => done.plus(PAGE),
+                }
+            }
         };
         rest = HostSpan::new(next, span.end());
     }

@@ -260,7 +260,8 @@ impl Fate {
         }
     }
 
-    fn after(self, change: &Change) -> Self {
+    /// What it is after one more change.
+    pub(crate) fn after(self, change: &Change) -> Self {
         let Some(at) = self.place else {
             return self;
         };

@@ -285,16 +285,20 @@ fn late_change(space: &LiveSpace, span: HostSpan, reason: InvalidateReason, news
     space.end_change(&[span]);
 }
 
-/// The process moved a mapping and no bracket saw it: the pages follow, and then come home.
+/// The process moved a mapping and no bracket saw it: the pages follow, and then come home. Nothing may
+/// be on its way at the new place meanwhile: what a migration has begun there, before it has heard of the
+/// news, would be taken for what moved there, and end with it.
 fn late_move(space: &LiveSpace, from: HostSpan, to: HostVa, news: &News) {
+    let there = HostSpan::at(to, from.bytes());
     space.emit(&Event::LateInvalidation { span: from });
-    space.begin_change(&[from]);
+    space.begin_change(&[from, there]);
     space.remembered.forget();
     let invalidation = space.notifiers.start(from, InvalidateReason::Unmap);
     loop {
         space.wait_settled(from);
+        space.wait_settled(there);
         let mut table = space.residency.lock();
-        if !table.is_travelling(from) {
+        if !table.is_travelling(from) && !table.is_travelling(there) {
             table.rebase(from, to, news.shard, news.number);
             break;
         }
@@ -304,8 +308,8 @@ fn late_move(space: &LiveSpace, from: HostSpan, to: HostVa, news: &News) {
     let kept = space.residency.lock().departed_in(from);
     space.watch.forget_late(from, news.shard, &kept);
     space.notifiers.end(&space.env, invalidation);
-    space.end_change(&[from]);
-    space.bring_home(HostSpan::at(to, from.bytes()), HomeCause::SpaceChange);
+    space.end_change(&[from, there]);
+    space.bring_home(there, HomeCause::SpaceChange);
 }
 
 /// Wakes the thread that waits when it is time, or now if too many wait.

@@ -15,6 +15,7 @@ mod gups;
 mod hashjoin;
 mod memory;
 mod pingpong;
+mod refused;
 mod sort;
 mod spmv;
 mod stencil;
@@ -40,6 +41,7 @@ use crate::progress::Progress;
 use crate::world;
 
 pub(crate) use memory::{Array, File, Memory, Words};
+pub use refused::Refused;
 pub(crate) use storm::Storm;
 pub use stream::cpu_triad;
 
@@ -99,6 +101,8 @@ impl std::error::Error for PrepareError {}
 pub enum JobError {
     /// The device stopped.
     Device(Stop),
+    /// The driver refused an access of the device.
+    Refused(Refused),
     /// The driver refused an area.
     Driver(Failed),
     /// The user interrupted.
@@ -109,6 +113,7 @@ impl fmt::Display for JobError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Device(stop) => stop.fmt(f),
+            Self::Refused(refused) => refused.fmt(f),
             Self::Driver(failed) => failed.fmt(f),
             Self::Interrupted => f.write_str("interrupted; all data is home"),
         }
@@ -338,7 +343,22 @@ impl Job<'_> {
         if self.interrupted.load(Ordering::Relaxed) {
             return Err(JobError::Interrupted);
         }
-        result.map_err(JobError::Device)
+        result.map_err(|stop| self.why(stop))
+    }
+
+    /// What stopped the device, with what the driver said of it.
+    fn why(&self, stop: Stop) -> JobError {
+        let (Device::Live(machine), Stop::Fault(_)) = (self.device, stop) else {
+            return JobError::Device(stop);
+        };
+        let why = machine.notes().refusal();
+        why.map_or(JobError::Device(stop), |why| {
+            JobError::Refused(Refused {
+                stop,
+                why,
+                level: machine.space().level().faults,
+            })
+        })
     }
 
     /// Does `work` while a storm rages, where there can be one. Returns what it gave, and how often the storm moved pages.

@@ -1,4 +1,13 @@
 use super::*;
+
+use gpusvm_abi::bus::SystemBus;
+
+use crate::sys::fault_copy::LiveBus;
+use crate::sys::mapping::Huge;
+use crate::sys::territory::Territory;
+use crate::sys::vram::VramMode;
+use crate::toy::Bench;
+
 use Effect::{Clear, Move, Populate, Protect, Unmap};
 
 /// An address that is page-aligned, and one that is not.
@@ -103,4 +112,31 @@ fn heap_end_that_goes_down_unmaps_and_up_does_not() {
         effects(&SysCall::new(Call::Brk, &[now + (1 << 30)])),
         [None, None]
     );
+}
+
+#[test]
+fn content_is_gone_where_a_call_fails_that_has_unmapped_it() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(2 << 20).expect("there is room");
+    let span = land.span();
+    land.map(span, Huge::Never).expect("a hole");
+    let at = span.start().get();
+    LiveBus::new().write(at, &[1]).expect("mapped");
+    bench.send(span).expect("plain memory migrates");
+    let space = &bench.space;
+    space.begin_change(&[span]);
+    let refused = space.bracket_span((span, Unmap), || {
+        land.unmap_raw(span).expect("it is mapped");
+        -ENOMEM
+    });
+    space.end_change(&[span]);
+    assert_eq!(refused, -ENOMEM);
+    assert!(!space.residency.lock().has_departed(span));
+    assert!(!space.watch.is_watched(span));
+    land.map(span, Huge::Never).expect("a hole");
+    let mut byte = [7];
+    LiveBus::new().read(at, &mut byte).expect("mapped");
+    assert_eq!(byte, [0], "a mapping of its own");
 }

@@ -8,7 +8,7 @@ use gpusvm::addr::{HostVa, PAGE_2M};
 use crate::env::LiveEnv;
 use crate::sys::child::{By, Child};
 use crate::sys::mapping::{AnonMapping, Huge};
-use crate::sys::uffd::{Features, OpenMode};
+use crate::sys::uffd::{Features, OpenMode, RegisterMode};
 use crate::sys::vram::VramMode;
 use crate::toy::Bench;
 
@@ -120,6 +120,60 @@ fn child_of_a_raw_clone_gets_what_was_away() {
         assert!(child.passed().expect("ours"), "{huge:?}");
         assert!(all(&map, 5), "{huge:?}");
     });
+}
+
+#[test]
+fn child_knows_itself_however_it_was_made() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    assert!(!atfork::is_child());
+    for (by, is_child) in [(By::Fork, true), (By::RawClone, true), (By::Vfork, false)] {
+        let child = Child::make(by, || atfork::is_child() == is_child).expect("a child");
+        assert!(child.passed().expect("ours"), "{by:?}");
+    }
+    assert!(!atfork::is_child());
+    drop(bench);
+}
+
+/// A child that changes its memory waits until somebody has read that, and takes no copies meanwhile.
+#[test]
+fn child_that_changes_its_memory_while_it_is_fed_goes_on() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let (map, span) = filled(Huge::Never, 5);
+    // Any descriptor will do: what counts is that somebody waits for its news to be read.
+    let memory = Uffd::open(OpenMode::UserModeOnly, Features::EVENTS).expect("as the bench's");
+    let (mut other, place) = filled(Huge::Never, 6);
+    memory
+        .register(place, RegisterMode::WriteProtect)
+        .expect("plain memory");
+    std::thread::scope(|scope| {
+        scope.spawn(|| other.discard(0, 4096).expect("it is mapped"));
+        while !memory.is_changing() {
+            std::thread::yield_now();
+        }
+        feed(&bench.space, Orphan::new(memory, vec![span]));
+    });
+    assert_eq!(other.words()[0], 0);
+    assert!(all(&map, 5));
+}
+
+#[test]
+fn copies_go_where_the_child_has_its_mappings() {
+    if let Ok(memory) = Uffd::open(OpenMode::UserModeOnly, Features::EVENTS) {
+        let mut child = Orphan::new(memory, Vec::new());
+        let block = |n: u64| HostSpan::at(HostVa::new(n * PAGE_2M), PAGE_2M);
+        child.changes.push(Change::Move {
+            from: block(1),
+            to: block(5).start(),
+        });
+        child.changes.push(Change::Remove(block(2)));
+        assert_eq!(child.fate(block(1)).place, Some(block(5).start()));
+        assert_eq!(child.fate(block(2)).place, None);
+        assert_eq!(child.fate(block(3)), Fate::home(block(3)));
+    }
 }
 
 #[test]

@@ -216,6 +216,36 @@ fn moved_mapping_takes_its_pages_along_and_what_stays_behind_is_empty() {
 }
 
 #[test]
+fn what_begins_to_leave_the_new_place_does_not_take_along_what_moved_there() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(8 << 20).expect("there is room");
+    let span = filled(&land, 1);
+    bench.send(span).expect("plain memory migrates");
+    let there = HostSpan::at(span.end(), span.bytes());
+    let table = &bench.space.residency;
+    // A migration that has not heard of the news yet.
+    let own = bench.space.watch.shard_of(span).expect("watched");
+    table.lock().claim(there, own).expect("nothing is there");
+    let moved = land.relocate(span, there.start(), Leave::Empty);
+    moved.expect("the system moves it");
+    let is_claimed = || matches!(table.lock().at(there.start()), Some((_, State::Claimed)));
+    while is_claimed() && !table.lock().is_changing(there) {
+        thread::yield_now();
+    }
+    assert!(is_claimed(), "nobody else comes in between");
+    // It hears of it, and gives up.
+    table.lock().depart(there);
+    let released = table.lock().release(there);
+    bench.space.arrived(there, own);
+    drop(released);
+    bench.space.settle_events();
+    assert_eq!([there.start(), last(there)].map(byte), [1, 1]);
+    assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 0);
+}
+
+#[test]
 fn discarded_memory_reads_as_zero_at_once_although_nobody_saw_it() {
     let Some(bench) = Bench::open(VramMode::Adopt) else {
         return;

@@ -4,12 +4,21 @@
 //! threads are gone, locks may be held by them, and the descriptors speak of the parent's memory.
 //! So a child keeps its memory, which the parent has made whole before, and gives everything else
 //! up: see [`become_child`].
+//!
+//! A clone that bypasses the C library runs no handlers. Its child knows itself by a page that the system
+//! empties in copies of a process, and keeps its hands off what is the parent's: a request to a
+//! userfaultfd would change the parent's memory.
 
 use core::ffi::c_int;
-use core::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Once, OnceLock};
 
+use gpusvm::addr::{HostSpan, HostVa, PAGE};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+
+use crate::sys::owned::OwnedSpan;
 use crate::sys::patch;
 
 /// Called around every `fork()` of the C library, on the forking thread and on its own stack.
@@ -28,6 +37,14 @@ static INSTALLED: Once = Once::new();
 /// This process is a child of one that had a live space.
 #[unsafe(link_section = ".data")]
 static IS_CHILD: AtomicBool = AtomicBool::new(false);
+
+/// A word that is not zero in this process and in those that share its memory, and zero in copies of it.
+/// Null where there is none.
+#[unsafe(link_section = ".data")]
+static MARK: AtomicPtr<AtomicU32> = AtomicPtr::new(core::ptr::null_mut());
+/// No device may use the page of [`MARK`].
+static MARK_OWNED: OnceLock<OwnedSpan> = OnceLock::new();
+static MARKED: Once = Once::new();
 
 /// Descriptors that a child gives up.
 const PLACES: usize = 16;
@@ -48,6 +65,7 @@ unsafe extern "C" {
 pub(crate) fn install(hook: &'static dyn ForkHook) {
     let _first = HOOK.set(hook);
     INSTALLED.call_once(|| {
+        tell_copies_apart();
         // SAFETY: the handlers are functions of this library, which is never unloaded.
         let _out_of_memory = unsafe { pthread_atfork(Some(prepare), Some(parent), Some(child)) };
     });
@@ -69,16 +87,59 @@ extern "C" fn child() {
     become_child();
 }
 
+/// From now on [`is_child`] also knows children of raw clones. Once per process.
+pub(crate) fn tell_copies_apart() {
+    MARKED.call_once(|| {
+        // Without it they are not told apart.
+        let _unmarked = make_mark();
+    });
+}
+
+/// Maps the page of [`MARK`].
+fn make_mark() -> Result<(), Errno> {
+    let bytes = usize::try_from(PAGE).map_err(|_wide| Errno::NOMEM)?;
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a fresh mapping, which overlaps nothing.
+    let page = unsafe { mmap_anonymous(core::ptr::null_mut(), bytes, access, MapFlags::PRIVATE) }?;
+    let at = u64::try_from(page.expose_provenance()).map_err(|_wide| Errno::NOMEM)?;
+    let owned = OwnedSpan::declare(HostSpan::at(HostVa::new(at), PAGE)).ok_or(Errno::NOMEM)?;
+    // SAFETY: the page is ours, and copies of this process do not need its content.
+    unsafe { madvise(page, bytes, Advice::LinuxWipeOnFork) }?;
+    let _once = MARK_OWNED.set(owned);
+    MARK.store(page.cast(), Ordering::Release);
+    set_mark();
+    Ok(())
+}
+
+/// The word of [`MARK`], where there is one.
+fn mark() -> Option<&'static AtomicU32> {
+    // SAFETY: null, or a word at the start of a page that stays mapped for good, and that nothing else
+    // is in.
+    unsafe { MARK.load(Ordering::Acquire).as_ref() }
+}
+
+/// This process is no copy any more.
+fn set_mark() {
+    if let Some(mark) = mark() {
+        mark.store(1, Ordering::Relaxed);
+    }
+}
+
 /// Whether this process was forked from one with a live space: then it has none, and cannot open
 /// one before it [begins anew](crate::begin_anew).
 #[must_use]
 pub fn is_child() -> bool {
-    IS_CHILD.load(Ordering::Relaxed)
+    let is_copy = || mark().is_some_and(|mark| mark.load(Ordering::Relaxed) == 0);
+    IS_CHILD.load(Ordering::Relaxed) || is_copy()
 }
 
-/// The process may have a live space again. Whether it was a child.
+/// The process may have a live space again. Whether it was a child of `fork()`.
 pub(crate) fn begin_anew() -> bool {
-    IS_CHILD.swap(false, Ordering::Relaxed)
+    let was_child = IS_CHILD.swap(false, Ordering::Relaxed);
+    if was_child {
+        set_mark();
+    }
+    was_child
 }
 
 /// Gives the runtime up. Async-signal-safe: takes no lock and allocates nothing.

@@ -7,6 +7,7 @@
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use crate::sys::atfork;
 use crate::sys::fault_copy;
 use crate::sys::patch::{Call, HIGH, HOOK, IN_FLIGHT, LED, LOW, PARITY, PatchError};
 use crate::sys::stack::{self, FIRST_TOP, FREE, STACK_SHIFT};
@@ -284,6 +285,7 @@ pub(super) fn address() -> u64 {
 /// Maps the stacks and measures the register state. Once per process.
 pub(super) fn prepare() -> Result<(), PatchError> {
     fault_copy::install();
+    atfork::tell_copies_apart();
     if !std::is_x86_feature_detected!("xsave") {
         return Err(PatchError::NoXsave);
     }
@@ -298,8 +300,9 @@ pub(super) fn prepare() -> Result<(), PatchError> {
     })
 }
 
-/// Called by the entry, on a bracket's stack, with all registers saved.
+/// Called by the entry, on a bracket's stack, with all registers saved. What a child does to its memory
+/// concerns nobody.
 extern "C" fn dispatch(call: &SysCall) -> isize {
-    HOOK.get()
-        .map_or_else(|| call.raw(), |hook| hook.call(call))
+    let hook = HOOK.get().filter(|_| !atfork::is_child());
+    hook.map_or_else(|| call.raw(), |hook| hook.call(call))
 }

@@ -5,6 +5,7 @@ use lock_api::Mutex;
 
 use super::*;
 use crate::sys::arena;
+use crate::sys::child::{By, Child};
 use crate::sys::futex::RawFutexMutex;
 use crate::sys::mapping::{AnonMapping, Huge, Protect};
 
@@ -252,6 +253,27 @@ fn array_that_cannot_be_read_is_an_errno_and_not_the_end() {
             assert_eq!(process_madvise(-1, 8, 1, libc::MADV_COLD, 0), -1);
         });
         assert!(numbers(&calls).contains(&440), "{calls:?}");
+    });
+}
+
+/// What the hook would ask of descriptors that a child has inherited would be done to the parent's memory.
+#[test]
+fn calls_of_a_child_concern_nobody_however_it_was_made() {
+    patched(|| {
+        let map = AnonMapping::new(8192, Huge::Never).expect("two pages can be mapped");
+        let address = map.address();
+        for (by, seen) in [(By::Fork, 0), (By::RawClone, 0), (By::Vfork, 1)] {
+            let _calls = seen_during(address, 8192, || {
+                let child = Child::make(by, || {
+                    // The child's own copy, but for vfork.
+                    let before = RECORDER.count.load(Ordering::SeqCst);
+                    let done = AnonMapping::borrowed(address, 8192).discard(0, 4096);
+                    done.is_ok() && RECORDER.count.load(Ordering::SeqCst) - before == seen
+                });
+                let child = child.expect("one more process");
+                assert!(child.passed().expect("ours"), "{by:?}");
+            });
+        }
     });
 }
 
