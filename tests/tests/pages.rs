@@ -3,8 +3,9 @@
 use std::fmt::Write;
 use std::fs;
 
-use gpusvm_tests::{assert_page, root};
+use gpusvm_tests::{assert_page, root, sources};
 use gpusvm_xe::stats::Counter;
+use syn::{Attribute, Item};
 
 const STATISTICS: &str = "docs/statistics.md";
 
@@ -34,4 +35,36 @@ fn pages_for_people_are_linked_from_the_front_page() {
         .filter(|name| name.ends_with(".md") && !readme.contains(&format!("docs/{name}")))
         .collect();
     assert_eq!(unseen, [""; 0], "README.md does not link these");
+}
+
+#[test]
+fn maps_of_modules_name_every_module() {
+    let mut unseen = Vec::new();
+    for source in sources() {
+        let rows = source.text.lines().filter(|line| line.starts_with("//! |"));
+        let map: Vec<&str> = rows.collect();
+        if !map.first().is_some_and(|row| row.contains(" module ")) {
+            continue;
+        }
+        for item in &source.file.items {
+            if let Item::Mod(module) = item
+                && !module.attrs.iter().any(is_for_tests)
+                && !map
+                    .iter()
+                    .any(|row| row.contains(&format!("`{}`", module.ident)))
+            {
+                unseen.push(format!("{}: {}", source.path, module.ident));
+            }
+        }
+    }
+    assert_eq!(unseen, [""; 0], "their maps do not name these");
+}
+
+/// `#[cfg(test)]`.
+fn is_for_tests(attribute: &Attribute) -> bool {
+    attribute.path().is_ident("cfg")
+        && attribute
+            .meta
+            .require_list()
+            .is_ok_and(|list| list.tokens.to_string().contains("test"))
 }

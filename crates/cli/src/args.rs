@@ -10,11 +10,15 @@ use crate::conformance::ConformanceArgs;
 use crate::machine::{MachineConfig, ServiceMode};
 use crate::size;
 use crate::torture::op::Op;
+use crate::workload;
 use gpusvm_live::{BracketChoice, FaultLevel, LevelChoice, LiveConfig, VramMode};
+
+/// Seeds begin below this number and are at most as many, so that the last one can be counted to.
+pub const MOST_SEEDS: u64 = 1 << 63;
 
 /// GPU shared virtual memory in user space.
 #[derive(Debug, Parser)]
-#[command(name = "gpusvm", version, about, long_about = None)]
+#[command(name = "gpusvm", bin_name = "gpusvm", version)]
 #[command(
     after_help = "Examples:\n  gpusvm                                   the demo set\n  \
     gpusvm run stream --size 1G --vram 256M  one workload\n  \
@@ -45,6 +49,7 @@ pub enum Command {
     Explore(ExploreArgs),
     /// Check that a host does what Linux and its drivers do. The last line counts.
     #[command(
+        arg_required_else_help = false,
         after_help = "Examples:\n  gpusvm conformance scenarios --host live\n  \
         gpusvm conformance hmm --host model --json"
     )]
@@ -90,6 +95,7 @@ pub struct InfoArgs {
 #[derive(Args, Clone, Debug)]
 pub struct RunArgs {
     /// The workload; without one, the demo set.
+    #[arg(help = workloads())]
     pub workload: Option<String>,
     /// Bytes of the workload's data in all, with K, M or G. The model host is made for little: it takes
     /// its time for more than some 64M.
@@ -153,30 +159,32 @@ pub struct RunArgs {
 #[derive(Args, Clone, Debug)]
 pub struct ExploreArgs {
     /// Kind of world, or all of them; swarm, if nothing is said, and all for known bugs.
-    #[arg(long, value_name = "NAME|all")]
+    #[arg(long, value_name = "NAME|all", conflicts_with = "tape")]
     pub scenario: Option<String>,
     /// How many worlds of each kind.
-    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 1000, conflicts_with_all = ["tape", "mutant"],
+        value_parser = clap::value_parser!(u64).range(1..=MOST_SEEDS))]
     pub seeds: u64,
     /// The first one.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, conflicts_with = "tape",
+        value_parser = clap::value_parser!(u64).range(..MOST_SEEDS))]
     pub seed: u64,
     /// Run the one world of this tape.
     #[arg(long, value_name = "FILE")]
     pub tape: Option<PathBuf>,
     /// Write the tape of a failure there (gpusvm.tape, if nothing is said); the tapes of several bugs
     /// into this folder.
-    #[arg(long, value_name = "FILE|DIR")]
+    #[arg(long, value_name = "FILE|DIR", conflicts_with = "tape")]
     pub save: Option<PathBuf>,
     /// Re-introduce known bugs one after the other: each must be found. With --tape, run the tape's
     /// world with this bug, or with none.
     #[arg(long, value_name = "NAME,...|all")]
     pub mutant: Option<String>,
     /// Watch all worlds, not one in sixteen, and show which operations met which entries.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["tape", "mutant"])]
     pub coverage: bool,
     /// Threads that run worlds; one for each processor, if nothing is said.
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, conflicts_with_all = ["tape", "mutant"], value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,
     /// How results are shown.
     #[command(flatten)]
@@ -292,6 +300,15 @@ impl fmt::Display for OneLine<'_> {
 #[must_use]
 pub fn value_name(value: impl ValueEnum) -> Option<String> {
     Some(value.to_possible_value()?.get_name().to_owned())
+}
+
+/// What there is to run.
+fn workloads() -> String {
+    let mut text = "The workload; without one, the demo set. There are:\n".to_owned();
+    for workload in workload::ALL {
+        text += &format!("- {}: {}\n", workload.name, workload.about);
+    }
+    text + "- torture: whatever a process can do, at once"
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {

@@ -22,7 +22,7 @@ pub fn info(args: InfoArgs, out: &mut dyn Write) -> Result<(), InfoError> {
         Err(why) if config != LiveConfig::default() => return Err(InfoError::Refused(why)),
         levels => levels,
     };
-    print(args, &facts, &levels, out).map_err(|_closed| InfoError::Output)
+    print(args, &facts, &levels, out).map_err(InfoError::Output)
 }
 
 /// `info` failed.
@@ -30,15 +30,15 @@ pub fn info(args: InfoArgs, out: &mut dyn Write) -> Result<(), InfoError> {
 pub enum InfoError {
     /// What was insisted on cannot be had; why.
     Refused(String),
-    /// Standard output is closed.
-    Output,
+    /// Standard output is closed, or its disk is full.
+    Output(io::Error),
 }
 
 impl fmt::Display for InfoError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Refused(why) => f.write_str(why),
-            Self::Output => f.write_str("standard output is closed"),
+            Self::Output(why) => write!(f, "standard output: {why}"),
         }
     }
 }

@@ -72,6 +72,9 @@ fn demo() -> Command {
 fn do_run(args: &RunArgs, out: &mut dyn Write) -> Result<(), run::RunError> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // Who asks twice does not want to wait. Registered first, so that it sees what was before.
+        let asked = Arc::clone(&interrupted);
+        let _default = signal_hook::flag::register_conditional_shutdown(signal, 130, asked);
         // Without the handler the signal ends the process at once, as it would any other.
         let _default = signal_hook::flag::register(signal, Arc::clone(&interrupted));
     }

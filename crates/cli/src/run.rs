@@ -83,8 +83,8 @@ pub enum RunError {
     NotVerified(&'static str),
     /// Torture found something; what it was, in a line.
     Torture(String),
-    /// Standard output is closed.
-    Output,
+    /// Standard output is closed, or its disk is full.
+    Output(std::io::Error),
 }
 
 impl RunError {
@@ -98,8 +98,8 @@ impl RunError {
             Self::Machine(MachineError::VramTooSmall(..)) => 2,
             Self::Job(JobError::Interrupted) => 130,
             Self::Job(JobError::Refused(refused)) if refused.is_for_want_of_options() => 2,
-            Self::Machine(_) | Self::Job(_) | Self::Report(_) => 1,
-            Self::NotVerified(_) | Self::Torture(_) | Self::World(_) | Self::Output => 1,
+            Self::Machine(_) | Self::Job(_) | Self::Report(_) | Self::Output(_) => 1,
+            Self::NotVerified(_) | Self::Torture(_) | Self::World(_) => 1,
         }
     }
 }
@@ -142,7 +142,7 @@ impl fmt::Display for RunError {
             Self::Job(error) => error.fmt(f),
             Self::NotVerified(name) => write!(f, "{name}: the device's answer is wrong"),
             Self::Torture(what) => f.write_str(what),
-            Self::Output => f.write_str("standard output is closed"),
+            Self::Output(why) => write!(f, "standard output: {why}"),
         }
     }
 }
@@ -181,8 +181,15 @@ pub fn run(
         // The first error is the one to tell.
         let _second = folder.write_page(&page);
     }
+    let why = ended.as_ref().err().map(ToString::to_string);
+    // What a demo set has done until it ended is worth to be seen.
+    let printed = if ended.is_ok() || !reports.is_empty() {
+        print(args, (&reports, why.as_deref()), out)
+    } else {
+        Ok(())
+    };
     ended?;
-    print(args, &reports, out).map_err(|_closed| RunError::Output)?;
+    printed.map_err(RunError::Output)?;
     let wrong = reports.iter().rfind(|report| !report.verified);
     wrong.map_or(Ok(()), |wrong| Err(RunError::NotVerified(wrong.workload)))
 }
@@ -254,8 +261,12 @@ fn select(args: &RunArgs) -> Result<Vec<Planned>, RunError> {
             .map(|(name, size, vram)| sized(name, size, vram))
             .collect();
     };
-    if name != "wordcount" && args.input.is_some() {
-        return Err(RunError::Needless("--input"));
+    let needless = match name.as_str() {
+        "wordcount" => args.size.map(|_| "--size"),
+        _ => args.input.as_ref().map(|_| "--input"),
+    };
+    if let Some(option) = needless {
+        return Err(RunError::Needless(option));
     }
     let demo = DEMO.into_iter().find(|(other, ..)| other == name);
     let (_, size, vram) = demo.unwrap_or(("", 256, 64));
@@ -344,7 +355,12 @@ fn needed(plan: &Planned) -> u64 {
     plan.bytes.saturating_mul(copies).saturating_add(plan.vram)
 }
 
-fn print(args: &RunArgs, reports: &[Report], out: &mut dyn Write) -> std::io::Result<()> {
+/// Prints runs, and why there are no others.
+fn print(
+    args: &RunArgs,
+    (reports, ended): (&[Report], Option<&str>),
+    out: &mut dyn Write,
+) -> std::io::Result<()> {
     if !args.output.json {
         let mut table = Table::new(&COLUMNS);
         reports.iter().for_each(|report| table.row(report.row()));
@@ -362,10 +378,10 @@ fn print(args: &RunArgs, reports: &[Report], out: &mut dyn Write) -> std::io::Re
     match reports {
         [only] if args.workload.is_some() => writeln!(out, "{:#}", only.json()),
         all => {
-            let verified = all.iter().all(|report| report.verified);
+            let verified = ended.is_none() && all.iter().all(|report| report.verified);
             let runs: Vec<_> = all.iter().map(Report::json).collect();
             let object = serde_json::json!({
-                "schema": 1, "workload": "demo", "verified": verified, "runs": runs,
+                "schema": 1, "workload": "demo", "verified": verified, "ended": ended, "runs": runs,
             });
             writeln!(out, "{object:#}")
         }

@@ -79,10 +79,82 @@ fn bad_command_lines_are_told_in_one_line() {
             &["run", "stream", "--input", "x"],
             "--input does not go with",
         ),
+        (
+            &["run", "wordcount", "--size", "1M"],
+            "--size does not go with",
+        ),
         (&["bench", "nope"], "there is no bench `nope`"),
+        (&["conformance"], "requires a subcommand"),
     ] {
         assert_usage(args, why);
     }
+}
+
+#[test]
+fn scenarios_that_are_not_there_are_told_in_one_line() {
+    let scenarios = |args: &[&str], why| {
+        assert_usage(&[&["conformance", "scenarios"], args].concat(), why);
+    };
+    scenarios(&["9"], "it waits for: cannot come about");
+    scenarios(&["999"], "there are 1, 2, ");
+    scenarios(&["--file", "/nowhere/at/all"], "cannot be read: No such");
+    scenarios(&["--file", "/dev/null"], "there is no scenario in it");
+    let own = file("own.scn", b"scenario 3 mine\n  map a 2M\n");
+    let own = own.display().to_string();
+    scenarios(&["--file", &own, "9"], "there are 3");
+    let binary = file("binary.scn", b"\xff\xfe");
+    scenarios(
+        &["--file", &binary.display().to_string()],
+        "cannot be read: ",
+    );
+}
+
+#[test]
+fn scenarios_that_ask_for_too_much_fail_with_their_line() {
+    for (line, why) in [
+        ("map b 900T", "own.scn:3: the land is full"),
+        (
+            "cpu read a[1000000000] 0",
+            "own.scn:3: `a` does not reach as far",
+        ),
+        ("map b 20M\n  remap b c", "own.scn:4: the land is full"),
+    ] {
+        let text = format!("scenario 1 mine\n  map a 2M\n  {line}\n");
+        let own = file("much-own.scn", text.as_bytes());
+        let output = output(&[
+            "conformance",
+            "scenarios",
+            "--file",
+            &own.display().to_string(),
+        ]);
+        let said = text_of(&output);
+        assert_eq!(output.status.code(), Some(1), "{line}: {said}");
+        assert!(said.contains(why), "{line}: {said}");
+    }
+}
+
+fn text_of(output: &Output) -> String {
+    text(&output.stdout) + &text(&output.stderr)
+}
+
+#[test]
+fn demo_set_that_ends_early_shows_what_it_has_done() {
+    // Enough for the first workloads of the set, and too little for a later one.
+    let args = ["run", "--host", "model", "--size", "32K", "--vram", "512K"];
+    let shown = output(&args);
+    assert_eq!(shown.status.code(), Some(2));
+    assert!(text(&shown.stderr).contains("--size is too small"));
+    let said = text(&shown.stdout);
+    assert!(
+        said.contains("\nstream ") && !said.contains("stencil"),
+        "{said}"
+    );
+    let output = output(&[&args[..], &["--json"]].concat());
+    let object: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(object["verified"], false);
+    assert_eq!(object["runs"][0]["verified"], true);
+    let ended = object["ended"].as_str().expect("a reason");
+    assert!(ended.contains("too small"), "{ended}");
 }
 
 #[test]
@@ -92,8 +164,34 @@ fn input_that_cannot_be_read_is_told_in_one_line() {
     count("/nowhere/at/all", "No such file");
     count("/", "not a regular file");
     count("/dev/null", "not a regular file");
+    let pipe = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("input.pipe");
+    // What is not there need not go.
+    let _gone = fs::remove_file(&pipe);
+    let made = Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.expect("mkfifo can be run").success());
+    count(&pipe.display().to_string(), "not a regular file");
     let empty = file("empty.txt", b"");
     count(&empty.display().to_string(), "the file is empty");
+}
+
+#[test]
+fn output_that_cannot_be_written_is_told_by_every_command() {
+    let all: [&[&str]; 4] = [
+        &[
+            "run", "stream", "--size", "1M", "--vram", "512K", "--host", "model",
+        ],
+        &["info"],
+        &["explore", "--seeds", "1"],
+        &["conformance", "scenarios", "1"],
+    ];
+    for args in all {
+        let full = fs::File::create("/dev/full").expect("Linux has one");
+        let output = gpusvm(args).stdout(full).output().expect("it runs");
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
+        assert!(said.contains("standard output: No space"), "{said}");
+    }
 }
 
 #[test]
@@ -103,6 +201,12 @@ fn help_and_version_are_answers() {
         assert_eq!(output.status.code(), Some(0), "{args:?}");
         assert!(text(&output.stdout).contains("gpusvm"), "{args:?}");
         assert!(output.stderr.is_empty(), "{args:?}");
+    }
+    let help = text(&output(&["--help"]).stdout);
+    assert!(help.starts_with("GPU shared virtual memory"), "{help}");
+    let help = text(&output(&["run", "--help"]).stdout);
+    for workload in gpusvm_cli::workload::ALL {
+        assert!(help.contains(workload.about), "{}", workload.name);
     }
 }
 
@@ -418,6 +522,37 @@ fn interrupt_brings_data_home_and_ends_with_130() {
     }
     assert_eq!(status.code(), Some(130), "{said}");
     assert_eq!(said, "gpusvm: interrupted; all data is home\n");
+}
+
+#[test]
+fn who_interrupts_twice_does_not_wait() {
+    // Its data takes far longer to fill than this test waits: nobody looks for interrupts meanwhile.
+    let args = ["run", "chase", "--size", "1G", "--vram", "8M"];
+    let child = gpusvm(&args)
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command can be run");
+    let handler = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id()));
+        let status = status.unwrap_or_default();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let caught = caught.map(|mask| u64::from_str_radix(mask.trim(), 16));
+        caught.is_none_or(|mask| mask.is_ok_and(|mask| mask & 0x4002 == 0x4002))
+    };
+    while !handler() {
+        thread::yield_now();
+    }
+    for _time in 0..2 {
+        let sent = Command::new("kill")
+            .args(["-INT", &child.id().to_string()])
+            .status();
+        assert!(sent.expect("kill can be run").success());
+        thread_sleep(Duration::from_millis(50));
+    }
+    let output = child.wait_with_output().expect("the command ends");
+    assert_eq!(output.status.code(), Some(130));
+    // Else it would have said that all data is home.
+    assert_eq!(text(&output.stderr), "");
 }
 
 /// Waits until the command runs on so many threads: then the device computes. Or until it ends.

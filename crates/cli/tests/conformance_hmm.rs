@@ -11,6 +11,7 @@ fn rows(host: &str) -> Vec<Value> {
     let output = command.output().expect("it runs");
     let told = String::from_utf8_lossy(&output.stderr);
     let object: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(object["host"], host);
     let rows = object["rows"].as_array().expect("rows").clone();
     let failed = rows.iter().filter(|row| row["result"] == "failed");
     let failed: Vec<_> = failed.map(Value::to_string).collect();

@@ -93,6 +93,7 @@ fn random_programs_do_the_same_on_both() {
     assert_eq!(count("passed") + repeated.len() as u64, 300, "{shown}");
     assert!(count("passed") > 290, "{shown}");
     assert_eq!(object["verified"], true);
+    assert_eq!(object["host"], "both");
 }
 
 #[test]
@@ -130,9 +131,15 @@ fn bad_input_gets_a_clear_error() {
     for (args, what) in [
         (["--row", "M99"], "there is no row M99; there are M05, M06"),
         (["--plant", "nothing"], "there is no bug nothing to plant"),
-        (["--retell", "/nowhere"], "/nowhere"),
+        (["--retell", "/nowhere"], "/nowhere: cannot be read"),
+        (["--retell", "/dev/null"], "there is no program in it"),
+        (["--programs", "0"], "0 is not in 1.."),
+        (["--seed", "18446744073709551615"], "is not in 0.."),
+        (["--retell=/dev/null", "--json"], "cannot be used with"),
+        (["--row=M35", "--steps=3"], "cannot be used with"),
     ] {
         let output = mm(&args);
+        assert!(output.stdout.is_empty(), "{args:?}");
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         let told = text(&output.stderr);
         assert!(told.contains(what) && told.lines().count() == 1, "{told}");

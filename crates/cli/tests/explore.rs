@@ -66,6 +66,7 @@ fn known_bugs_are_found_and_their_short_tapes_fail_again() {
         assert!(json(&again)["failure"].is_string());
         let twice = explore(&["--tape", tape, "--json"]);
         assert_eq!(json(&again)["hash"], json(&twice)["hash"]);
+        assert_eq!(json(&twice)["as_recorded"], true);
         let without = explore(&["--mutant", "none", "--tape", tape]);
         assert!(without.status.success(), "{name}: it is the bug that fails");
     }
@@ -81,7 +82,18 @@ fn one_known_bug_is_explained() {
     for part in [" cpu0 ", "replay: gpusvm explore --mutant NAME --tape"] {
         assert!(shown.contains(part), "{part}: {shown}");
     }
-    assert!(tape.exists());
+    // A tape of another version makes another world.
+    let written = std::fs::read_to_string(&tape).expect("it was saved");
+    let lines = written
+        .lines()
+        .map(|line| match line.strip_prefix("hash: ") {
+            Some(_) => "hash: 0x1\n".to_owned(),
+            None => format!("{line}\n"),
+        });
+    std::fs::write(&tape, lines.collect::<String>()).expect("written");
+    let again = explore(&["--tape", save]);
+    let shown = text(&again.stdout);
+    assert!(shown.contains("this is another world"), "{shown}");
 }
 
 #[test]
@@ -137,12 +149,49 @@ fn bad_input_gets_a_clear_error() {
             "there is no scenario nowhere",
         ),
         (&["--mutant", "nothing"], 2, "there is no mutant nothing"),
-        (&["--tape", "/nowhere"], 1, "/nowhere"),
-        (&["--tape", damaged], 1, "is no tape"),
+        (&["--tape", "/nowhere"], 2, "tape /nowhere: cannot be read"),
+        (&["--tape", "/"], 2, "tape /: cannot be read"),
+        (&["--tape", damaged], 2, "line 3: `x` is not a number"),
+        (
+            &["--tape", damaged, "--scenario", "full"],
+            2,
+            "cannot be used with",
+        ),
+        (&["--mutant", "all", "--coverage"], 2, "cannot be used with"),
+        (&["--seed", "18446744073709551615"], 2, "is not in 0.."),
+        (&["--seeds", "18446744073709551615"], 2, "is not in 1.."),
+        (
+            &["--save", "/nowhere/a.tape"],
+            2,
+            "cannot write a tape to /nowhere/a.tape",
+        ),
+        (
+            &["--mutant", "recheck-dropped", "--save", "/nowhere/a.tape"],
+            2,
+            "name another place with --save",
+        ),
+        (
+            &["--mutant", "all", "--save", "/dev/null"],
+            2,
+            "cannot write a tape to /dev/null",
+        ),
     ] {
         let output = explore(args);
         assert_eq!(output.status.code(), Some(code), "{args:?}");
         let told = text(&output.stderr);
         assert!(told.contains(what) && told.lines().count() == 1, "{told}");
+        assert!(output.stdout.is_empty(), "{args:?}: nothing was done");
     }
+}
+
+#[test]
+fn a_place_for_tapes_is_left_as_it_was() {
+    let (new, old) = (file("no-failure.tape"), file("old.tape"));
+    std::fs::write(&old, "old").expect("written");
+    for path in [&new, &old] {
+        let save = path.to_str().expect("text");
+        assert!(explore(&["--seeds", "1", "--save", save]).status.success());
+    }
+    assert!(!new.exists());
+    assert_eq!(std::fs::read_to_string(&old).expect("it stays"), "old");
 }

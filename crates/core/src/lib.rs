@@ -4,6 +4,9 @@
 //! device fault brings in, moves its pages, gathers where they are, and makes sure that no device
 //! uses a page any more when the process changes its address space.
 //!
+//! Who writes a host or a driver begins with the [example](#all-of-it-on-a-toy-platform). Who wants a device on
+//! the memory of a program begins with the crate `gpusvm-live`, whose page has a whole program.
+//!
 //! | module | what | in Linux |
 //! |---|---|---|
 //! | [`svm`] | notifiers and ranges of one device address space | `drm_gpusvm` |
@@ -14,6 +17,8 @@
 //! | [`table`] | the page-table engine | `xe_pt` |
 //! | [`seam`] | what a host, a device and an environment must offer: traits only | |
 //! | [`addr`], [`error`], [`event`] | addresses, the two kinds of error, what can be observed | |
+//! | `notifier_held` | the proof that the notifier lock is held, [`NotifierHeld`] | |
+//! | [`mutant`] | known bugs that test worlds can have again | |
 //!
 //! The rule that everything rests on is in [`svm`]: entries are written under the notifier lock
 //! after the sequence was checked, and an invalidation takes that lock after it has moved the

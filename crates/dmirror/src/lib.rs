@@ -13,6 +13,7 @@
 //! | [`uapi`] | numbers and layouts of the commands, and what they answer |
 //! | `table` | the device's page table, and the sink of invalidations |
 //! | `fault`, `migrate`, `block` | pages come in reach; go to the device; come home |
+//! | `memory` | the device's memory as a place for pages |
 //!
 //! ```text
 //!   command ─▶ mirror ─┬─ table ◀───────────── invalidations ── host

@@ -1,4 +1,5 @@
-//! The live host: this process's real memory, shared with devices.
+//! The live host: this process's real memory, shared with devices. A whole program that uses it stands
+//! [at the end](#embedding-it).
 //!
 //! | module | what |
 //! |---|---|
@@ -7,13 +8,14 @@
 //! | `fault_in`, `snapshot` | where pages are, for a device, with and without a fault |
 //! | `exclusive` | pages that a device has for itself |
 //! | `residency` | which pages are away, or on their way |
+//! | `spans`, `large` | sets of addresses; huge pages that are away |
 //! | `watch` | which mappings raise faults and brackets |
 //! | `stays` | memory that never leaves: control blocks of threads, and their like |
 //! | `migrate`, `leg`, `staging` | pages leave and return, by `UFFDIO_MOVE` or through the migratable heap |
 //! | `read_only` | pages leave mappings that may not be written |
 //! | `shard`, `pool`, `reader` | userfaultfds, and the threads that serve CPU faults |
 //! | `in_thread` | CPU faults that are served where they occur |
-//! | `bracket` | address-space calls, seen before they happen |
+//! | `bracket`, `inside` | address-space calls, seen before they happen; who is inside an invalidation |
 //! | `fork`, `attendant` | what children get, and dying processes |
 //! | [`LiveEnv`] (`env`) | clock, locks, deferred work |
 //! | `level` | what the system allows, and what follows |
@@ -25,7 +27,6 @@
 //!
 //! Lock order: host mm (`watch`, then notifiers, then `residency`) → notifier → vram → leaf
 //! (`staging`, `stays`).
-
 //!
 //! # Embedding it
 //!

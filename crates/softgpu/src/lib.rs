@@ -15,6 +15,9 @@
 //! | `fault_ring` | faults that wait for service |
 //! | `copy` | the copy engine |
 //! | `unit` | one access of one unit: translate, fault, copy |
+//! | `updating` | atomics on host memory |
+//! | `look` | what page tables say, for whoever checks them |
+//! | `sync` | the atomics of `shootdown`, in whose place tests put others |
 //! | [`work`] | [`Kernel`], [`Tile`], [`Dispatch`] |
 //!
 //! Kernels are plain safe Rust over **local tiles**: a work-group loads spans of device addresses

@@ -9,6 +9,9 @@
 //! | [`atomics`] | where a device does its atomics (pure) | device fault |
 //! | [`place`] | where the pages of a fault should be (pure) | device fault |
 //! | [`bind`] | page-table entries of one range | device fault |
+//! | [`format`] | how entries are encoded | device fault |
+//! | [`store`] | page tables in device memory | device fault |
+//! | [`copy`] | moves of pages become jobs of the copy engine | device fault, CPU fault |
 //! | [`invalidate`] | entries go away because host memory changes | invalidation |
 //! | [`collect`] | dead ranges are removed | |
 //! | [`stats`] | per-GT counters with the kernel's names: a fold over events | |

@@ -145,8 +145,10 @@ pub enum BenchError {
     Device(Stop),
     /// Pages refuse to move.
     Refused(Interrupted),
-    /// The system refuses memory, or output is closed.
+    /// The system refuses memory.
     Io(io::Error),
+    /// Standard output is closed, or its disk is full.
+    Output(io::Error),
 }
 
 impl fmt::Display for BenchError {
@@ -159,7 +161,8 @@ impl fmt::Display for BenchError {
             Self::Machine(error) => error.fmt(f),
             Self::Device(stop) => stop.fmt(f),
             Self::Refused(why) => write!(f, "pages cannot be moved: {why}"),
-            Self::Io(error) => error.fmt(f),
+            Self::Io(error) => write!(f, "memory for the bench: {error}"),
+            Self::Output(why) => write!(f, "standard output: {why}"),
         }
     }
 }
@@ -256,7 +259,7 @@ pub fn bench(args: &BenchArgs, out: &mut dyn Write) -> Result<(), BenchError> {
     } else {
         table.to_string()
     };
-    out.write_all(text.as_bytes()).map_err(BenchError::Io)
+    out.write_all(text.as_bytes()).map_err(BenchError::Output)
 }
 
 fn cells(row: &Row, summary: &Summary) -> Vec<String> {

@@ -110,8 +110,8 @@ impl ConformanceError {
     #[must_use]
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) => 2,
-            Self::Failed(_) | Self::Machine(_) | Self::Input(_) | Self::Output(_) => 1,
+            Self::Usage(_) | Self::Input(_) => 2,
+            Self::Failed(_) | Self::Machine(_) | Self::Output(_) => 1,
         }
     }
 }
@@ -159,11 +159,11 @@ pub fn conformance(args: &ConformanceArgs, out: &mut dyn Write) -> Result<(), Co
     match &args.suite {
         Suite::Hmm(args) => {
             let rows = hmm::rows(args, out)?;
-            finish("hmm", args.output, &rows, out)
+            finish(("hmm", args.host), args.output, &rows, out)
         }
         Suite::Scenarios(args) => {
             let rows = scenarios::rows(args, out)?;
-            finish("scenarios", args.output, &rows, out)
+            finish(("scenarios", args.host), args.output, &rows, out)
         }
         Suite::Mm(args) => mm::run(args, out),
     }
@@ -181,7 +181,7 @@ pub(crate) fn show(row: &Row, out: &mut dyn Write) -> std::io::Result<()> {
 
 /// Counts, as the last line or as a JSON object.
 fn finish(
-    suite: &str,
+    (suite, host): (&str, Host),
     output: OutputArgs,
     rows: &[Row],
     out: &mut dyn Write,
@@ -194,6 +194,7 @@ fn finish(
         let object = json!({
             "schema": 1,
             "suite": suite,
+            "host": host.kind().name(),
             "verified": failed == 0,
             "passed": passed,
             "failed": failed,

@@ -32,19 +32,36 @@ fn wanted(args: &ScenariosArgs) -> Result<Vec<Scenario>, ConformanceError> {
         None => library::all()?,
         Some(path) => {
             let text = std::fs::read_to_string(path);
-            let text =
-                text.map_err(|why| ConformanceError::Input(format!("{}: {why}", path.display())))?;
-            parse(&path.display().to_string(), &text)?
+            let input = |why: String| ConformanceError::Input(format!("{}: {why}", path.display()));
+            let text = text.map_err(|why| input(format!("cannot be read: {why}")))?;
+            let scenarios = parse(&path.display().to_string(), &text)?;
+            if scenarios.is_empty() {
+                let none = "there is no scenario in it: one begins with `scenario NUMBER TITLE`";
+                return Err(input(none.to_owned()));
+            }
+            scenarios
         }
     };
     let there = |number: &&u32| !all.iter().any(|scenario| scenario.number() == **number);
     if let Some(missing) = numbers.iter().find(there) {
-        return Err(ConformanceError::Usage(format!(
-            "there is no scenario {missing}; tests/scenarios/absent.txt says what it waits for"
-        )));
+        return Err(ConformanceError::Usage(missing_one(args, *missing, &all)));
     }
     if !numbers.is_empty() {
         all.retain(|scenario| numbers.contains(&scenario.number()));
     }
     Ok(all)
+}
+
+/// That a scenario is not there, and why, or which ones are.
+fn missing_one(args: &ScenariosArgs, number: u32, all: &[Scenario]) -> String {
+    let mut absent = library::absent().into_iter();
+    let absent = absent.find(|(n, _)| args.file.is_none() && *n == number);
+    match absent {
+        Some((_, why)) => format!("there is no scenario {number}; it waits for: {why}"),
+        None => {
+            let there: Vec<_> = all.iter().map(|one| one.number().to_string()).collect();
+            let there = there.join(", ");
+            format!("there is no scenario {number}; there are {there}")
+        }
+    }
 }

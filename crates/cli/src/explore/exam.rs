@@ -2,7 +2,7 @@
 //! made short, so that it says what it takes.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use gpusvm::mutant::Mutant;
@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::args::ExploreArgs;
 use crate::cpu_time;
 use crate::explore::plan::Plan;
-use crate::explore::{ExploreError, explorer, plans, save, shorten, show};
+use crate::explore::{ExploreError, check_writable, explorer, plans, save, shorten, show};
 use crate::progress::Worlds;
 use crate::table::Table;
 
@@ -52,6 +52,9 @@ pub(super) fn run(
     out: &mut dyn Write,
 ) -> Result<(), ExploreError> {
     let plans = plans(args, "all")?;
+    if let Some(path) = &args.save {
+        check_place(path, mutants)?;
+    }
     let mut answers = Vec::new();
     for mutant in mutants {
         let answer = look_for(*mutant, &plans, args.seed);
@@ -100,16 +103,28 @@ fn save_all(path: &Path, answers: &[Answer]) -> Result<(), ExploreError> {
             .as_ref()
             .map_or(Ok(()), |found| save(path, &found.tape));
     }
-    std::fs::create_dir_all(path).map_err(|why| ExploreError::File(path.to_owned(), why))?;
     for answer in answers {
         if let Some(found) = &answer.found {
-            save(
-                &path.join(format!("{}.tape", answer.mutant.name())),
-                &found.tape,
-            )?;
+            save(&tape_in(path, answer.mutant), &found.tape)?;
         }
     }
     Ok(())
+}
+
+/// Asks whether their tapes can be written there; makes the folder of several.
+fn check_place(path: &Path, mutants: &[Mutant]) -> Result<(), ExploreError> {
+    if let [_] = mutants {
+        return check_writable(path);
+    }
+    std::fs::create_dir_all(path).map_err(|why| ExploreError::Place(path.to_owned(), why))?;
+    mutants
+        .iter()
+        .try_for_each(|mutant| check_writable(&tape_in(path, *mutant)))
+}
+
+/// The tape of one bug, in the folder of several.
+fn tape_in(folder: &Path, mutant: Mutant) -> PathBuf {
+    folder.join(format!("{}.tape", mutant.name()))
 }
 
 /// Runs worlds of all plans in turn, on one thread, until one fails.

@@ -35,6 +35,7 @@ mod world;
 
 use std::borrow::Cow;
 use std::fmt;
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -77,10 +78,12 @@ pub enum ExploreError {
     NoScenario(String),
     /// There is no such bug.
     NoMutant(String),
-    /// A file could not be read or written.
-    File(PathBuf, std::io::Error),
-    /// A tape is damaged, or of another version.
+    /// A tape cannot be read, is damaged, or of another version.
     Tape(PathBuf, String),
+    /// Nothing can be written where tapes are to be saved; nothing has run.
+    Place(PathBuf, std::io::Error),
+    /// A tape cannot be written after all.
+    Save(PathBuf, std::io::Error),
     /// A world failed.
     Failed(String),
     /// These bugs were not found.
@@ -94,12 +97,8 @@ impl ExploreError {
     #[must_use]
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::NoScenario(_) | Self::NoMutant(_) => 2,
-            Self::File(..)
-            | Self::Tape(..)
-            | Self::Failed(_)
-            | Self::NotFound(_)
-            | Self::Output(_) => 1,
+            Self::NoScenario(_) | Self::NoMutant(_) | Self::Tape(..) | Self::Place(..) => 2,
+            Self::Save(..) | Self::Failed(_) | Self::NotFound(_) | Self::Output(_) => 1,
         }
     }
 }
@@ -123,8 +122,12 @@ impl fmt::Display for ExploreError {
                     names.join(", ")
                 )
             }
-            Self::File(path, why) => write!(f, "{}: {why}", path.display()),
-            Self::Tape(path, why) => write!(f, "{} is no tape: {why}", path.display()),
+            Self::Tape(path, why) => write!(f, "tape {}: {why}", path.display()),
+            Self::Place(path, why) | Self::Save(path, why) => write!(
+                f,
+                "cannot write a tape to {}: {why}; name another place with --save",
+                path.display()
+            ),
             Self::Failed(what) => write!(f, "a world failed: {what}"),
             Self::NotFound(names) => write!(f, "not found: {}", names.join(", ")),
             Self::Output(why) => write!(f, "standard output: {why}"),
@@ -151,7 +154,11 @@ pub fn explore(args: &ExploreArgs, out: &mut dyn Write) -> Result<(), ExploreErr
     match args.mutant.as_deref() {
         Some("all") => exam::run(args, Mutant::ALL, out),
         Some(names) => exam::run(args, &mutants_named(names)?, out),
-        None => swarm(args, &plans(args, "swarm")?, out),
+        None => {
+            let plans = plans(args, "swarm")?;
+            args.save.as_deref().map_or(Ok(()), check_writable)?;
+            swarm(args, &plans, None, out)
+        }
     }
 }
 
@@ -229,10 +236,11 @@ fn threads(args: &ExploreArgs) -> usize {
     args.threads.map_or_else(all, usize::from)
 }
 
-/// Worlds of each plan, until one fails.
+/// Worlds of each plan, until one fails; with a bug, in tests.
 fn swarm(
     args: &ExploreArgs,
     plans: &[&'static Plan],
+    mutant: Option<Mutant>,
     out: &mut dyn Write,
 ) -> Result<(), ExploreError> {
     let mut table = Table::new(&[
@@ -243,7 +251,7 @@ fn swarm(
     let mut coverage = Coverage::default();
     for plan in plans {
         let one_in = if args.coverage { 1 } else { WATCHED_ONE_IN };
-        let explorer = watching(plan, None, threads(args), one_in);
+        let explorer = watching(plan, mutant, threads(args), one_in);
         let seeds = args.seed..args.seed.saturating_add(args.seeds);
         let bar = Worlds::new(plan.name, args.seeds);
         let run = || explorer.run_seeds(seeds, &|worlds| bar.ran(worlds));
@@ -253,11 +261,17 @@ fn swarm(
         table.row(row(plan, &summary, cpu));
         all.push(summary_json(plan, &summary, cpu));
         if let Some((seed, trouble)) = summary.failure {
-            failure = Some((*plan, seed, trouble));
+            failure = Some(Failure {
+                plan,
+                mutant,
+                seed,
+                trouble,
+            });
             break;
         }
     }
     if args.output.json {
+        let short = failure.as_ref().map(|failure| (failure, failure.shorten()));
         let details = if args.coverage {
             Details::All
         } else {
@@ -268,22 +282,23 @@ fn swarm(
             "verified": failure.is_none(),
             "scenarios": all,
             "coverage": coverage.json(details),
+            "failure": short.as_ref().map(|(failure, tape)| failure.json(tape, tape_path(args))),
         });
         writeln!(out, "{object:#}")?;
+        if let Some((_, tape)) = short {
+            save(tape_path(args), &tape)?;
+        }
     } else {
         write!(out, "{table}")?;
         if args.coverage {
             write!(out, "\n{}", coverage.table())?;
         }
         writeln!(out, "{}", coverage.line())?;
-    }
-    match failure {
-        Some((plan, seed, trouble)) => {
-            let text = explain(args, (plan, None, seed), &trouble, out)?;
-            Err(ExploreError::Failed(text))
+        if let Some(failure) = &failure {
+            explain(failure, tape_path(args), out)?;
         }
-        None => Ok(()),
     }
+    failure.map_or(Ok(()), |failure| Err(ExploreError::Failed(failure.text())))
 }
 
 /// Worlds in a second of processor time: what one core does that has nothing else to do.
@@ -323,17 +338,44 @@ fn summary_json(plan: &Plan, summary: &Summary, cpu: Duration) -> Value {
     })
 }
 
-/// A world failed: its tape is made short, saved and shown. Returns what was broken.
-fn explain(
-    args: &ExploreArgs,
-    world: (&'static Plan, Option<Mutant>, u64),
-    trouble: &Trouble,
-    out: &mut dyn Write,
-) -> Result<String, ExploreError> {
-    let (plan, mutant, seed) = world;
-    let tape = shorten(plan, mutant, trouble);
-    let path = args.save.as_deref().unwrap_or(Path::new("gpusvm.tape"));
-    show(plan, seed, (&tape, trouble), out)?;
+/// Where the tape of a failure goes.
+fn tape_path(args: &ExploreArgs) -> &Path {
+    args.save.as_deref().unwrap_or(Path::new("gpusvm.tape"))
+}
+
+/// A world that failed.
+struct Failure {
+    plan: &'static Plan,
+    mutant: Option<Mutant>,
+    seed: u64,
+    trouble: Box<Trouble>,
+}
+
+impl Failure {
+    /// What was broken.
+    fn text(&self) -> String {
+        self.trouble.failure.text.clone()
+    }
+
+    fn shorten(&self) -> Tape {
+        shorten(self.plan, self.mutant, &self.trouble)
+    }
+
+    fn json(&self, tape: &Tape, path: &Path) -> Value {
+        json!({
+            "scenario": self.plan.name,
+            "seed": self.seed,
+            "violation": self.text(),
+            "choices": tape.interesting(),
+            "tape": path.display().to_string(),
+        })
+    }
+}
+
+/// The tape of a failure is made short, shown and saved.
+fn explain(failure: &Failure, path: &Path, out: &mut dyn Write) -> Result<(), ExploreError> {
+    let tape = failure.shorten();
+    show(failure.plan, failure.seed, (&tape, &failure.trouble), out)?;
     save(path, &tape)?;
     writeln!(
         out,
@@ -341,7 +383,7 @@ fn explain(
         tape.interesting(),
         path.display()
     )?;
-    Ok(trouble.failure.text.clone())
+    Ok(())
 }
 
 /// Shows the failure of a tape, which is a short form of `trouble`.
@@ -363,7 +405,25 @@ fn shorten(plan: &'static Plan, mutant: Option<Mutant>, trouble: &Trouble) -> Ta
 }
 
 fn save(path: &Path, tape: &Tape) -> Result<(), ExploreError> {
-    std::fs::write(path, tape.to_string()).map_err(|why| ExploreError::File(path.to_owned(), why))
+    std::fs::write(path, tape.to_string()).map_err(|why| ExploreError::Save(path.to_owned(), why))
+}
+
+/// Asks whether a tape can be written there, before work is done for it. What is there stays.
+fn check_writable(path: &Path) -> Result<(), ExploreError> {
+    let place = |why| ExploreError::Place(path.to_owned(), why);
+    let new = !path.exists();
+    let mut options = OpenOptions::new();
+    drop(
+        options
+            .append(true)
+            .create(true)
+            .open(path)
+            .map_err(place)?,
+    );
+    if new {
+        std::fs::remove_file(path).map_err(place)?;
+    }
+    Ok(())
 }
 
 /// The bug that a tape was recorded with.
@@ -385,8 +445,8 @@ fn play(plan: &'static Plan, tape: &Tape, mutant: Option<Mutant>) -> Outcome {
 /// The world of a tape, again.
 fn again(path: &Path, args: &ExploreArgs, out: &mut dyn Write) -> Result<(), ExploreError> {
     let text = std::fs::read_to_string(path);
-    let text = text.map_err(|why| ExploreError::File(path.to_owned(), why))?;
     let damaged = |why: String| ExploreError::Tape(path.to_owned(), why);
+    let text = text.map_err(|why| damaged(format!("cannot be read: {why}")))?;
     let tape: Tape = text.parse().map_err(|why| damaged(format!("{why}")))?;
     let plan = Plan::named(&tape.scenario)
         .ok_or_else(|| ExploreError::NoScenario(tape.scenario.to_string()))?;
@@ -408,6 +468,7 @@ fn again(path: &Path, args: &ExploreArgs, out: &mut dyn Write) -> Result<(), Exp
             "scenario": plan.name,
             "steps": outcome.steps,
             "hash": format!("{:#018x}", outcome.hash),
+            "as_recorded": tape.hash.map(|hash| hash == outcome.hash),
             "failure": failure,
         });
         writeln!(out, "{object:#}")?;
@@ -417,9 +478,47 @@ fn again(path: &Path, args: &ExploreArgs, out: &mut dyn Write) -> Result<(), Exp
             "{}: {} steps, hash {:#018x}",
             plan.name, outcome.steps, outcome.hash
         )?;
+        if args.mutant.is_none() && tape.hash.is_some_and(|hash| hash != outcome.hash) {
+            writeln!(
+                out,
+                "this is another world than the one that was recorded: tapes replay where they were made"
+            )?;
+        }
         if let Some(trouble) = &outcome.trouble {
             writeln!(out, "{trouble}")?;
         }
     }
     failure.map_or(Ok(()), |text| Err(ExploreError::Failed(text)))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    #[test]
+    fn a_world_that_fails_is_one_json_object_and_a_tape() {
+        let path = std::env::temp_dir().join(format!("gpusvm-{}.tape", std::process::id()));
+        let line = ["gpusvm", "explore", "--json", "--threads", "1", "--save"];
+        let line = line.map(std::ffi::OsStr::new);
+        let line = line.into_iter().chain([path.as_os_str()]);
+        let Some(Command::Explore(args)) = Cli::parse_from(line).command else {
+            panic!("it is explore");
+        };
+        let plans = plans(&args, "swarm").expect("it is there");
+        let mut out = Vec::new();
+        let ended = swarm(&args, &plans, Some(Mutant::RecheckDropped), &mut out);
+        let why = ended.expect_err("it has a bug").to_string();
+        let object: Value = serde_json::from_slice(&out).expect("one JSON object");
+        let failure = &object["failure"];
+        assert_eq!(object["verified"], false);
+        assert_eq!(failure["scenario"], "swarm");
+        assert!(failure["seed"].is_u64() && failure["choices"].is_u64());
+        assert!(why.ends_with(failure["violation"].as_str().expect("text")));
+        let tape = std::fs::read_to_string(&path).expect("it was saved");
+        std::fs::remove_file(&path).expect("it is ours");
+        assert!(tape.parse::<Tape>().is_ok(), "{tape}");
+    }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use gpusvm::addr::PAGE;
 use gpusvm::seam::env::Ns;
 
 use crate::scenario::text::{Place, Span, Value};
@@ -199,7 +200,10 @@ fn parse_span(text: &str) -> Result<Span, String> {
         .ok_or_else(|| format!("`{text}` has no end: write for example a[3..8]"))?;
     let (from, to) = match inside.split_once("..") {
         Some((from, to)) => (offset(from)?, offset(to)?),
-        None => (offset(inside)?, offset(inside)? + gpusvm::addr::PAGE),
+        None => {
+            let from = offset(inside)?;
+            (from, from.checked_add(PAGE).ok_or_else(|| far(inside))?)
+        }
     };
     if from >= to {
         return Err(format!("`{text}` has no pages"));
@@ -213,9 +217,13 @@ fn parse_span(text: &str) -> Result<Span, String> {
 /// A page number, or bytes with a unit.
 fn offset(text: &str) -> Result<u64, String> {
     match text.parse::<u64>() {
-        Ok(page) => Ok(page * gpusvm::addr::PAGE),
+        Ok(page) => page.checked_mul(PAGE).ok_or_else(|| far(text)),
         Err(_bytes) => parse_size(text),
     }
+}
+
+fn far(text: &str) -> String {
+    format!("`{text}` is further than any area")
 }
 
 pub(super) fn name(text: &str) -> Result<String, String> {

@@ -3,6 +3,9 @@
 //! A file is read line by line. `scenario N TITLE` begins one; lines of its setup follow, then what is
 //! done. Blocks (`together`, `fork`, `at`) end with `end`.
 
+use core::ops::RangeInclusive;
+
+use gpusvm::addr::PAGE;
 use gpusvm::seam::env::{Ns, Point};
 use gpusvm_xe::stats::Counter;
 use gpusvm_xe::vm::Rights as Mirror;
@@ -16,6 +19,13 @@ use crate::scenario::text::{
 use crate::scenario::words::{
     Advice, Answers, Backing, Collector, Compare, Deed, Entries, Huge, Object, Rights, Word,
 };
+
+/// Most devices: more than any scenario needs, and few enough to be made.
+const GPUS_MAX: u64 = 8;
+/// Most memory of a device, or of the model's machine: all of it is there from the start.
+const BYTES_MAX: u64 = 1 << 30;
+/// Largest notifier window: all that a process has.
+const WINDOW_MAX: u64 = 1 << 47;
 
 /// Reads the scenarios of a file.
 ///
@@ -103,11 +113,20 @@ enum Known {
 
 fn set_up(setup: &mut Setup, mut words: Words<'_>) -> Result<Known, String> {
     match words.next().unwrap_or_default() {
-        "gpus" => setup.gpus = u16::try_from(words.number()?).unwrap_or(u16::MAX),
-        "vram" => setup.vram = words.size()?,
-        "window" => setup.window = Some(words.size()?),
-        "memory" => setup.memory = words.size()?,
-        "seeds" => setup.seeds = words.number()?,
+        "gpus" => {
+            let gpus = within(words.number()?, 1..=GPUS_MAX)?;
+            setup.gpus = u16::try_from(gpus).unwrap_or(u16::MAX);
+        }
+        "vram" => setup.vram = within(words.size()?, PAGE..=BYTES_MAX)?,
+        "window" => {
+            let bytes = within(words.size()?, PAGE..=WINDOW_MAX)?;
+            if !bytes.is_power_of_two() {
+                return Err(format!("a window has a power of two of bytes, not {bytes}"));
+            }
+            setup.window = Some(bytes);
+        }
+        "memory" => setup.memory = within(words.size()?, PAGE..=BYTES_MAX)?,
+        "seeds" => setup.seeds = within(words.number()?, 1..=u64::MAX)?,
         "collector" => setup.collector = words.one::<Collector>()?,
         "tlb-answers" => setup.answers = words.one::<Answers>()?,
         "atomics" => setup.atomics = words.one::<Atomics>()?,
@@ -115,6 +134,16 @@ fn set_up(setup: &mut Setup, mut words: Words<'_>) -> Result<Known, String> {
     }
     words.end()?;
     Ok(Known::Yes)
+}
+
+/// A number of the setup, if it is one of those.
+fn within(number: u64, all: RangeInclusive<u64>) -> Result<u64, String> {
+    if all.contains(&number) {
+        Ok(number)
+    } else {
+        let (least, most) = all.into_inner();
+        Err(format!("{number} is not in {least} to {most}"))
+    }
 }
 
 /// A line of what is done, with the lines of its block.

@@ -127,7 +127,7 @@ impl<H: Host> Play<H> {
             Act::Advise(span, advice) => self.call(&Call::Advise(self.find(span)?, *advice)),
             Act::Remap { from, to, leaving } => {
                 let from = self.find(from)?;
-                let at = self.place(to, from);
+                let at = self.place(to, from)?;
                 self.call(&match leaving {
                     true => Call::MoveLeaving(from, at),
                     false => Call::Move(from, at),
@@ -171,6 +171,10 @@ impl<H: Host> Play<H> {
     }
 
     fn map(&self, map: &Map) -> Result<(), Trouble> {
+        let land = self.host.land();
+        if map.bytes > land.bytes() {
+            return Err(full());
+        }
         let bytes = map.bytes.next_multiple_of(PAGE);
         let span = {
             let mut areas = locked(&self.areas);
@@ -179,28 +183,25 @@ impl<H: Host> Play<H> {
             let at = match (known, behind) {
                 (Some(at), _) => at,
                 (None, Some(area)) => area.end(),
-                (None, None) => areas.fresh(self.host.land()),
+                (None, None) => areas.fresh(land),
             };
             let span = HostSpan::at(at, bytes);
-            areas.claim(self.host.land(), span);
+            areas.claim(land, span)?;
             areas.named.insert(map.area.clone(), span);
             span
         };
-        if !self.host.land().covers(span) {
-            return Err(Trouble::Wrong("the land is full".to_owned()));
-        }
         self.call(&Call::Map(span, map.rights, map.backing, map.huge))
     }
 
     /// A fresh place for what is at `from` now, and its name.
-    fn place(&self, area: &str, from: HostSpan) -> HostVa {
+    fn place(&self, area: &str, from: HostSpan) -> Result<HostVa, Trouble> {
         let mut areas = locked(&self.areas);
         let inside = from.start().get() % PAGE_2M;
         let at = areas.fresh(self.host.land());
         let span = HostSpan::at(at.plus(inside), from.bytes());
-        areas.claim(self.host.land(), span);
+        areas.claim(self.host.land(), span)?;
         areas.named.insert(area.to_owned(), span);
-        span.start()
+        Ok(span.start())
     }
 
     /// The whole of an area.
@@ -214,7 +215,14 @@ impl<H: Host> Play<H> {
     pub(super) fn find(&self, span: &Span) -> Result<HostSpan, Trouble> {
         let area = self.area(&span.area)?;
         Ok(match span.part {
-            Some((from, to)) => HostSpan::new(area.start().plus(from), area.start().plus(to)),
+            Some((from, to)) => {
+                let part = HostSpan::new(area.start().plus(from), area.start().plus(to));
+                if !self.host.land().covers(part) {
+                    let name = &span.area;
+                    return Err(Trouble::Wrong(format!("`{name}` does not reach as far")));
+                }
+                part
+            }
             None => area,
         })
     }
@@ -245,10 +253,19 @@ impl Areas {
     }
 
     /// The place is taken, and 2 MiB behind it stay empty.
-    fn claim(&mut self, land: HostSpan, span: HostSpan) {
+    fn claim(&mut self, land: HostSpan, span: HostSpan) -> Result<(), Trouble> {
+        if !land.covers(span) {
+            return Err(full());
+        }
         let end = (span.end().get() - land.start().get()).next_multiple_of(PAGE_2M) + PAGE_2M;
         self.taken = self.taken.max(end);
+        Ok(())
     }
+}
+
+/// There is no room for more areas.
+fn full() -> Trouble {
+    Trouble::Wrong("the land is full".to_owned())
 }
 
 /// Whether a line ended as it says.

@@ -291,8 +291,7 @@ impl Play<'_> {
         result.elapsed = self.world.clock.elapsed();
         result.verified = self.world.finding().is_none();
         result.stats = stats_json(stats);
-        self.print(&result, stats, out)
-            .map_err(|_closed| RunError::Output)?;
+        self.print(&result, stats, out).map_err(RunError::Output)?;
         self.outcome()
     }
 

@@ -4,6 +4,7 @@ use core::ptr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use crate::sys::fault_copy;
@@ -27,7 +28,12 @@ impl FileMapping {
     /// # Errors
     /// The system's; `InvalidInput` for what is no regular file or is empty.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        // A pipe that nobody writes to would be waited for, before it is known to be one.
+        let mut options = File::options();
+        let file = options
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
         let facts = file.metadata()?;
         if !facts.is_file() {
             return Err(io::Error::new(

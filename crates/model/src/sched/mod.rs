@@ -13,8 +13,9 @@
 //! | `stage` | what actors do to their world |
 //! | `inside` | who is inside an invalidation |
 //! | `fiber` | coroutines, and [`ModelMutex`], which blocks the actor |
-//! | `lock` | names, ranks and orders of locks |
-//! | `pick`, `dfs` | pickers: random, PCT, playback, all worlds |
+//! | `lock`, `lock_word` | names, ranks and orders of locks; who holds one |
+//! | `options`, `oracle` | what may differ between worlds; who looks at them between steps |
+//! | `pick`, `dfs`, `rng` | pickers: random, PCT, playback, all worlds; random numbers |
 //! | `tape`, `script`, `shrink` | the record of choices, in order and by actor, and how to make it short |
 //! | `explore` | many worlds: [`Explorer`] |
 //! | `trace`, `fail` | last events, timelines, failures in words |

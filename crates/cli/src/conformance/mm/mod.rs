@@ -30,7 +30,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use gpusvm::mutant::Mutant;
 
-use crate::args::OutputArgs;
+use crate::args::{MOST_SEEDS, OutputArgs};
 use crate::conformance::ConformanceError;
 use crate::conformance::mm::model::Facts;
 use crate::conformance::mm::pair::{Extent, Pair, Verdict};
@@ -45,22 +45,22 @@ pub struct MmArgs {
     #[arg(long, value_enum, default_value_t = Host::Both)]
     pub host: Host,
     /// How many random programs.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=MOST_SEEDS))]
     pub programs: u64,
     /// Calls of each.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=96))]
     pub steps: u16,
     /// Number of the first program.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(..MOST_SEEDS))]
     pub seed: u64,
     /// Give up after this many failing programs, each of which is made short and shown.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub failures: u64,
     /// Run the programs of this name, or all that have one, instead of random ones.
-    #[arg(long, value_name = "NAME|all", conflicts_with = "retell")]
+    #[arg(long, value_name = "NAME|all", conflicts_with_all = ["retell", "programs", "steps", "seed", "failures"])]
     pub row: Option<String>,
     /// Run the programs of a transcript instead, and print it with the answers of now.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "programs", "steps", "seed", "failures"])]
     pub retell: Option<PathBuf>,
     /// Plant a bug in the model, to see it found.
     #[arg(long, value_name = "NAME")]
@@ -169,10 +169,12 @@ fn retell(
 ) -> Result<(), ConformanceError> {
     let (path, host) = what;
     let wrong = |why: String| ConformanceError::Usage(format!("{}: {why}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|why| wrong(why.to_string()))?;
+    let text = std::fs::read_to_string(path);
+    let text = text.map_err(|why| wrong(format!("cannot be read: {why}")))?;
+    let programs = notation::parse(&text).map_err(wrong)?;
     let release = settings.release.split('-').next().unwrap_or_default();
     writeln!(out, "# Linux {release}")?;
-    for told in notation::parse(&text).map_err(wrong)? {
+    for told in programs {
         let seen = if host == Host::Model {
             let seen = pair.model(&told.program);
             seen.map_err(|bad| ConformanceError::Failed(bad.rule))?

@@ -66,14 +66,15 @@ impl Told {
 /// Reads a transcript.
 ///
 /// # Errors
-/// The line that cannot be understood.
+/// The line that cannot be understood, or that there is no program.
 pub(crate) fn parse(text: &str) -> Result<Vec<Told>, String> {
     let mut all: Vec<Told> = Vec::new();
     let mut title = String::new();
-    for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
+    let lines = text.lines().map(str::trim).zip(1..);
+    for (line, number) in lines.filter(|(line, _)| !line.is_empty()) {
         if let Some(remark) = line.strip_prefix('#') {
             remark.trim().clone_into(&mut title);
-        } else if line == "seq" || line == "seq blocks" {
+        } else if let "seq" | "seq blocks" = line {
             all.push(Told {
                 title: core::mem::take(&mut title),
                 program: Program {
@@ -88,21 +89,30 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Told>, String> {
                 answers: Vec::new(),
             });
         } else {
-            let told = all.last_mut().ok_or("a transcript begins with seq")?;
-            let (request, answer) = line.split_once(" = ").unwrap_or((line, ""));
-            told.program.steps.push(step(request)?);
-            told.requests.push(request.to_owned());
-            told.answers.push(answer.to_owned());
+            add(&mut all, line).map_err(|why| format!("line {number}: {why}"))?;
         }
     }
-    for told in &mut all {
+    if all.is_empty() {
+        return Err("there is no program in it: one begins with a line `seq`".to_owned());
+    }
+    for (told, number) in all.iter_mut().zip(1..) {
         let sensible = told.program.sensible();
         if sensible.steps.len() != told.program.steps.len() {
-            return Err(format!("{}: a call that cannot be", told.title));
+            return Err(format!("program {number} has a call that cannot be"));
         }
         told.program = sensible;
     }
     Ok(all)
+}
+
+/// Adds a line, a call and what it answered, to the last program.
+fn add(all: &mut [Told], line: &str) -> Result<(), String> {
+    let told = all.last_mut().ok_or("a transcript begins with seq")?;
+    let (request, answer) = line.split_once(" = ").unwrap_or((line, ""));
+    told.program.steps.push(step(request)?);
+    told.requests.push(request.to_owned());
+    told.answers.push(answer.to_owned());
+    Ok(())
 }
 
 fn step(request: &str) -> Result<Step, String> {
@@ -128,7 +138,8 @@ fn bytes(word: &str) -> Option<u64> {
         return Some(below.parse::<u64>().ok()?.wrapping_neg());
     }
     let (pages, rest) = word.split_once('+').unwrap_or((word, "0"));
-    Some(pages.parse::<u64>().ok()? * PAGE + rest.parse::<u64>().ok()?)
+    let pages = pages.parse::<u64>().ok()?.checked_mul(PAGE)?;
+    pages.checked_add(rest.parse().ok()?)
 }
 
 fn parse_call(words: &[&str]) -> Option<Call> {
@@ -319,7 +330,9 @@ mod tests {
         assert_eq!(bytes("3"), Some(3 * PAGE));
         assert_eq!(bytes("3+8"), Some(3 * PAGE + 8));
         assert_eq!(bytes("-1"), Some(u64::MAX));
-        assert_eq!(bytes("x"), None);
+        for none in ["x", "4503599627370496", "4503599627370495+4096"] {
+            assert_eq!(bytes(none), None, "{none}");
+        }
     }
 
     #[test]
@@ -333,8 +346,17 @@ mod tests {
         );
         assert_eq!(all[0].answers, ["0 | 0-2:rw-p | ."]);
         assert_eq!(all[1].program.size, Size::Blocks);
-        for wrong in ["load 0", "seq\nfly 1", "seq\nload 99", "seq\n1: load 0"] {
-            assert!(parse(wrong).is_err(), "{wrong}");
+        for (wrong, why) in [
+            ("", "there is no program in it"),
+            ("# Linux 6.18\n", "there is no program in it"),
+            ("load 0", "line 1: a transcript begins with seq"),
+            ("seq\nfly 1", "line 2: fly 1: no call"),
+            ("seq\n\nload 4503599627370496", "line 3: load "),
+            ("seq\nload 99", "program 1 has a call that cannot be"),
+            ("seq\nload 0\nseq\n1: load 0", "program 2 has a call"),
+        ] {
+            let said = parse(wrong).expect_err(wrong);
+            assert!(said.starts_with(why), "{wrong}: {said}");
         }
     }
 

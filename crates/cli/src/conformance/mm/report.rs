@@ -4,6 +4,7 @@ use std::io::Write;
 
 use serde_json::{Value, json};
 
+use crate::args::value_name;
 use crate::conformance::ConformanceError;
 use crate::conformance::mm::MmArgs;
 use crate::conformance::mm::program::Program;
@@ -125,6 +126,7 @@ impl Report {
         json!({
             "schema": 1,
             "suite": "mm",
+            "host": value_name(args.host),
             "verified": failed == 0,
             "kernel": self.settings.release,
             "thp": format!("{:?}", self.settings.thp).to_lowercase(),

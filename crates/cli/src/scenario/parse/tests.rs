@@ -44,6 +44,15 @@ fn bad_lines_are_told_with_their_place_and_what_is_wrong() {
         ),
         ("fork\n child read a -> SIGSEGV\n end", "in `fork` a child"),
         ("mark\n  gpus 2", "belongs before"),
+        ("gpus 0", "0 is not in 1 to 8"),
+        ("gpus 70000", "70000 is not in 1 to 8"),
+        ("seeds 0", "0 is not in 1 to"),
+        ("vram 900T", "is not in 4096 to"),
+        ("memory 900T", "is not in 4096 to"),
+        ("window 900T", "is not in 4096 to"),
+        ("window 12K", "a power of two"),
+        ("cpu read a[4503599627370496] 1", "is further than any area"),
+        ("cpu read a[4503599627370495] 1", "is further than any area"),
     ] {
         let said = said_of(line);
         assert!(said.starts_with("some.scn:"), "{said}");
