@@ -147,7 +147,7 @@ pub(super) fn serve(world: &World, n: usize) {
     while !world.closed.load(Ordering::Acquire) {
         node.gpu.wait_fault();
         while let Some(record) = node.gpu.pop_fault() {
-            let answer = node.handler.handle(&record);
+            let answer = world.handlers[n].handle(&record);
             node.gpu.ack_fault(&record, answer);
         }
     }

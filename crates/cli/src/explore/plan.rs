@@ -61,6 +61,20 @@ const MIGRATION: &[Op] = &[
     Op::Evict,
     Op::SwapOut,
 ];
+const ADDITIONS_AND_FORKS: &[Op] = &[
+    Op::Add,
+    Op::Add,
+    Op::Store,
+    Op::Load,
+    Op::Send,
+    Op::Evict,
+    Op::SwapOut,
+    Op::Fork,
+];
+const ADDITIONS: &[Op] = match ADDITIONS_AND_FORKS.split_last() {
+    Some((_fork, others)) => others,
+    None => &[],
+};
 
 /// The word of a page that counts, where the plan has [additions](Plan::adds).
 pub(super) const COUNTER: usize = WORDS - 1;
@@ -189,15 +203,7 @@ pub(crate) const PLANS: &[Plan] = &[
         name: "atomics",
         what: "a CPU and devices add to the same words, in device memory",
         cpus: 1,
-        does: &[
-            Op::Add,
-            Op::Add,
-            Op::Store,
-            Op::Load,
-            Op::Send,
-            Op::Evict,
-            Op::SwapOut,
-        ],
+        does: ADDITIONS,
         atomics: Atomics::Device,
         ..SWARM
     },
@@ -206,16 +212,7 @@ pub(crate) const PLANS: &[Plan] = &[
         what: "a CPU and devices add to the same words, on pages that a device has for itself",
         cpus: 1,
         pages: 4,
-        does: &[
-            Op::Add,
-            Op::Add,
-            Op::Store,
-            Op::Load,
-            Op::Send,
-            Op::Evict,
-            Op::SwapOut,
-            Op::Fork,
-        ],
+        does: ADDITIONS_AND_FORKS,
         atomics: Atomics::Exclusive,
         ..SWARM
     },
