@@ -13,7 +13,7 @@ use crate::explore::world::World;
 use crate::on_tile::OnTile;
 
 /// A page behind the process's window.
-const NOWHERE: u32 = 4 * PAGES_MAX;
+const NOWHERE: u32 = 2 * PAGES_MAX;
 
 /// The unit of device `n` does its operations.
 pub(super) fn run(world: &World, n: usize) {

@@ -24,7 +24,7 @@ use crate::explore::doing::Watch;
 use crate::explore::ledger::Ledger;
 use crate::explore::node::{self, Handler, Node, Shared};
 use crate::explore::oracle::{Oracle, host_is_empty};
-use crate::explore::plan::{Closes, Plan, address};
+use crate::explore::plan::{Begins, Closes, Plan, address};
 use crate::explore::space::{Between, Space};
 use crate::explore::{coverage, cpu, gpu};
 use crate::world::Service;
@@ -63,6 +63,9 @@ impl fmt::Debug for World {
 pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
     let world = Arc::new(World::new(plan, watch));
     map(&world.space, 0..plan.pages);
+    if plan.begins == Begins::Touched {
+        touch(&world.space, plan.pages);
+    }
     let named = |node| node::name_locks(node, sim);
     world.nodes.iter().for_each(named);
     for n in 0..usize::from(plan.cpus) {
@@ -142,6 +145,17 @@ pub(super) fn map(space: &ModelSpace<ModelEnv>, pages: core::ops::Range<u32>) {
     };
     if let Err(errno) = space.mmap(&map) {
         ModelEnv.fail(format!("mmap of pages {pages:?} answers {errno:?}"));
+    }
+}
+
+/// Gives content to all pages: zeros.
+fn touch(space: &ModelSpace<ModelEnv>, pages: u32) {
+    for page in 0..pages {
+        if let Err(signal) = space.store(address(page, 0), 0) {
+            ModelEnv.fail(format!(
+                "a store to the fresh page {page} answers {signal:?}"
+            ));
+        }
     }
 }
 
