@@ -163,6 +163,51 @@ fn pages_have_errors_and_are_protected() {
     assert_eq!(verdicts, [Verdict::Passed]);
 }
 
+/// A page that a device gets for itself is a range of its own, and the range that had it is no more.
+const TAKEN_OUT: &str = "\
+scenario 1 an atomic takes a page out of a range that is bound
+  atomics exclusive
+  map a 128K
+  cpu write a 7
+  gpu fill leaving 32K
+  gpu read a 7
+  gpu add a[0] 1
+  advise a[1..16] dontneed
+  gpu read a[1..16] 0
+  cpu count a[0] 1
+";
+
+#[test]
+fn range_of_which_a_page_was_taken_is_flushed() {
+    let scenarios = parse("here", TAKEN_OUT).expect("it can be read");
+    for one in &scenarios {
+        assert_eq!(one.run(HostKind::Model), Verdict::Passed);
+        let found = one.run_with(Mutant::RemovedUnflushed);
+        assert!(matches!(found, Verdict::Failed(_)), "{found:?}");
+    }
+}
+
+/// What cannot be fetched stays where it is.
+const GUARDED: &str = "\
+scenario 1 prefetch of pages of which some are there, and one is a guard
+  map a 64K
+  cpu write a 7
+  gpu take a[0..8]
+  advise a[12] guard-install
+  gpu prefetch a
+  cpu read a[0..12] 7
+";
+
+#[test]
+fn prefetch_of_what_cannot_be_fetched_is_no_error() {
+    let scenarios = parse("here", GUARDED).expect("it can be read");
+    let verdicts: Vec<_> = scenarios
+        .iter()
+        .map(|one| one.run(HostKind::Model))
+        .collect();
+    assert_eq!(verdicts, [Verdict::Passed]);
+}
+
 /// Scenarios are there to find bugs. Each of these finds one that is planted.
 #[test]
 fn planted_bugs_are_found() {

@@ -55,6 +55,7 @@ mutants! {
         CloseKeepsGarbage = "close-keeps-garbage": "A VM that closes forgets the ranges that wait for the collector.",
         DeviceMemoryShortcut = "device-memory-shortcut": "A range in device memory passes for bound whether it is or not.",
         AckedAfterFailure = "acked-after-failure": "A fault whose pages could not be had is answered with success.",
+        RemovedUnflushed = "removed-unflushed": "A range that is removed while it is bound leaves its translations in the TLBs.",
         // Migration and device memory.
         HolesKeepContent = "holes-keep-content": "Device memory for pages without content is not cleared.",
         FinalizeBeforeCopyOut = "finalize-before-copy-out": "Entries point to device memory before the content is there.",

@@ -23,17 +23,15 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::NotifierHeld;
 use crate::addr::{HostSpan, HostVa};
-use crate::chunk::{self, Limits};
 use crate::error::{Failed, Interrupted, Stale};
 use crate::event::Event;
 use crate::mmu::{Interval, Seq};
 use crate::mutant::Mutant;
 use crate::pages::{PageSet, in_one_place};
-use crate::range::{Range, RangeKind, RangeRef, Tree};
+use crate::range::{Range, RangeRef, Tree};
 use crate::seam::env::{Environment, Mutex, Ns, Point, Work};
 use crate::seam::mm::{
     Access, AddressSpace, FaultIn, InvalidateReason, InvalidationSink, Owner, PagemapId, Pager,
-    Vma, VmaKind,
 };
 use crate::seam::{Platform, Seams};
 
@@ -165,11 +163,10 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         if !self.config.area.contains(find.at) || !find.area.contains(find.at) {
             return Err(Failed::OutOfArea(find.at).into());
         }
-        let vma = self.check_vma(find)?;
         if let Some(range) = self.find_range(find.at) {
-            return Ok(range);
+            return self.check_vma(find).map(|_vma| range).map_err(Into::into);
         }
-        self.insert_range(owner, find, &vma)
+        self.insert_range(owner, find)
     }
 
     /// Pages of `range`, accessible with the right `access` and all in one place
@@ -317,86 +314,6 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
     pub fn plant_missing_recheck(&self) {
         self.skip_recheck.store(true, Ordering::Relaxed);
     }
-
-    fn check_vma(&self, find: &FindRange) -> Result<Vma, Failed> {
-        let vma = self
-            .seams
-            .space
-            .find_vma(find.at)
-            .filter(|vma| vma.span.contains(find.at));
-        let vma = vma.ok_or(Failed::NoVma(find.at))?;
-        if !vma.allows(find.access) || !vma.read {
-            return Err(Failed::Permission(find.at));
-        }
-        if vma.kind == VmaKind::Special {
-            return Err(Failed::Unmappable(find.at));
-        }
-        Ok(vma)
-    }
-
-    fn find_range(&self, at: HostVa) -> Option<RangeRef> {
-        let tree = self.tree.lock();
-        let window = tree.window(at)?;
-        let range = window.overlapping(HostSpan::at(at, 1)).next()?;
-        Some(RangeRef {
-            span: range.span,
-            serial: range.serial,
-            kind: range.kind,
-            interval: Arc::clone(&window.interval),
-        })
-    }
-
-    fn insert_range(
-        self: &Arc<Self>,
-        _owner: &mut SvmOwner,
-        find: &FindRange,
-        vma: &Vma,
-    ) -> Result<RangeRef, Interrupted> {
-        let window = HostSpan::aligned_around(find.at, self.config.window_bytes)
-            .ok_or(Failed::OutOfArea(find.at))?;
-        let existing = self
-            .tree
-            .lock()
-            .window(find.at)
-            .map(|w| Arc::clone(&w.interval));
-        let is_new = existing.is_none();
-        // Registered with the host before any range is visible, so that no change is missed.
-        let interval = match existing {
-            Some(interval) => interval,
-            None => self
-                .seams
-                .space
-                .subscribe(window, Arc::<Self>::clone(self))?,
-        };
-        let limits = Limits {
-            vma: vma.span,
-            window,
-            area: find.area.intersect(self.config.area).unwrap_or(find.area),
-            populated_up_to: find.populated_up_to,
-            largest: find.largest,
-        };
-        let chunk = chunk::choose(
-            find.at,
-            &limits,
-            |span| self.has_mapping(span),
-            |span| self.seams.space.is_populated(span),
-        );
-        let Some(span) = chunk else {
-            if is_new {
-                self.seams.space.unsubscribe(&interval);
-            }
-            return Err(Failed::OutOfArea(find.at).into());
-        };
-        let kind = match vma.kind {
-            VmaKind::Anonymous if find.device_memory => RangeKind::Migratable,
-            VmaKind::Anonymous
-            | VmaKind::PrivateFile
-            | VmaKind::InPlace
-            | VmaKind::HugePages
-            | VmaKind::Special => RangeKind::InPlace,
-        };
-        Ok(self.tree.lock().insert(span, kind, interval))
-    }
 }
 
 /// The invalidation flow: zap, one flush, unmap pages, mark for the collector.
@@ -489,6 +406,7 @@ fn unmap_pages<B: Default>(tree: &mut Tree<B>, span: HostSpan) {
 }
 
 mod exclusive;
+mod insert;
 mod look;
 mod planted;
 #[cfg(test)]

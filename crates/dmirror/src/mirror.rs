@@ -5,14 +5,14 @@ use alloc::vec;
 use core::fmt;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
-use gpusvm::error::{Failed, Interrupted};
+use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::mmu::Interval;
 use gpusvm::seam::env::{Environment, Ns, Point};
-use gpusvm::seam::mm::{Access, AddressSpace, InvalidationSink, Location, Owner, Pager};
+use gpusvm::seam::mm::{Access, AddressSpace, InvalidationSink, Location, Pager};
 
 use crate::block::Flags;
 use crate::device::Device;
-use crate::table::{Entry, Table, Tag};
+use crate::table::{Entry, OWNER, Table, Tag};
 use crate::uapi::{Arguments, Command, Errno, UserMemory};
 
 /// How long a command takes up with changes of the address space.
@@ -20,9 +20,6 @@ pub(crate) const PATIENCE: Ns = Ns::from_millis(1000);
 
 /// First address past user space.
 const USER_END: u64 = 1 << 47;
-
-/// Owner of exclusive pages. Mirrors enter them while they are locked, and listen to all events.
-const OWNER: Owner = Owner(u64::MAX);
 
 /// Rounds of faults of one command.
 const ROUNDS: u64 = 1 << 16;
@@ -198,23 +195,18 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
         Ok(span.pages().get())
     }
 
-    /// Returns what the device finds through its table, without faults.
+    /// Returns what the device finds through its table, without faults. The caller's memory is touched
+    /// with the table unlocked: it may be on the device, and has to leave the table to come home.
     fn read_back(&self, span: HostSpan, ptr: u64, user: &dyn UserMemory) -> Result<Done, Errno> {
-        let there = self.each_page(span, 0, |_n, entry| entry.map(|_| Ok(())))?;
-        if there < span.pages().get() {
-            return Err(Errno::NoEnt);
-        }
-        let mut page = [0; PAGE_BYTES];
-        let mut to = ptr;
-        let cpages = self.each_page(span, 0, |_n, entry| {
-            let read = self.device.read(entry?.at, &mut page);
-            let result = read.and_then(|()| user.copy_out(&page, to));
-            to += PAGE;
-            Some(result)
+        let mut bounce = vec![0; bytes_of(span)];
+        let cpages = self.each_page(span, 0, |n, entry| {
+            let page = &mut bounce[n..n + PAGE_BYTES];
+            entry.map(|entry| self.device.read(entry.at, page))
         })?;
         if cpages < span.pages().get() {
             return Err(Errno::NoEnt);
         }
+        user.copy_out(&bounce, ptr)?;
         Ok(Done::pages(cpages))
     }
 
@@ -222,24 +214,33 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
     fn take_exclusive(&self, span: HostSpan) -> Result<(), Errno> {
         for n in 0..span.pages().get() {
             let at = span.start().plus(n * PAGE);
-            self.retry(|| {
-                self.space.make_exclusive(at, OWNER, &mut |bus| {
-                    let entry = Entry {
-                        at: Location::System(bus),
-                        tag: Tag::Atomic,
-                    };
-                    self.table.0.lock().enter(at, entry, 0);
-                })
-            })
-            .map_err(|why| match why {
-                Failed::NotMigratable(_) => Errno::NotSupported,
-                Failed::AddressSpaceGone => Errno::Invalid,
-                Failed::Budget(_) => Errno::Busy,
-                Failed::OutOfMemory => Errno::NoMem,
-                _other => Errno::Fault,
-            })?;
+            self.retry(|| self.try_exclusive(at))
+                .map_err(|why| match why {
+                    Failed::NotMigratable(_) => Errno::NotSupported,
+                    Failed::AddressSpaceGone => Errno::Invalid,
+                    Failed::Budget(_) => Errno::Busy,
+                    Failed::OutOfMemory => Errno::NoMem,
+                    _other => Errno::Fault,
+                })?;
         }
         Ok(())
+    }
+
+    /// Takes one page.
+    fn try_exclusive(&self, at: HostVa) -> Result<(), Interrupted> {
+        let mut entered = false;
+        self.space.make_exclusive(at, OWNER, &mut |bus| {
+            let entry = Entry {
+                at: Location::System(bus),
+                tag: Tag::Atomic,
+            };
+            entered = self.table.0.lock().enter_taken(at, entry);
+        })?;
+        if entered {
+            Ok(())
+        } else {
+            Err(Stale::CpuMappingChanged.into())
+        }
     }
 
     /// Entries of the device's page table: a large page has one.

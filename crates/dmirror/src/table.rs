@@ -9,7 +9,10 @@ use alloc::sync::Arc;
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::env::{Environment, Mutex};
-use gpusvm::seam::mm::{InvalidateReason, InvalidationSink, Location};
+use gpusvm::seam::mm::{InvalidateReason, InvalidationSink, Location, Owner};
+
+/// Owner of exclusive pages. Mirrors enter them while they are locked, and listen to all events.
+pub(crate) const OWNER: Owner = Owner(u64::MAX);
 
 /// What the device may do by an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +52,10 @@ pub(crate) struct Entries {
     places: BTreeMap<HostVa, (Entry, u64)>,
     /// Places without bytes.
     empty: usize,
+    /// Invalidations that have begun and have not ended.
+    changing: usize,
+    /// The page that is being taken for the device alone, as long as nothing else happens to it.
+    taking: Option<HostVa>,
 }
 
 impl Entries {
@@ -60,6 +67,27 @@ impl Entries {
 
     pub(crate) fn len(&self) -> usize {
         self.places.len() - self.empty
+    }
+
+    /// Enters a page that was taken for the device alone, unless an invalidation has come in between, or
+    /// began before: such a one found no entry, and does not look again. Whether it did.
+    pub(crate) fn enter_taken(&mut self, at: HostVa, entry: Entry) -> bool {
+        let is_taken = self.taking.take() == Some(at);
+        if is_taken {
+            self.enter(at, entry, 0);
+        }
+        is_taken
+    }
+
+    /// An invalidation begins.
+    fn begin(&mut self, span: HostSpan, why: InvalidateReason) {
+        self.drop_in(span);
+        if why == InvalidateReason::Exclusive(OWNER) {
+            self.taking = (self.changing == 0).then_some(span.start());
+        } else {
+            self.taking = self.taking.filter(|at| !span.contains(*at));
+        }
+        self.changing += 1;
     }
 
     pub(crate) fn has_exclusive(&self, span: HostSpan) -> bool {
@@ -156,13 +184,15 @@ impl<E: Environment> Table<E> {
 }
 
 impl<E: Environment> InvalidationSink for Table<E> {
-    fn start(&self, interval: &Interval, span: HostSpan, _why: InvalidateReason, seq: Seq) {
+    fn start(&self, interval: &Interval, span: HostSpan, why: InvalidateReason, seq: Seq) {
         let mut entries = self.0.lock();
         interval.set_seq(seq);
-        entries.drop_in(span);
+        entries.begin(span, why);
     }
 
-    fn end(&self, _interval: &Interval, _span: HostSpan) {}
+    fn end(&self, _interval: &Interval, _span: HostSpan) {
+        self.0.lock().changing -= 1;
+    }
 }
 
 #[cfg(test)]

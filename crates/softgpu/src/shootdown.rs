@@ -59,9 +59,11 @@ impl Shootdown {
     pub(crate) fn publish(&self, asid: u32, start: u64, end: u64) -> u64 {
         let n = self.published.load(Ordering::Relaxed) + 1;
         let slot = self.slot(n);
-        slot.asid.store(u64::from(asid), Ordering::Relaxed);
-        slot.start.store(start, Ordering::Relaxed);
-        slot.end.store(end, Ordering::Relaxed);
+        // Whoever reads what is written here sees that all before it was published, and so that the slot
+        // was written again.
+        slot.asid.store(u64::from(asid), Ordering::Release);
+        slot.start.store(start, Ordering::Release);
+        slot.end.store(end, Ordering::Release);
         self.published.store(n, Ordering::SeqCst);
         n
     }

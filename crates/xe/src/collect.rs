@@ -3,8 +3,10 @@
 //! It needs the `vm` lock, which an invalidation may not take; so invalidations only mark and queue,
 //! and every fault collects first, so that a dead range never answers a look-up.
 
+use gpusvm::mutant::Mutant;
 use gpusvm::range::RangeRef;
 use gpusvm::seam::Platform;
+use gpusvm::seam::env::Environment;
 use gpusvm::svm::Bindings;
 
 use crate::vm::{Vm, VmState};
@@ -24,11 +26,9 @@ pub(crate) fn run_deferred<P: Platform>(vm: &Vm<P>) {
     }
 }
 
-/// Unbinds one range and removes it. Tables that nobody uses any more are freed after a flush: a
-/// walk that has begun may still read them.
-///
-/// A range that is still valid is flushed before it is gone: an invalidation that comes later does not
-/// find it, and so leaves in the TLBs what was bound. Of a closed VM nothing is in the TLBs.
+/// Unbinds one range and removes it. One that is alive may be bound: its translations go while the
+/// notifier lock is held, for an invalidation that comes later finds nothing to flush. Tables that nobody
+/// uses any more are freed after a flush: a walk that has begun may still read them.
 pub(crate) fn remove<P: Platform>(vm: &Vm<P>, state: &mut VmState, range: &RangeRef) {
     let VmState {
         owner,
@@ -37,18 +37,21 @@ pub(crate) fn remove<P: Platform>(vm: &Vm<P>, state: &mut VmState, range: &Range
         ..
     } = state;
     let tables = &*vm.device.tables;
+    let driver = vm.svm.driver();
+    // Where the VM is closed, nobody finds its tables, and everything was flushed.
+    let keeps = *closed || vm.device.seams.env.mutant(Mutant::RemovedUnflushed);
     let detached = vm.svm.remove_range(owner, range, |bound, held| {
-        let valid = core::mem::replace(&mut bound.valid, false);
+        let was_valid = core::mem::replace(&mut bound.valid, false);
         let detached = table.unbind(tables, &bound.slots, held);
-        if valid && !*closed {
-            vm.svm.driver().flush(range.span(), held);
+        if was_valid && !keeps {
+            driver.flush(range.span(), held);
         }
         detached
     });
     if let Some(detached) = detached
         && !detached.is_empty()
     {
-        vm.svm.driver().flush_all();
+        driver.flush_all();
         detached.free(tables);
     }
 }

@@ -1,6 +1,7 @@
 //! [`Device`]: one device, its memory, and the VMs that run on it.
 
 use alloc::collections::BTreeMap;
+use alloc::collections::btree_map::Entry;
 use alloc::sync::Arc;
 use core::fmt;
 
@@ -81,8 +82,15 @@ impl<P: Platform> Device<P> {
         self.vms.lock().get(&asid).cloned()
     }
 
-    pub(crate) fn add_vm(&self, vm: &Arc<Vm<P>>) {
-        self.vms.lock().insert(vm.asid(), Arc::clone(vm));
+    /// Enters a VM, unless its id is in use; whether it did.
+    pub(crate) fn add_vm(&self, vm: &Arc<Vm<P>>) -> bool {
+        match self.vms.lock().entry(vm.asid()) {
+            Entry::Vacant(place) => {
+                place.insert(Arc::clone(vm));
+                true
+            }
+            Entry::Occupied(_) => false,
+        }
     }
 
     pub(crate) fn remove_vm(&self, asid: u32) {

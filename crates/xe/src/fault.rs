@@ -175,7 +175,7 @@ fn attempt<P: Platform>(
             get_pages(fault, state, &range, access)?
         }
         Place::AsTheyAre => get_pages(fault, state, &range, access)?,
-        Place::Exclusive => vm.svm.make_exclusive(&range)?,
+        Place::Exclusive => take_alone(vm, &range)?,
     };
     need.check(&pages, vm.device.pagemap.id())?;
     let started = vm.device.seams.env.now();
@@ -242,6 +242,15 @@ fn find_range<P: Platform>(
     }
     collect::remove(vm, state, &range);
     vm.svm.find_or_insert_range(&mut state.owner, find)
+}
+
+/// Takes the page of a range for the device alone. A larger range came home since it was found, or died:
+/// the next attempt makes one of a page.
+fn take_alone<P: Platform>(vm: &Vm<P>, range: &RangeRef) -> Result<PageSet, Interrupted> {
+    if range.span().bytes() > PAGE {
+        return Err(Stale::PagesBusy.into());
+    }
+    vm.svm.make_exclusive(range)
 }
 
 /// Whether all pages of `span` are in the memory of the VM's device. Old when it arrives.

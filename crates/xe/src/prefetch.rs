@@ -56,23 +56,21 @@ impl<P: Platform> Vm<P> {
         let mut why = Stale::PagesBusy;
         for _try in 0..TRIES {
             match self.try_prefetch(state, at, &mut found) {
-                Ok(range) => return Ok((range, true)),
+                Ok(ended) => return Ok(ended),
                 Err(Interrupted::Stale(stale)) => why = stale,
-                Err(Interrupted::Failed(Failed::OutOfVram | Failed::TooLarge)) => break,
-                // The memory is of a kind that stays.
-                Err(Interrupted::Failed(Failed::NotMigratable(_))) => break,
                 Err(Interrupted::Failed(failed)) => return Err(failed),
             }
         }
         found.map(|range| (range, false)).ok_or(Failed::Budget(why))
     }
 
+    /// As [`prefetch_range`](Self::prefetch_range), once.
     fn try_prefetch(
         &self,
         state: &mut VmState,
         at: HostVa,
         found: &mut Option<HostSpan>,
-    ) -> Result<HostSpan, Interrupted> {
+    ) -> Result<(HostSpan, bool), Interrupted> {
         if state.closed {
             return Err(Failed::Closed.into());
         }
@@ -91,10 +89,15 @@ impl<P: Platform> Vm<P> {
         };
         let range = self.svm.find_or_insert_range(&mut state.owner, &find)?;
         *found = Some(range.span());
-        self.device.pagemap.to_device(ToDevice {
+        let moved = self.device.pagemap.to_device(ToDevice {
             span: range.span(),
             timeslice: Ns::default(),
-        })?;
-        Ok(range.span())
+        });
+        match moved {
+            Ok(()) => Ok((range.span(), true)),
+            Err(Interrupted::Stale(why)) => Err(why.into()),
+            // Whatever the reason, the pages stay where they are, which is no error.
+            Err(Interrupted::Failed(_)) => Ok((range.span(), false)),
+        }
     }
 }

@@ -133,22 +133,19 @@ impl<P: Platform> Vm<P> {
     /// # Errors
     /// As [`new`](Self::new); [`Failed::OutOfArea`] for windows of another size.
     pub fn with(device: &Arc<Device<P>>, asid: u32, config: VmConfig) -> Result<Arc<Self>, Failed> {
-        if device.vm(asid).is_some() {
-            return Err(Failed::Closed);
-        }
-        let table = PageTable::new(&*device.tables).map_err(|why| match why {
-            Interrupted::Stale(why) => Failed::Budget(why),
-            Interrupted::Failed(why) => why,
-        })?;
-        let root = table.root().get();
-        let svm_config = SvmConfig {
+        let config_of_svm = SvmConfig {
             vm: asid,
             owner: Owner(u64::from(device.pagemap.id().0) << 32 | u64::from(asid)),
             area: user_space(),
             window_bytes: config.window_bytes,
         };
         let bindings = XeBindings::new(device, asid);
-        let (svm, owner) = Svm::new(device.seams.clone(), bindings, svm_config)?;
+        let (svm, owner) = Svm::new(device.seams.clone(), bindings, config_of_svm)?;
+        let table = PageTable::new(&*device.tables).map_err(|why| match why {
+            Interrupted::Stale(why) => Failed::Budget(why),
+            Interrupted::Failed(why) => why,
+        })?;
+        let root = table.root().get();
         let state = VmState {
             owner,
             table,
@@ -163,8 +160,11 @@ impl<P: Platform> Vm<P> {
             svm,
             state,
         });
+        if !device.add_vm(&vm) {
+            vm.state.lock().table.clear(&*device.tables);
+            return Err(Failed::Closed);
+        }
         device.port.set_root(asid, Some(root));
-        device.add_vm(&vm);
         Ok(vm)
     }
 

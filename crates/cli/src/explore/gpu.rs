@@ -13,7 +13,7 @@ use crate::explore::world::World;
 use crate::on_tile::OnTile;
 
 /// A page behind the process's window.
-const NOWHERE: u32 = 4 * PAGES_MAX;
+const NOWHERE: u32 = 2 * PAGES_MAX;
 
 /// The unit of device `n` does its operations.
 pub(super) fn run(world: &World, n: usize) {
@@ -147,7 +147,7 @@ pub(super) fn serve(world: &World, n: usize) {
     while !world.closed.load(Ordering::Acquire) {
         node.gpu.wait_fault();
         while let Some(record) = node.gpu.pop_fault() {
-            let answer = node.handler.handle(&record);
+            let answer = world.handlers[n].handle(&record);
             node.gpu.ack_fault(&record, answer);
         }
     }

@@ -1,6 +1,5 @@
 //! One device of a world, with what stands between its driver and everything else.
 
-use core::ops::Deref;
 use std::sync::Arc;
 
 use gpusvm::addr::{HostSpan, HostVa};
@@ -45,19 +44,8 @@ pub(super) struct Shared {
     pub(super) wires: Wires,
 }
 
-/// One device with its driver and the VM on it, and who serves its faults.
-pub(super) struct Node {
-    base: crate::world::Node<WatchedPlatform>,
-    pub(super) handler: Arc<Handler>,
-}
-
-impl Deref for Node {
-    type Target = crate::world::Node<WatchedPlatform>;
-
-    fn deref(&self) -> &Self::Target {
-        &self.base
-    }
-}
+/// One device with its driver and the VM on it.
+pub(super) type Node = crate::world::Node<WatchedPlatform>;
 
 /// Who serves the faults of a device. Much may happen before the unit tries again.
 pub(super) struct Handler {
@@ -78,26 +66,24 @@ impl FaultHandler for Handler {
     }
 }
 
-impl Node {
-    /// The `n`-th device of a world, and its driver.
-    pub(super) fn new(plan: &Plan, n: u16, shared: &Shared) -> Self {
-        let config = config(plan);
-        let port = |device| Arc::new(Port::new(device, Arc::clone(&shared.between))) as Arc<_>;
-        let base = crate::world::Node::behind(&config, n, &shared.seams, &shared.wires, port);
-        let handler = Arc::new(Handler {
-            device: Arc::clone(&base.device),
-            shared: shared.clone(),
-        });
-        base.serve(config.service, Arc::<Handler>::clone(&handler));
-        Self { base, handler }
-    }
+/// The `n`-th device of a world with its driver, and who serves its faults.
+pub(super) fn make(plan: &Plan, n: u16, shared: &Shared) -> (Node, Arc<Handler>) {
+    let config = config(plan);
+    let port = |device| Arc::new(Port::new(device, Arc::clone(&shared.between))) as Arc<_>;
+    let node = Node::behind(&config, n, &shared.seams, &shared.wires, port);
+    let handler = Arc::new(Handler {
+        device: Arc::clone(&node.device),
+        shared: shared.clone(),
+    });
+    node.serve(config.service, Arc::<Handler>::clone(&handler));
+    (node, handler)
+}
 
-    /// Names the locks of the driver, in their order.
-    pub(super) fn name_locks(&self, sim: &Sim) {
-        sim.name_locks(&*self.vm, "vm", Rank::VM);
-        sim.name_locks(&**self.vm.svm(), "notifier", Rank::NOTIFIER);
-        sim.name_locks(&**self.device.pagemap().vram(), "vram", Rank::VRAM);
-    }
+/// Names the locks of a driver, in their order.
+pub(super) fn name_locks(node: &Node, sim: &Sim) {
+    sim.name_locks(&*node.vm, "vm", Rank::VM);
+    sim.name_locks(&**node.vm.svm(), "notifier", Rank::NOTIFIER);
+    sim.name_locks(&**node.device.pagemap().vram(), "vram", Rank::VRAM);
 }
 
 fn config(plan: &Plan) -> NodeConfig {

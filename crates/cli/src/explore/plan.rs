@@ -9,8 +9,10 @@ use crate::world::Service;
 /// Words of a page that have content: one for each writer.
 pub(super) use crate::world::vram::WORDS;
 
-/// Most pages that a world has: one chunk that a fault moves.
-pub(super) const PAGES_MAX: u32 = 16;
+/// Pages of one chunk that a fault moves.
+const CHUNK: u32 = 16;
+/// Most pages that a world has: two chunks.
+pub(super) const PAGES_MAX: u32 = 2 * CHUNK;
 /// First address: aligned as the largest chunk is.
 const BASE: HostVa = HostVa::new(1 << 40);
 
@@ -31,6 +33,8 @@ pub(crate) struct Plan {
     pub(super) pages: u32,
     /// Pages of device memory of each device.
     pub(super) vram: usize,
+    /// What is in the pages at the beginning.
+    pub(super) begins: Begins,
     /// What CPU actors do.
     pub(super) does: &'static [Op],
     /// Where faults are served.
@@ -41,6 +45,15 @@ pub(crate) struct Plan {
     pub(super) atomics: Atomics,
     /// Calls fail or are late once in so many times; 0: never.
     pub(super) chaos: u32,
+}
+
+/// What is in the pages at the beginning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Begins {
+    /// Nothing.
+    Untouched,
+    /// A CPU has touched them all: larger ranges want that.
+    Touched,
 }
 
 /// When the VM of a device is closed.
@@ -61,6 +74,20 @@ const MIGRATION: &[Op] = &[
     Op::Evict,
     Op::SwapOut,
 ];
+const ADDITIONS_AND_FORKS: &[Op] = &[
+    Op::Add,
+    Op::Add,
+    Op::Store,
+    Op::Load,
+    Op::Send,
+    Op::Evict,
+    Op::SwapOut,
+    Op::Fork,
+];
+const ADDITIONS: &[Op] = match ADDITIONS_AND_FORKS.split_last() {
+    Some((_fork, others)) => others,
+    None => &[],
+};
 
 /// The word of a page that counts, where the plan has [additions](Plan::adds).
 pub(super) const COUNTER: usize = WORDS - 1;
@@ -71,8 +98,9 @@ const SWARM: Plan = Plan {
     gpus: 2,
     cpus: 2,
     ops: 5,
-    pages: PAGES_MAX,
+    pages: CHUNK,
     vram: 48,
+    begins: Begins::Untouched,
     does: EVERYTHING,
     service: Service::Inline,
     closes: Closes::AtTheEnd,
@@ -189,15 +217,7 @@ pub(crate) const PLANS: &[Plan] = &[
         name: "atomics",
         what: "a CPU and devices add to the same words, in device memory",
         cpus: 1,
-        does: &[
-            Op::Add,
-            Op::Add,
-            Op::Store,
-            Op::Load,
-            Op::Send,
-            Op::Evict,
-            Op::SwapOut,
-        ],
+        does: ADDITIONS,
         atomics: Atomics::Device,
         ..SWARM
     },
@@ -206,16 +226,20 @@ pub(crate) const PLANS: &[Plan] = &[
         what: "a CPU and devices add to the same words, on pages that a device has for itself",
         cpus: 1,
         pages: 4,
-        does: &[
-            Op::Add,
-            Op::Add,
-            Op::Store,
-            Op::Load,
-            Op::Send,
-            Op::Evict,
-            Op::SwapOut,
-            Op::Fork,
-        ],
+        does: ADDITIONS_AND_FORKS,
+        atomics: Atomics::Exclusive,
+        ..SWARM
+    },
+    Plan {
+        name: "apart",
+        what: "a device takes pages for itself out of larger ranges, for which it has no room",
+        gpus: 1,
+        cpus: 1,
+        ops: 10,
+        pages: PAGES_MAX,
+        vram: 8,
+        begins: Begins::Touched,
+        does: &[Op::Discard, Op::SwapOut, Op::Unmap],
         atomics: Atomics::Exclusive,
         ..SWARM
     },

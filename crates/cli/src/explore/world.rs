@@ -22,9 +22,9 @@ use crate::explore::births::Births;
 use crate::explore::chaos::Chaos;
 use crate::explore::doing::Watch;
 use crate::explore::ledger::Ledger;
-use crate::explore::node::{Node, Shared};
+use crate::explore::node::{self, Handler, Node, Shared};
 use crate::explore::oracle::{Oracle, host_is_empty};
-use crate::explore::plan::{Closes, Plan, address};
+use crate::explore::plan::{Begins, Closes, Plan, address};
 use crate::explore::space::{Between, Space};
 use crate::explore::{coverage, cpu, gpu};
 use crate::world::Service;
@@ -38,6 +38,8 @@ pub(super) struct World {
     pub(super) kernel: Arc<Kernel<ModelEnv>>,
     pub(super) space: Arc<ModelSpace<ModelEnv>>,
     pub(super) nodes: Vec<Node>,
+    /// Who serves the faults of each.
+    pub(super) handlers: Vec<Arc<Handler>>,
     pub(super) told: Arc<Told>,
     pub(super) between: Arc<Between>,
     /// Where what is in use was taken; in worlds that keep texts.
@@ -61,7 +63,11 @@ impl fmt::Debug for World {
 pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
     let world = Arc::new(World::new(plan, watch));
     map(&world.space, 0..plan.pages);
-    world.nodes.iter().for_each(|node| node.name_locks(sim));
+    if plan.begins == Begins::Touched {
+        touch(&world.space, plan.pages);
+    }
+    let named = |node| node::name_locks(node, sim);
+    world.nodes.iter().for_each(named);
     for n in 0..usize::from(plan.cpus) {
         let world = Arc::clone(&world);
         sim.spawn(CPUS[n % CPUS.len()], move || cpu::run(&world, n));
@@ -142,6 +148,17 @@ pub(super) fn map(space: &ModelSpace<ModelEnv>, pages: core::ops::Range<u32>) {
     }
 }
 
+/// Gives content to all pages: zeros.
+fn touch(space: &ModelSpace<ModelEnv>, pages: u32) {
+    for page in 0..pages {
+        if let Err(signal) = space.store(address(page, 0), 0) {
+            ModelEnv.fail(format!(
+                "a store to the fresh page {page} answers {signal:?}"
+            ));
+        }
+    }
+}
+
 impl World {
     fn new(plan: &'static Plan, watch: Watch) -> Self {
         let kernel = Kernel::new(Arc::new(ModelEnv), plan.shape());
@@ -164,11 +181,12 @@ impl World {
             between: Arc::clone(&between),
             wires: Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation()),
         };
+        let made = (0..plan.gpus).map(|n| node::make(plan, n, &shared));
+        let (nodes, handlers) = made.unzip();
         Self {
             plan,
-            nodes: (0..plan.gpus)
-                .map(|n| Node::new(plan, n, &shared))
-                .collect(),
+            nodes,
+            handlers,
             kernel,
             space,
             told,
@@ -243,8 +261,7 @@ fn conduct(world: &Arc<World>) {
         let _evicted = node.device.pagemap().vram().evict_all();
         node.gpu.kick_service();
     }
-    let nodes = world.nodes.iter().map(|node| &**node);
-    let left = nothing_is_left(&world.kernel, nodes, &world.told);
+    let left = nothing_is_left(&world.kernel, &world.nodes, &world.told);
     world.must(left.map_err(|left| world.explain_left(&left)));
     world.space.exit();
     world.must(host_is_empty(world));

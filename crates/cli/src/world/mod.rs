@@ -174,3 +174,6 @@ impl<P: Platform<Env = ModelEnv, Copy = XeCopy>> Node<P> {
         self.gpu.set_fault_service(FaultService::Queue);
     }
 }
+
+#[cfg(test)]
+mod tests;

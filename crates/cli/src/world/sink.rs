@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::VramSpan;
-use gpusvm::event::{Event, EventSink};
+use gpusvm::error::Failed;
+use gpusvm::event::{Event, EventSink, FaultEnd};
 use gpusvm::seam::env::Ns;
 use gpusvm_model::sched::ModelEnv;
 
@@ -20,6 +21,18 @@ pub(crate) struct Told {
     taken: Mutex<Vec<VramSpan>>,
     /// Whether the device is one that loses answers.
     timeouts: Timeouts,
+    /// What the device may reach.
+    reach: Reach,
+}
+
+/// What a device may reach.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Reach {
+    /// Everything: no fault is refused because it lies outside.
+    #[default]
+    Everything,
+    /// What somebody says.
+    Areas,
 }
 
 /// Whether TLB invalidations may go unanswered.
@@ -37,6 +50,7 @@ impl Told {
     pub(crate) fn new(timeouts: Timeouts) -> Self {
         Self {
             timeouts,
+            reach: Reach::Areas,
             ..Self::default()
         }
     }
@@ -65,6 +79,14 @@ impl EventSink for Told {
             }
             Event::FaultRetry { at, why } => {
                 ModelEnv.tell("retry", [at.get(), 0], || format!("retry {at}: {why:?}"));
+            }
+            Event::FaultDone {
+                end: FaultEnd::Refused(Failed::OutOfArea(at)),
+                ..
+            } if self.reach == Reach::Everything => {
+                ModelEnv.fail(format!(
+                    "a fault at {at} is refused as outside of everything"
+                ));
             }
             Event::FaultDone { at, end, .. } => {
                 ModelEnv.tell("fault done", [at.get(), 0], || {

@@ -43,12 +43,11 @@ impl<P: Platform> Pagemap<P> {
         let started = self.seams.env.now();
         let allocation = self.allocate(wish.span)?;
         let weak: Weak<dyn Evict> = Arc::<Allocation<P>>::downgrade(&allocation);
-        let filled = self.fill(&allocation, wish.span);
+        let filled = self.fill(&allocation, &wish);
         if self.seams.env.mutant(Mutant::AloneNotEvictable) {
             filled?;
         }
         // Also where only some pages moved: they stay, and must be able to make room.
-        allocation.hold_until(self.seams.env.now().after(wish.timeslice));
         self.vram.make_evictable(&allocation.bo, weak);
         let (copied, adopted) = filled?;
         let took = self.seams.env.now().since(started);
@@ -87,8 +86,9 @@ impl<P: Platform> Pagemap<P> {
     fn fill(
         &self,
         allocation: &Arc<Allocation<P>>,
-        span: HostSpan,
+        wish: &ToDevice,
     ) -> Result<(PageCount, PageCount), Interrupted> {
+        let span = wish.span;
         let aperture = self.copy.adopt(vram_of(allocation));
         let to = MigrateTo::device(
             Arc::<Allocation<P>>::clone(allocation) as AllocationRef,
@@ -109,6 +109,8 @@ impl<P: Platform> Pagemap<P> {
         self.seams.env.yield_point(Point::BeforeFinalize);
         let copied = set.moves().iter().map(|m| m.vram.pages()).sum();
         let adopted = set.adopted();
+        // Before a CPU that waits for the pages gets to them (`svm-design.md` section 3.3, step 13).
+        allocation.hold_until(self.seams.env.now().after(wish.timeslice));
         if set.finalize() < span.pages() {
             Err(Stale::PagesBusy.into())
         } else {

@@ -452,10 +452,11 @@ pub trait AddressSpace: Send + Sync + 'static {
     /// Takes the page at `at` away from the CPU and gives it, where it is, to a device alone, for
     /// atomics on host memory (`make_device_exclusive`). The page is faulted in for writing first;
     /// the next access by the CPU takes it back, inside an invalidation. The taking itself is one of
-    /// the reason [`Exclusive`](InvalidateReason::Exclusive), with this `owner`.
+    /// the reason [`Exclusive`](InvalidateReason::Exclusive), with this `owner`; it has ended when `commit`
+    /// is called.
     ///
-    /// `commit` enters the page's bus address in the device's table. Meanwhile the page is locked:
-    /// neither the CPU nor a change of the address space gets at it. `commit` takes the notifier lock
+    /// `commit` enters the page's bus address in the device's table. Meanwhile the page is locked: the CPU
+    /// does not get at it. A change of the address space does, as an invalidation tells. `commit` takes the notifier lock
     /// and leaves, nothing else. It is called at most once, and not where this fails.
     ///
     /// # Errors

@@ -1,3 +1,4 @@
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -7,7 +8,9 @@ use super::*;
 use crate::addr::{BusAddr, PAGE, PAGE_2M, PageCount};
 use crate::mmu::IntervalNotifiers;
 use crate::seam::copy::{CopyEngine, CopyMove};
-use crate::seam::mm::{Location, MigrateTo, MigrationSet, PageRun, PagemapId, Placement, Seen};
+use crate::seam::mm::{
+    Location, MigrateTo, MigrationSet, PageRun, PagemapId, Placement, Seen, Vma, VmaKind,
+};
 use crate::test_env::TestEnv;
 
 /// One mapping of plain host memory, which never migrates.
@@ -15,7 +18,12 @@ struct Host {
     env: TestEnv,
     notifiers: IntervalNotifiers<TestEnv>,
     vma: StdMutex<Option<Vma>>,
+    /// Happens once, when somebody asks which pages are there.
+    meanwhile: StdMutex<Option<Happens>>,
 }
+
+/// Something that happens to a host.
+type Happens = Box<dyn FnOnce(&Host) + Send>;
 
 struct NoSet;
 
@@ -64,6 +72,10 @@ impl AddressSpace for Host {
     }
 
     fn is_populated(&self, _span: HostSpan) -> bool {
+        let happens = self.meanwhile.lock().expect("nothing panics").take();
+        if let Some(happens) = happens {
+            happens(self);
+        }
         true
     }
 
@@ -174,6 +186,7 @@ fn world() -> World {
         env: TestEnv::default(),
         notifiers: IntervalNotifiers::new(),
         vma: StdMutex::new(Some(vma)),
+        meanwhile: StdMutex::default(),
     });
     let env = Arc::new(TestEnv::default());
     let seams = Seams {
@@ -493,4 +506,29 @@ fn mapping_decides_how_a_look_up_fails() {
             .find_or_insert_range(&mut world.owner, &find(BASE, Access::Read))
             .is_ok()
     );
+}
+
+#[test]
+fn mapping_that_goes_while_its_range_is_made_leaves_none_behind() {
+    let mut world = world();
+    let find = FindRange {
+        at: HostVa::new(BASE),
+        area: HostSpan::at(HostVa::new(0), 1 << 40),
+        access: Access::Write,
+        device_memory: true,
+        populated_up_to: PAGE_2M,
+        largest: PAGE_2M,
+    };
+    let unmap = |host: &Host| {
+        let running = host
+            .notifiers
+            .start(span(0, 8 * PAGE_2M), InvalidateReason::Unmap);
+        *host.vma.lock().expect("nothing panics") = None;
+        host.notifiers.end(&host.env, running);
+    };
+    *world.host.meanwhile.lock().expect("nothing panics") = Some(Box::new(unmap));
+    let found = world.svm.find_or_insert_range(&mut world.owner, &find);
+    assert_eq!(found.map(|_range| ()), Err(Failed::NoVma(find.at).into()));
+    assert_eq!(world.svm.range_count(), 0);
+    assert_eq!(world.svm.notifier_count(), 0);
 }

@@ -390,6 +390,7 @@ impl Drop for Pin {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use gpusvm_model::mm::entry::Entry;
 
     /// Takes what it is given, and has zeros.
     struct Nowhere;
@@ -455,5 +456,92 @@ mod tests {
         });
         let trouble = outcome.trouble.map(|trouble| trouble.failure.to_string());
         assert_eq!(trouble, None);
+    }
+
+    /// The caller's buffer is memory of the process, also where that is on the device.
+    struct Own(Arc<Space>);
+
+    impl UserMemory for Own {
+        fn copy_in(&self, _from: u64, _to: &mut [u8]) -> Result<(), Errno> {
+            Err(Errno::Fault)
+        }
+
+        fn copy_out(&self, from: &[u8], to: u64) -> Result<(), Errno> {
+            let mut word = [0; 8];
+            word.copy_from_slice(&from[..8]);
+            let stored = self.0.store(HostVa::new(to), u64::from_ne_bytes(word));
+            stored.map_err(|_signal| Errno::Fault)
+        }
+    }
+
+    /// Runs `case` in a world of its own, on a machine with devices.
+    fn in_a_world(seed: u64, case: impl Fn(&Machine) + Send + Sync + 'static) -> Option<String> {
+        let case = Arc::new(case);
+        let outcome = run_world(&options(), &mut Picker::uniform(seed), |sim| {
+            let (sim, case) = (*sim, Arc::clone(&case));
+            sim.spawn("case", move || {
+                let machine = Machine::new(Variant::Private, sim);
+                case(&machine);
+                machine.check().expect("in order");
+            });
+        });
+        outcome.trouble.map(|trouble| trouble.failure.to_string())
+    }
+
+    fn of_pages(span: HostSpan) -> Arguments {
+        Arguments {
+            addr: span.start().get(),
+            npages: span.pages().get(),
+            ..Arguments::default()
+        }
+    }
+
+    #[test]
+    fn buffer_of_a_command_may_be_on_the_device_itself() {
+        let trouble = in_a_world(1, |machine| {
+            let process = machine.process();
+            let mirror = Mirror::open(&machine.devices[0], &process.space).expect("alive");
+            let span = process.map(Memory::Private, PAGE, Rights::ReadWrite);
+            let span = span.expect("room");
+            process.store(span.start(), 7).expect("writable");
+            let mut arguments = Arguments {
+                ptr: span.start().get() + 8,
+                ..of_pages(span)
+            };
+            let own = Own(Arc::clone(&process.space));
+            let done = mirror.command(Command::MigrateToDevice, &mut arguments, &own);
+            done.expect("the page is there");
+            assert_eq!(process.load(span.start().plus(8)).expect("mapped"), 7);
+        });
+        assert_eq!(trouble, None);
+    }
+
+    /// `MADV_DONTNEED` of a page that a device takes for itself: whoever is last, the device has no page
+    /// that the process does not have.
+    #[test]
+    fn exclusive_page_that_is_discarded_meanwhile_is_not_the_devices() {
+        const DONTNEED: i32 = 4;
+        for seed in 0..200 {
+            let trouble = in_a_world(seed, |machine| {
+                let process = machine.process();
+                let mirror = Mirror::open(&machine.devices[0], &process.space).expect("alive");
+                let span = process.map(Memory::Private, PAGE, Rights::ReadWrite);
+                let span = span.expect("room");
+                let done = Arc::new(AtomicU32::new(0));
+                let (space, told) = (Arc::clone(&process.space), Arc::clone(&done));
+                machine.sim.spawn("discarder", move || {
+                    let _discarded = space.madvise(span.start(), PAGE, DONTNEED);
+                    told.store(1, Ordering::Release);
+                    Environment::wake(&ModelEnv, &told);
+                });
+                let _taken = mirror.command(Command::Exclusive, &mut of_pages(span), &Nowhere);
+                drop(Beside(done));
+                let entry = process.space.entry(span.start());
+                let is_alone = matches!(entry, Some(Entry::DeviceExclusive(..)));
+                let has = mirror.entries() > 0;
+                assert!(is_alone || !has, "the process has {entry:?}");
+            });
+            assert_eq!(trouble, None, "seed {seed}");
+        }
     }
 }
