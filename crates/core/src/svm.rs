@@ -154,7 +154,8 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
     ///
     /// # Errors
     /// [`Failed::NoVma`], [`Failed::Permission`], [`Failed::Unmappable`] about the CPU mapping,
-    /// [`Failed::OutOfArea`], or what the host answers to a subscription.
+    /// [`Failed::OutOfArea`], or what the host answers to a subscription. [`Stale::CpuMappingChanged`]
+    /// where something has changed while a range was made.
     pub fn find_or_insert_range(
         self: &Arc<Self>,
         owner: &mut SvmOwner,

@@ -61,12 +61,7 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
                 .space
                 .subscribe(window, Arc::<Self>::clone(self))?,
         };
-        let made = loop {
-            match self.try_insert(find, &interval) {
-                Err(Interrupted::Stale(Stale::CpuMappingChanged)) => {}
-                other => break other,
-            }
-        };
+        let made = self.try_insert(find, &interval);
         if is_new && made.is_err() {
             self.seams.space.unsubscribe(&interval);
         }

@@ -527,8 +527,12 @@ fn mapping_that_goes_while_its_range_is_made_leaves_none_behind() {
         host.notifiers.end(&host.env, running);
     };
     *world.host.meanwhile.lock().expect("nothing panics") = Some(Box::new(unmap));
-    let found = world.svm.find_or_insert_range(&mut world.owner, &find);
-    assert_eq!(found.map(|_range| ()), Err(Failed::NoVma(find.at).into()));
+    let mut look = || {
+        let found = world.svm.find_or_insert_range(&mut world.owner, &find);
+        found.map(|_range| ())
+    };
+    assert_eq!(look(), Err(Stale::CpuMappingChanged.into()));
+    assert_eq!(look(), Err(Failed::NoVma(find.at).into()));
     assert_eq!(world.svm.range_count(), 0);
     assert_eq!(world.svm.notifier_count(), 0);
 }
