@@ -57,6 +57,7 @@ mutants! {
         AckedAfterFailure = "acked-after-failure": "A fault whose pages could not be had is answered with success.",
         RemovedUnflushed = "removed-unflushed": "A range that is removed while it is bound leaves its translations in the TLBs.",
         // Migration and device memory.
+        SharedDevicePages = "shared-device-pages": "A device writes to pages in its memory that its process shares with a child.",
         HolesKeepContent = "holes-keep-content": "Device memory for pages without content is not cleared.",
         FinalizeBeforeCopyOut = "finalize-before-copy-out": "Entries point to device memory before the content is there.",
         FinalizeBeforeCopyHome = "finalize-before-copy-home": "Pages are given back before the copy from the device has ended.",

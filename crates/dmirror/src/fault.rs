@@ -46,9 +46,6 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
         self.space.snapshot(request.span, request.keep, &mut seen)?;
         self.device.env().yield_point(Point::AfterFaultIn);
         let pages: Vec<_> = pages_of(request.span, &runs).zip(seen).collect();
-        if let Some(((at, _), _)) = pages.iter().find(|page| is_shared(request.access, page)) {
-            return self.unshare(*at);
-        }
         let mut entries = self.table.0.lock();
         if self.interval.read_retry(seq) {
             return Err(Stale::CpuMappingChanged.into());
@@ -66,18 +63,6 @@ impl<E: Environment, S: AddressSpace> Mirror<E, S> {
             entries.enter(page, Entry { at, tag }, folio);
         }
         Ok(())
-    }
-
-    /// Others have the device page at `at`, too: it comes home, and is copied for this process.
-    fn unshare(&self, at: HostVa) -> Result<(), Interrupted> {
-        let request = FaultIn {
-            span: HostSpan::at(at, PAGE),
-            access: Access::Write,
-            keep: None,
-            pager: Pager::Refuse,
-        };
-        self.space.fault_in(&request, &mut Vec::new())?;
-        Err(Stale::CpuMappingChanged.into())
     }
 
     /// Writes one byte per page that says what the device finds.
@@ -148,12 +133,6 @@ const fn level_of(order: u8) -> u8 {
         9..18 => byte::PMD,
         18.. => byte::PUD,
     }
-}
-
-/// Whether a page is one that the device may not write although it is in its memory.
-fn is_shared(access: Access, ((_, at), seen): &((HostVa, Location), Seen)) -> bool {
-    let read_only = matches!(seen, Seen::Page(page) if page.access == Access::Read);
-    access == Access::Write && read_only && matches!(at, Location::Device { .. })
 }
 
 /// The span in pieces of a batch.

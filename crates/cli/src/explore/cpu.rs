@@ -32,6 +32,8 @@ const MARK: u64 = u64::MAX;
 const NOBODY: Owner = Owner(0);
 /// Steps for which a page is pinned.
 const PINNED_STEPS: u32 = 30;
+/// Steps for which a child does nothing, so that its parent has done something when it looks.
+const CHILD_RESTS: u32 = 30;
 /// Longest timeslice, in virtual nanoseconds.
 const TIMESLICE: u32 = 200;
 
@@ -245,7 +247,7 @@ fn evict(world: &World) {
 /// A child sees what its parent had, and nobody sees what it writes.
 fn fork(world: &World, page: u32) {
     let pages = some(world, page);
-    let looks: Vec<_> = pages
+    let mut looks: Vec<_> = pages
         .flat_map(|page| (0..world.plan.slots()).map(move |slot| (page, slot)))
         .map(|(page, slot)| world.ledger(|ledger| ledger.begin(page, slot)))
         .collect();
@@ -253,6 +255,8 @@ fn fork(world: &World, page: u32) {
     let Ok(child) = world.space.fork() else {
         return;
     };
+    world.ledger(|ledger| looks.iter_mut().for_each(|look| ledger.seal(look)));
+    (0..CHILD_RESTS).for_each(|_| ModelEnv.point(Kind::Other));
     for look in looks {
         let at = address(look.page, look.slot);
         if let Ok(value) = child.load(at) {

@@ -59,6 +59,8 @@ pub(super) struct Look {
     floor: u32,
     /// Excuses when it began.
     excuses: u32,
+    /// Latest version that may be found, where later ones are not to be seen.
+    latest: Option<u32>,
 }
 
 /// What an operation does to content.
@@ -95,7 +97,13 @@ impl Ledger {
             epoch: state.epoch,
             floor: state.words[slot].floor,
             excuses: self.excuses,
+            latest: None,
         }
+    }
+
+    /// Nothing that is stored from now on may be found.
+    pub(super) fn seal(&self, look: &mut Look) {
+        look.latest = Some(self.page(look.page).words[look.slot].ceiling);
     }
 
     /// Whether somebody has stored to a word, or tried to.
@@ -139,6 +147,9 @@ impl Ledger {
         let holds = |why: &str| format!("holds version {version}, {why}");
         if version > word.ceiling {
             return wrong("wrong bytes", holds("which nobody stored"));
+        }
+        if look.latest.is_some_and(|latest| version > latest) {
+            return wrong("not apart", holds("which was stored after the fork"));
         }
         if strict && version < floor {
             return wrong("lost write", holds(&format!("{floor} was stored")));

@@ -6,8 +6,9 @@
 
 use gpusvm::addr::{HostVa, PageCount};
 use gpusvm::error::{Failed, Interrupted, Stale};
+use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::Environment;
-use gpusvm::seam::mm::{Access, FaultIn, Location, PageRun, PagemapId, Pager};
+use gpusvm::seam::mm::{Access, FaultIn, Location, PageRun, Pager};
 
 use crate::kernel::bus::{ZERO_PAGE, address_of};
 use crate::kernel::snapshot::own_location;
@@ -119,7 +120,7 @@ fn find(mm: &Machine, pid: Pid, page: u32, request: &FaultIn) -> Found {
             Access::Write if !bits.has(Bits::WRITE) => Found::Fault,
             Access::Read | Access::Write => Found::At(Location::System(address_of(frame))),
         },
-        Entry::DevicePrivate(frame, _) => find_device(mm, frame, request.keep),
+        Entry::DevicePrivate(frame, bits) => find_device(mm, (frame, bits), request),
         Entry::Zero(_) => match request.access {
             Access::Read => Found::At(Location::System(ZERO_PAGE)),
             Access::Write => Found::Fault,
@@ -147,10 +148,15 @@ fn check_mapping(
     Ok(())
 }
 
-/// A page in the device memory that the caller knows is reported as it is, whatever right the
-/// entry gives; any other comes home.
-fn find_device(mm: &Machine, frame: FrameId, keep: Option<PagemapId>) -> Found {
-    own_location(mm, frame, keep).map_or(Found::Fault, Found::At)
+/// A page in the device memory that the caller knows is reported as it is, if its entry gives the right;
+/// any other comes home. (Linux 7.3 does not look at the right: a device goes on writing to what its process
+/// shares with a child.)
+fn find_device(mm: &Machine, (frame, bits): (FrameId, Bits), request: &FaultIn) -> Found {
+    let blind = mm.has(Mutant::SharedDevicePages);
+    if request.access == Access::Write && !bits.has(Bits::WRITE) && !blind {
+        return Found::Fault;
+    }
+    own_location(mm, frame, request.keep).map_or(Found::Fault, Found::At)
 }
 
 /// Enters a page, as part of the last run where it goes on there.
