@@ -238,7 +238,8 @@ const MAP_FIXED: usize = 0x10;
 const MAP_FIXED_NOREPLACE: usize = 0x10_0000;
 const MREMAP_FIXED: usize = 2;
 
-/// What an advice does to content; `None` where it neither changes it nor needs it present.
+/// What an advice does to content; `None` where it neither changes it, nor needs it present, nor says
+/// what children get of it.
 fn madvise_effect(advice: usize) -> Option<Effect> {
     const DONTNEED: usize = 4;
     const FREE: usize = 8;
@@ -247,7 +248,11 @@ fn madvise_effect(advice: usize) -> Option<Effect> {
     const POPULATE_WRITE: usize = 23;
     const DONTNEED_LOCKED: usize = 24;
     const COLLAPSE: usize = 25;
+    // Children that wait for pages get none of memory that is wiped for them: see `fork`.
+    const WIPE_ON_FORK: usize = 18;
+    const KEEP_ON_FORK: usize = 19;
     match advice {
+        WIPE_ON_FORK | KEEP_ON_FORK => Some(Effect::Protect),
         DONTNEED | FREE | REMOVE | DONTNEED_LOCKED | GUARD_INSTALL => Some(Effect::Clear),
         POPULATE_READ | POPULATE_WRITE | COLLAPSE => Some(Effect::Populate),
         _ => None,
@@ -272,7 +277,7 @@ fn spans_of(whats: &[(HostSpan, Effect)]) -> Vec<HostSpan> {
 
 impl LiveSpace {
     /// Runs one call inside its brackets and returns what the system answered.
-    fn bracket(&self, call: &SysCall) -> isize {
+    pub(crate) fn bracket(&self, call: &SysCall) -> isize {
         let whats = self.announce(effects(call));
         // What is not watched now stays so until the change ends.
         let watched: Vec<_> = whats
@@ -305,7 +310,7 @@ impl LiveSpace {
         loop {
             let whats = found();
             let spans = spans_of(&whats);
-            self.begin_change(&spans);
+            self.begin_call(&spans);
             // What is announced cannot grow any more, but it may have grown before.
             if found() == whats {
                 return whats;

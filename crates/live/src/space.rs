@@ -254,6 +254,23 @@ impl LiveSpace {
         }
     }
 
+    /// As [`begin_change`](Self::begin_change), for changes that the caller is about to make: children
+    /// that miss part of `spans` get it first.
+    ///
+    /// News of changes does not wait for that: they are made, and cannot be put off.
+    pub(crate) fn begin_call(&self, spans: &[HostSpan]) {
+        loop {
+            let seen = self.changed.seen();
+            let mut table = self.residency.lock();
+            let owed = spans.iter().any(|span| table.is_owed(*span));
+            if !owed && table.change(spans).is_ok() {
+                return;
+            }
+            drop(table);
+            self.changed.wait(seen, Reason::Travel);
+        }
+    }
+
     /// The changes are made.
     pub(crate) fn end_change(&self, spans: &[HostSpan]) {
         self.residency.lock().unchange(spans);

@@ -29,6 +29,7 @@ pub(crate) mod probe;
 pub(crate) mod procmap;
 pub(crate) mod scratch;
 pub(crate) mod signals;
+pub(crate) mod smaps;
 pub(crate) mod stack;
 pub(crate) mod symbols;
 pub(crate) mod territory;
