@@ -24,29 +24,33 @@ use std::sync::{Arc, Weak};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::event::HomeCause;
-use gpusvm::seam::env::Mutex;
 use gpusvm::seam::mm::InvalidateReason;
 
-use crate::env::LiveEnv;
 use crate::level::{BracketChoice, BracketLevel, FaultLevel, OpenError};
 use crate::residency::{Piece, everything};
 use crate::space::LiveSpace;
 use crate::sys::heap;
 use crate::sys::patch::{self, BracketHook, Call, PatchError, Patches, SysCall};
+use crate::sys::process_lock::{Freed, ProcessLock};
 use crate::sys::symbols;
 use crate::watch::Suspended;
 
 /// The space that brackets work for. The one piece of process-wide state: patched code has no
 /// other way to find it.
 struct Service {
-    space: Mutex<LiveEnv, Weak<LiveSpace>>,
-    patches: Mutex<LiveEnv, Option<Patches>>,
+    space: ProcessLock<Weak<LiveSpace>>,
+    patches: ProcessLock<Option<Patches>>,
 }
 
 static SERVICE: Service = Service {
-    space: Mutex::<LiveEnv, _>::new(Weak::new()),
-    patches: Mutex::<LiveEnv, _>::new(None),
+    space: ProcessLock::new(Weak::new()),
+    patches: ProcessLock::new(None),
 };
+
+/// What children must find free.
+pub(crate) fn process_locks() -> [&'static dyn Freed; 2] {
+    [&SERVICE.space, &SERVICE.patches]
+}
 
 /// Sees to it that calls come by here as far as `choice` asks for it and the process allows it.
 ///
@@ -97,6 +101,26 @@ fn lead_symbols(why: Option<PatchError>) -> Result<Option<BracketLevel>, OpenErr
     }
     patch::lead_calls(&SERVICE).map_err(OpenError::CannotPatch)?;
     Ok(Some(BracketLevel::Symbols { why }))
+}
+
+/// Holds one of the locks of the whole process while `work` runs; and whether somebody holds one.
+#[cfg(test)]
+pub(crate) mod held {
+    use super::SERVICE;
+
+    pub(crate) fn space<R>(work: impl FnOnce() -> R) -> R {
+        let _held = SERVICE.space.lock();
+        work()
+    }
+
+    pub(crate) fn patches<R>(work: impl FnOnce() -> R) -> R {
+        let _held = SERVICE.patches.lock();
+        work()
+    }
+
+    pub(crate) fn any() -> bool {
+        SERVICE.space.is_held() || SERVICE.patches.is_held()
+    }
 }
 
 /// From now on brackets work for `space`.

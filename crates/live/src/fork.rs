@@ -34,6 +34,7 @@ use crate::residency::everything;
 use crate::shard::BATCH;
 use crate::space::LiveSpace;
 use crate::sys::atfork::{self, ForkHook};
+use crate::sys::process_lock::Freed;
 use crate::sys::smaps;
 use crate::sys::thread;
 use crate::sys::uffd::{Message, Uffd};
@@ -73,6 +74,10 @@ impl ForkHook for Hook {
         if let Some(space) = bracket::current_space() {
             space.after_fork();
         }
+    }
+
+    fn locks(&self) -> [&'static dyn Freed; 2] {
+        bracket::process_locks()
     }
 }
 

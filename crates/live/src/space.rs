@@ -113,6 +113,8 @@ impl LiveSpace {
         } = Descriptors::open(config)?;
         let shards = Shards::new(user, compute_only);
         let shards = shards.map_err(OpenError::os("wait for userfaultfd"))?;
+        // A child must find free what this thread holds from here on.
+        fork::install();
         let bracket = bracket::attach(config.brackets, faults)?;
         let level = Level { faults, bracket };
         let space = Arc::new(Self {
@@ -148,7 +150,6 @@ impl LiveSpace {
         }
         in_thread::start(faults).map_err(OpenError::os("map stacks for fault service"))?;
         Attendant::start(&space)?;
-        fork::install();
         bracket::enter_service(&space);
         Ok(space)
     }

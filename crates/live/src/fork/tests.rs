@@ -336,3 +336,43 @@ fn child_gets_pages_that_find_no_memory_at_first() {
     assert!(all(&place, 5));
     assert!(all(&map, 5));
 }
+
+/// Others hold locks when the process forks, and do not give them back in the child.
+#[test]
+fn child_begins_anew_whatever_locks_others_held() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let (ready, made) = (AtomicBool::new(false), AtomicBool::new(false));
+    let is_made = || made.load(Ordering::SeqCst);
+    let wait = |until: &dyn Fn() -> bool| {
+        while !until() && !is_made() {
+            std::thread::yield_now();
+        }
+    };
+    let wants = |sleeper: &Sleeper| sleeper.reason == Reason::Lock;
+    let child = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            bracket::held::patches(|| {
+                ready.store(true, Ordering::SeqCst);
+                while !is_made() {
+                    // The forking thread asks for the space before and after: it has asked.
+                    wait(&|| bench.space.forks.0.load(Ordering::SeqCst) > 0);
+                    bracket::held::space(|| wait(&|| waits::sleepers().iter().any(wants)));
+                }
+            });
+        });
+        while !ready.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        let child = Child::make(By::Fork, || {
+            !bracket::held::any() && {
+                begin_anew();
+                !atfork::is_child() && bracket::current_space().is_none()
+            }
+        });
+        made.store(true, Ordering::SeqCst);
+        child
+    });
+    assert!(child.expect("a child").passed().expect("ours"));
+}

@@ -37,6 +37,7 @@ use crate::sys::atfork;
 use crate::sys::futex::RawFutexMutex;
 use crate::sys::owned::OwnedSpan;
 use crate::sys::patch::{Call, SysCall};
+use crate::sys::process_lock::ProcessLock;
 
 /// Address space set aside for each of the two mappings.
 const BYTES: u64 = 256 << 30;
@@ -73,13 +74,14 @@ struct Heap {
     _alias: OwnedSpan,
 }
 
+/// Held while the heap is set up.
+pub(super) static FIRST: ProcessLock<()> = ProcessLock::new(());
+
 /// Sets the heap up, once per process.
 ///
 /// # Errors
 /// The system's: no memory file, or no address space.
 pub(crate) fn prepare() -> Result<(), Errno> {
-    static FIRST: lock_api::Mutex<RawFutexMutex, ()> =
-        lock_api::Mutex::from_raw(lock_api::RawMutex::INIT, ());
     let _first = FIRST.lock();
     if HEAP.get().is_some() {
         return Ok(());

@@ -26,6 +26,7 @@ pub(crate) mod owned;
 pub(crate) mod pagemap;
 pub(crate) mod patch;
 pub(crate) mod probe;
+pub(crate) mod process_lock;
 pub(crate) mod procmap;
 pub(crate) mod scratch;
 pub(crate) mod signals;

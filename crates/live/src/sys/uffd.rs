@@ -179,7 +179,6 @@ pub(crate) struct Uffd {
     /// See [`misreport_moves`](Self::misreport_moves).
     #[cfg(test)]
     misreports: core::sync::atomic::AtomicBool,
-    /// So many copies still find no memory.
     #[cfg(test)]
     pub(crate) starved: core::sync::atomic::AtomicU32,
     /// Who fills a page waits here.
