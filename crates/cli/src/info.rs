@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::sync::Arc;
 
 use gpusvm_live::{Facts, LiveConfig, LiveEnv, LiveSpace, RuntimeScope, probe, thread};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::args::InfoArgs;
 use crate::size;
@@ -176,6 +176,49 @@ fn as_json(facts: &Facts, levels: &Levels) -> Value {
         "procmap_query": facts.procmap_query.is_ok(),
         "pagemap_scan": facts.pagemap_scan.is_ok(),
         "max_map_count": facts.max_map_count,
+        "refused": refused(facts),
         "advice": advice(facts),
     })
+}
+
+/// Why the system refuses what it refuses, by the names that it has elsewhere.
+fn refused(facts: &Facts) -> Map<String, Value> {
+    let asked = [
+        ("uffd_full", &facts.uffd_full),
+        ("uffd_user_mode_only", &facts.uffd_user),
+        ("procmap_query", &facts.procmap_query),
+        ("pagemap_scan", &facts.pagemap_scan),
+    ];
+    let why = |(what, result): (&str, &Result<(), String>)| {
+        let why = result.as_ref().err()?;
+        Some((what.to_owned(), Value::from(why.as_str())))
+    };
+    asked.into_iter().filter_map(why).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_forms_tell_why_something_is_refused() {
+        let facts = Facts {
+            uffd_full: Err("not for you".to_owned()),
+            uffd_user: Ok(()),
+            procmap_query: Err("too old".to_owned()),
+            pagemap_scan: Err("older".to_owned()),
+            ..probe()
+        };
+        let told = json!({
+            "uffd_full": "not for you", "procmap_query": "too old", "pagemap_scan": "older",
+        });
+        let levels = Err("nothing goes".to_owned());
+        let object = as_json(&facts, &levels);
+        assert_eq!(object["refused"], told);
+        assert_eq!(object["host"]["why"], "nothing goes");
+        let text = rows(&facts);
+        for why in ["no: not for you", "no: too old", "no: older"] {
+            assert!(text.iter().any(|(_, here)| here == why), "{why}");
+        }
+    }
 }

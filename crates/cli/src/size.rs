@@ -31,6 +31,12 @@ impl fmt::Display for SizeError {
 
 impl std::error::Error for SizeError {}
 
+/// A number of things in words: `1 page`, `2 pages`.
+pub(crate) fn counted(n: u64, one: &str, many: &str) -> String {
+    let what = if n == 1 { one } else { many };
+    format!("{n} {what}")
+}
+
 /// Reads a size: `1536`, `64K`, `256M`, `1G`, `1GiB`.
 ///
 /// # Errors
@@ -85,6 +91,15 @@ pub fn format(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_thing_is_told_as_one() {
+        let told = |n| counted(n, "check failed", "checks failed");
+        assert_eq!(
+            [0, 1, 2].map(told),
+            ["0 checks failed", "1 check failed", "2 checks failed"]
+        );
+    }
 
     #[test]
     fn units_are_powers_of_1024_in_any_case() {

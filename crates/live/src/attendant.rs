@@ -23,7 +23,7 @@ use crate::sys::uffd::Uffd;
 /// The thread and what waits for it.
 #[derive(Debug)]
 pub(crate) struct Attendant {
-    orphans: Mutex<LiveEnv, Vec<Orphan>>,
+    pub(crate) orphans: Mutex<LiveEnv, Vec<Orphan>>,
     stop: AtomicBool,
     thread: Mutex<LiveEnv, Option<RuntimeThread>>,
 }

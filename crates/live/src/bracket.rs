@@ -24,29 +24,33 @@ use std::sync::{Arc, Weak};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm::event::HomeCause;
-use gpusvm::seam::env::Mutex;
 use gpusvm::seam::mm::InvalidateReason;
 
-use crate::env::LiveEnv;
 use crate::level::{BracketChoice, BracketLevel, FaultLevel, OpenError};
 use crate::residency::{Piece, everything};
 use crate::space::LiveSpace;
 use crate::sys::heap;
 use crate::sys::patch::{self, BracketHook, Call, PatchError, Patches, SysCall};
+use crate::sys::process_lock::{Freed, ProcessLock};
 use crate::sys::symbols;
 use crate::watch::Suspended;
 
 /// The space that brackets work for. The one piece of process-wide state: patched code has no
 /// other way to find it.
 struct Service {
-    space: Mutex<LiveEnv, Weak<LiveSpace>>,
-    patches: Mutex<LiveEnv, Option<Patches>>,
+    space: ProcessLock<Weak<LiveSpace>>,
+    patches: ProcessLock<Option<Patches>>,
 }
 
 static SERVICE: Service = Service {
-    space: Mutex::<LiveEnv, _>::new(Weak::new()),
-    patches: Mutex::<LiveEnv, _>::new(None),
+    space: ProcessLock::new(Weak::new()),
+    patches: ProcessLock::new(None),
 };
+
+/// What children must find free.
+pub(crate) fn process_locks() -> [&'static dyn Freed; 2] {
+    [&SERVICE.space, &SERVICE.patches]
+}
 
 /// Sees to it that calls come by here as far as `choice` asks for it and the process allows it.
 ///
@@ -97,6 +101,26 @@ fn lead_symbols(why: Option<PatchError>) -> Result<Option<BracketLevel>, OpenErr
     }
     patch::lead_calls(&SERVICE).map_err(OpenError::CannotPatch)?;
     Ok(Some(BracketLevel::Symbols { why }))
+}
+
+/// Holds one of the locks of the whole process while `work` runs; and whether somebody holds one.
+#[cfg(test)]
+pub(crate) mod held {
+    use super::SERVICE;
+
+    pub(crate) fn space<R>(work: impl FnOnce() -> R) -> R {
+        let _held = SERVICE.space.lock();
+        work()
+    }
+
+    pub(crate) fn patches<R>(work: impl FnOnce() -> R) -> R {
+        let _held = SERVICE.patches.lock();
+        work()
+    }
+
+    pub(crate) fn any() -> bool {
+        SERVICE.space.is_held() || SERVICE.patches.is_held()
+    }
 }
 
 /// From now on brackets work for `space`.
@@ -238,7 +262,8 @@ const MAP_FIXED: usize = 0x10;
 const MAP_FIXED_NOREPLACE: usize = 0x10_0000;
 const MREMAP_FIXED: usize = 2;
 
-/// What an advice does to content; `None` where it neither changes it nor needs it present.
+/// What an advice does to content; `None` where it neither changes it, nor needs it present, nor says
+/// what children get of it.
 fn madvise_effect(advice: usize) -> Option<Effect> {
     const DONTNEED: usize = 4;
     const FREE: usize = 8;
@@ -247,7 +272,11 @@ fn madvise_effect(advice: usize) -> Option<Effect> {
     const POPULATE_WRITE: usize = 23;
     const DONTNEED_LOCKED: usize = 24;
     const COLLAPSE: usize = 25;
+    // Children that wait for pages get none of memory that is wiped for them: see `fork`.
+    const WIPE_ON_FORK: usize = 18;
+    const KEEP_ON_FORK: usize = 19;
     match advice {
+        WIPE_ON_FORK | KEEP_ON_FORK => Some(Effect::Protect),
         DONTNEED | FREE | REMOVE | DONTNEED_LOCKED | GUARD_INSTALL => Some(Effect::Clear),
         POPULATE_READ | POPULATE_WRITE | COLLAPSE => Some(Effect::Populate),
         _ => None,
@@ -272,7 +301,7 @@ fn spans_of(whats: &[(HostSpan, Effect)]) -> Vec<HostSpan> {
 
 impl LiveSpace {
     /// Runs one call inside its brackets and returns what the system answered.
-    fn bracket(&self, call: &SysCall) -> isize {
+    pub(crate) fn bracket(&self, call: &SysCall) -> isize {
         let whats = self.announce(effects(call));
         // What is not watched now stays so until the change ends.
         let watched: Vec<_> = whats
@@ -305,7 +334,7 @@ impl LiveSpace {
         loop {
             let whats = found();
             let spans = spans_of(&whats);
-            self.begin_change(&spans);
+            self.begin_call(&spans);
             // What is announced cannot grow any more, but it may have grown before.
             if found() == whats {
                 return whats;

@@ -12,13 +12,19 @@
 //! A clone that bypasses the C library is seen afterwards, by an event that brings a descriptor of
 //! the child's memory. The child waits at the pages that were away, and gets copies of them. What
 //! the parent or a device has written to them since the clone is in those copies: the only way in
-//! which such a child can see a later write. `vfork` and `posix_spawn` share the parent's memory
-//! and need nothing.
+//! which such a child can see a later write. Until it has its copies, calls of the parent that change
+//! the mappings or drop the content wait: from the moment in which the event is read, which is before
+//! the clone returns. A call past the brackets does not wait, and the child reads zeros where it took
+//! content away. `vfork` and `posix_spawn` share the parent's memory and need nothing.
+//!
+//! Memory that the parent keeps from its children (`MADV_WIPEONFORK`) is zero there in both cases: the
+//! system copies none, and neither is it copied here.
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use gpusvm::addr::{HostSpan, PAGE};
 use gpusvm::event::HomeCause;
+use gpusvm::seam::env::{Environment, Ns};
 use rustix::io::Errno;
 
 use crate::bracket;
@@ -28,6 +34,8 @@ use crate::residency::everything;
 use crate::shard::BATCH;
 use crate::space::LiveSpace;
 use crate::sys::atfork::{self, ForkHook};
+use crate::sys::process_lock::Freed;
+use crate::sys::smaps;
 use crate::sys::thread;
 use crate::sys::uffd::{Message, Uffd};
 
@@ -67,6 +75,10 @@ impl ForkHook for Hook {
             space.after_fork();
         }
     }
+
+    fn locks(&self) -> [&'static dyn Freed; 2] {
+        bracket::process_locks()
+    }
 }
 
 impl LiveSpace {
@@ -95,10 +107,17 @@ impl LiveSpace {
 #[derive(Debug)]
 pub(crate) struct Orphan {
     pub(crate) memory: Uffd,
+    /// What it has not got yet. The residency table knows it as owed.
     pub(crate) away: Vec<HostSpan>,
     /// What it has done to its memory since, as far as that has been read.
     changes: Vec<Change>,
+    /// How often it may still find no memory for a page.
+    patience: u32,
 }
+
+/// How long a child that finds no memory for its pages waits for some in all: two seconds.
+const PATIENCE: u32 = 2000;
+const NAP: Ns = Ns::from_millis(1);
 
 impl Orphan {
     pub(crate) const fn new(memory: Uffd, away: Vec<HostSpan>) -> Self {
@@ -106,6 +125,7 @@ impl Orphan {
             memory,
             away,
             changes: Vec::new(),
+            patience: PATIENCE,
         }
     }
 
@@ -120,11 +140,11 @@ impl Orphan {
                 Message::Remap { from, to } => Change::Move { from, to },
                 // A child of the child's misses the same.
                 Message::Fork(memory) => {
-                    let changes = self.changes.clone();
+                    let away = self.away.clone();
+                    space.residency.lock().owe(&away);
                     space.attendant.adopt(Self {
-                        memory,
-                        away: self.away.clone(),
-                        changes,
+                        changes: self.changes.clone(),
+                        ..Self::new(memory, away)
                     });
                     continue;
                 }
@@ -143,21 +163,30 @@ impl Orphan {
 
 /// Copies into a child what it misses. Closing its descriptor afterwards lets it go on.
 pub(crate) fn feed(space: &LiveSpace, mut orphan: Orphan) {
-    for span in orphan.away.clone() {
+    let wiped = smaps::wiped_on_fork();
+    while let Some(span) = orphan.away.last().copied() {
         space.residency.lock().hold(span);
-        space.bring_home(span, HomeCause::SpaceChange);
-        copy_present(space, &mut orphan, span);
-        space.residency.lock().release_hold(span);
+        for part in wiped.without(span) {
+            space.bring_home(part, HomeCause::SpaceChange);
+            copy_present(space, &mut orphan, part);
+        }
+        let mut table = space.residency.lock();
+        table.release_hold(span);
+        table.settle_debt(span);
+        drop(table);
         space.announce_change();
+        orphan.away.pop();
     }
 }
 
 /// Copies the pages of `span` that are home to where a child has them.
 fn copy_present(space: &LiveSpace, child: &mut Orphan, span: HostSpan) {
     let mut rest = span;
+    // Bytes of one copy: what does not lie in one mapping of the child is refused as a whole.
+    let mut most = u64::MAX;
     while let Some(run) = space.first_populated(rest) {
         let fate = child.fate(run);
-        let run = HostSpan::at(run.start(), fate.bytes);
+        let run = HostSpan::at(run.start(), fate.bytes.min(most));
         let next = match fate.place {
             // The child has dropped them.
             None => run.end(),
@@ -165,15 +194,27 @@ fn copy_present(space: &LiveSpace, child: &mut Orphan, span: HostSpan) {
                 let copied = child.memory.copy(place, run);
                 let done = run.start().plus(copied.bytes);
                 match copied.error {
-                    None => run.end(),
+                    None => {
+                        most = most.saturating_mul(2);
+                        run.end()
+                    }
                     Some(Errno::AGAIN) => {
                         child.read(space);
                         rustix::thread::sched_yield();
                         done
                     }
+                    Some(Errno::NOMEM) if child.patience > 0 => {
+                        child.patience -= 1;
+                        space.env.sleep_until(space.env.now().after(NAP));
+                        done
+                    }
+                    Some(Errno::NOENT) if run.bytes() > PAGE => {
+                        most = run.bytes().div_ceil(2).next_multiple_of(PAGE);
+                        done
+                    }
                     // The child is gone.
                     Some(Errno::SRCH) => return,
-                    // Its mapping there is; or it has the page.
+                    // It has no mapping there that waits for pages; or it has the page.
                     Some(_) => done.plus(PAGE),
                 }
             }

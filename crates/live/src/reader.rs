@@ -137,7 +137,9 @@ fn read(space: &LiveSpace, shard: ShardId) {
             Message::Remove(span) => Change::Remove(span),
             Message::Remap { from, to } => Change::Move { from, to },
             Message::Fork(child) => {
-                return space.attendant.admit(child, table.departed_from(shard));
+                let away = table.departed_from(shard);
+                table.owe(&away);
+                return space.attendant.admit(child, away);
             }
             Message::None => return,
         };

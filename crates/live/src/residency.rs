@@ -117,6 +117,8 @@ pub(crate) struct Residency {
     entries: BTreeMap<HostVa, Entry>,
     changes: Vec<HostSpan>,
     holds: Vec<HostSpan>,
+    /// What children of raw clones have not got yet.
+    debts: Vec<HostSpan>,
     /// Some mapping was moved with its pages: allocations are no longer found by their origin.
     moved: bool,
 }
@@ -391,6 +393,24 @@ impl Residency {
         if let Some(index) = self.holds.iter().position(|hold| *hold == span) {
             self.holds.swap_remove(index);
         }
+    }
+
+    /// A child has been made without the pages of `spans`, which were away: until
+    /// [`settle_debt`](Self::settle_debt), the process must not change what they come home to.
+    pub(crate) fn owe(&mut self, spans: &[HostSpan]) {
+        self.debts.extend(spans);
+    }
+
+    /// One child has got the pages of `span`.
+    pub(crate) fn settle_debt(&mut self, span: HostSpan) {
+        if let Some(index) = self.debts.iter().position(|debt| *debt == span) {
+            self.debts.swap_remove(index);
+        }
+    }
+
+    /// Whether some child waits for part of `span`.
+    pub(crate) fn is_owed(&self, span: HostSpan) -> bool {
+        self.debts.iter().any(|debt| debt.overlaps(span))
     }
 
     /// Whether part of `span` is being changed.

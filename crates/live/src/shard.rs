@@ -155,16 +155,16 @@ impl Shards {
         &self,
         id: ShardId,
         table: &Mutex<LiveEnv, Residency>,
-        mut each: impl FnMut(&Residency, u64, Message),
+        mut each: impl FnMut(&mut Residency, u64, Message),
     ) {
         let mut messages = [const { Message::None }; BATCH];
         let shard = self.shard(id);
         let mut number = shard.events.lock();
-        let table = table.lock();
+        let mut table = table.lock();
         let count = shard.uffd.read(&mut messages).unwrap_or(0);
         for message in messages.into_iter().take(count) {
             *number += u64::from(message.is_event());
-            each(&table, *number, message);
+            each(&mut table, *number, message);
         }
     }
 

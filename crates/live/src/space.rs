@@ -113,6 +113,8 @@ impl LiveSpace {
         } = Descriptors::open(config)?;
         let shards = Shards::new(user, compute_only);
         let shards = shards.map_err(OpenError::os("wait for userfaultfd"))?;
+        // A child must find free what this thread holds from here on.
+        fork::install();
         let bracket = bracket::attach(config.brackets, faults)?;
         let level = Level { faults, bracket };
         let space = Arc::new(Self {
@@ -148,7 +150,6 @@ impl LiveSpace {
         }
         in_thread::start(faults).map_err(OpenError::os("map stacks for fault service"))?;
         Attendant::start(&space)?;
-        fork::install();
         bracket::enter_service(&space);
         Ok(space)
     }
@@ -250,6 +251,23 @@ impl LiveSpace {
             if self.residency.lock().change(spans).is_ok() {
                 return;
             }
+            self.changed.wait(seen, Reason::Travel);
+        }
+    }
+
+    /// As [`begin_change`](Self::begin_change), for changes that the caller is about to make: children
+    /// that miss part of `spans` get it first.
+    ///
+    /// News of changes does not wait for that: they are made, and cannot be put off.
+    pub(crate) fn begin_call(&self, spans: &[HostSpan]) {
+        loop {
+            let seen = self.changed.seen();
+            let mut table = self.residency.lock();
+            let owed = spans.iter().any(|span| table.is_owed(*span));
+            if !owed && table.change(spans).is_ok() {
+                return;
+            }
+            drop(table);
             self.changed.wait(seen, Reason::Travel);
         }
     }

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::args::OutputArgs;
 use crate::scenario::{HostKind, ParseError, Verdict};
+use crate::size::counted;
 
 pub use mm::MmArgs;
 
@@ -207,7 +208,8 @@ fn finish(
     }
     if failed > 0 {
         return Err(ConformanceError::Failed(format!(
-            "{failed} checks failed; the table says which and why"
+            "{}; the table says which and why",
+            counted(failed as u64, "check failed", "checks failed")
         )));
     }
     Ok(())

@@ -13,6 +13,7 @@ use gpusvm_model::mm::memory::FrameId;
 use gpusvm_model::sched::ModelEnv;
 
 use crate::explore::world::World;
+use crate::size::counted;
 use crate::world::oracle::Left;
 
 /// Places that one report names.
@@ -121,8 +122,12 @@ impl World {
     pub(super) fn explain_frames(&self, frames: &[FrameId]) -> String {
         let births = self.births.as_ref().map(|births| births.of_frames(frames));
         format!(
-            "leak: {} pages of host memory belong to nobody{}",
-            frames.len(),
+            "leak: {} to nobody{}",
+            counted(
+                frames.len() as u64,
+                "page of host memory belongs",
+                "pages of host memory belong"
+            ),
             births.unwrap_or_default()
         )
     }

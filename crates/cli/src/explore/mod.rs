@@ -54,6 +54,7 @@ use crate::explore::coverage::{Coverage, Details};
 use crate::explore::doing::Watch;
 use crate::explore::plan::{PLANS, Plan};
 use crate::progress::Worlds;
+use crate::size::counted;
 use crate::table::Table;
 
 /// Runs of a world that shortening a tape may take.
@@ -379,8 +380,12 @@ fn explain(failure: &Failure, path: &Path, out: &mut dyn Write) -> Result<(), Ex
     save(path, &tape)?;
     writeln!(
         out,
-        "{} choices that matter; replay: gpusvm explore --tape {}",
-        tape.interesting(),
+        "{}; replay: gpusvm explore --tape {}",
+        counted(
+            tape.interesting() as u64,
+            "choice that matters",
+            "choices that matter"
+        ),
         path.display()
     )?;
     Ok(())
@@ -475,8 +480,10 @@ fn again(path: &Path, args: &ExploreArgs, out: &mut dyn Write) -> Result<(), Exp
     } else {
         writeln!(
             out,
-            "{}: {} steps, hash {:#018x}",
-            plan.name, outcome.steps, outcome.hash
+            "{}: {}, hash {:#018x}",
+            plan.name,
+            counted(outcome.steps, "step", "steps"),
+            outcome.hash
         )?;
         if args.mutant.is_none() && tape.hash.is_some_and(|hash| hash != outcome.hash) {
             writeln!(

@@ -7,6 +7,7 @@ use gpusvm_xe::stats::{Counter, DeviceStats};
 use serde_json::{Map, Value, json};
 
 use crate::args::{RunArgs, value_name};
+use crate::size::counted;
 use crate::table::Table;
 use crate::torture::area::{Area, Past};
 use crate::torture::op::Op;
@@ -165,12 +166,12 @@ fn write_explanation(
     )?;
     writeln!(
         out,
-        "  word:     area {} page {} slot {} at {:#x} (area: {} pages, {:?}, now at {})",
+        "  word:     area {} page {} slot {} at {:#x} (area: {}, {:?}, now at {})",
         tag.area,
         tag.page,
         tag.slot,
         finding.address,
-        area.plan.pages,
+        counted(u64::from(area.plan.pages), "page", "pages"),
         area.plan.huge,
         area.span()
     )?;

@@ -13,6 +13,7 @@ use gpusvm_softgpu::{Kernel, Stop, Tile};
 use serde_json::{Value, json};
 
 use crate::run::Stopwatch;
+use crate::size::counted;
 use crate::workload::{
     Job, JobError, Order, PrepareError, Prepared, Storm, Words, below, count, elements, groups,
     mix, part,
@@ -192,7 +193,8 @@ impl Prepared for Atomics {
         let (by_cpu, by_device) = self.additions();
         let lost = self.wrong().lost;
         Some(format!(
-            "{by_cpu} additions by the CPU, {by_device} by the device, {lost} lost"
+            "{} by the CPU, {by_device} by the device, {lost} lost",
+            counted(by_cpu, "addition", "additions")
         ))
     }
 

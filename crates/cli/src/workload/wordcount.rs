@@ -4,6 +4,7 @@
 
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 
+use crate::size::counted;
 use crate::workload::{
     Array, File, Job, JobError, Order, PrepareError, Prepared, count, groups, part,
 };
@@ -116,8 +117,10 @@ impl Prepared for WordCount {
     fn answer(&self) -> Option<String> {
         let [lines, words] = self.totals();
         Some(format!(
-            "{lines} lines, {words} words, {} bytes",
-            self.file.len()
+            "{}, {}, {}",
+            counted(lines, "line", "lines"),
+            counted(words, "word", "words"),
+            counted(self.file.len() as u64, "byte", "bytes")
         ))
     }
 

@@ -14,6 +14,7 @@ use gpusvm_model::sched::ModelEnv;
 use gpusvm_softgpu::Translation;
 use gpusvm_xe::atomics::AtomicPolicy;
 
+use crate::size::counted;
 use crate::world::Node;
 use crate::world::sink::Told;
 
@@ -175,7 +176,11 @@ impl fmt::Display for Left {
             Self::Broken(broken) => broken.fmt(f),
             Self::Vram(bytes) => write!(f, "leak: {bytes} bytes of device memory are in use"),
             Self::Ranges => f.write_str("leak: a closed VM has ranges"),
-            Self::Owned(n) => write!(f, "leak: {n} pieces of device memory have an owner"),
+            Self::Owned(n) => {
+                let pieces = "pieces of device memory have";
+                let owned = counted(*n as u64, "piece of device memory has", pieces);
+                write!(f, "leak: {owned} an owner")
+            }
         }
     }
 }

@@ -12,14 +12,17 @@
 use core::ffi::c_int;
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::{Once, OnceLock};
+use std::sync::OnceLock;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 
+use crate::sys::heap;
 use crate::sys::owned::OwnedSpan;
 use crate::sys::patch;
+use crate::sys::process_lock::{Alone, Freed, ProcessLock};
+use crate::sys::signals;
 
 /// Called around every `fork()` of the C library, on the forking thread and on its own stack.
 pub(crate) trait ForkHook: Sync {
@@ -28,11 +31,13 @@ pub(crate) trait ForkHook: Sync {
     fn prepare(&self);
     /// After, in the parent, also when there is no child after all.
     fn parent(&self);
+    /// Locks of the whole process that other threads may hold at the fork: the child finds them free.
+    fn locks(&self) -> [&'static dyn Freed; 2];
 }
 
 #[unsafe(link_section = ".data")] // See `owned`.
 static HOOK: OnceLock<&'static dyn ForkHook> = OnceLock::new();
-static INSTALLED: Once = Once::new();
+static INSTALLED: ProcessLock<bool> = ProcessLock::new(false);
 
 /// This process is a child of one that had a live space.
 #[unsafe(link_section = ".data")]
@@ -44,7 +49,7 @@ static IS_CHILD: AtomicBool = AtomicBool::new(false);
 static MARK: AtomicPtr<AtomicU32> = AtomicPtr::new(core::ptr::null_mut());
 /// No device may use the page of [`MARK`].
 static MARK_OWNED: OnceLock<OwnedSpan> = OnceLock::new();
-static MARKED: Once = Once::new();
+static MARKED: ProcessLock<bool> = ProcessLock::new(false);
 
 /// Descriptors that a child gives up.
 const PLACES: usize = 16;
@@ -64,11 +69,12 @@ unsafe extern "C" {
 /// Installs the handlers. Only the first call in a process does anything: they stay for good.
 pub(crate) fn install(hook: &'static dyn ForkHook) {
     let _first = HOOK.set(hook);
-    INSTALLED.call_once(|| {
-        tell_copies_apart();
+    tell_copies_apart();
+    let mut installed = INSTALLED.lock();
+    if !core::mem::replace(&mut *installed, true) {
         // SAFETY: the handlers are functions of this library, which is never unloaded.
         let _out_of_memory = unsafe { pthread_atfork(Some(prepare), Some(parent), Some(child)) };
-    });
+    }
 }
 
 extern "C" fn prepare() {
@@ -85,14 +91,26 @@ extern "C" fn parent() {
 
 extern "C" fn child() {
     become_child();
+    // SAFETY: a child of `fork()` has one thread, and this is it. It does not fork while it holds one
+    // of these locks.
+    let alone = unsafe { Alone::new() };
+    for lock in [&INSTALLED, &MARKED, &signals::TAKEN_OVER] {
+        lock.free(&alone);
+    }
+    heap::FIRST.free(&alone);
+    heap::give_up();
+    for lock in HOOK.get().into_iter().flat_map(|hook| hook.locks()) {
+        lock.free(&alone);
+    }
 }
 
 /// From now on [`is_child`] also knows children of raw clones. Once per process.
 pub(crate) fn tell_copies_apart() {
-    MARKED.call_once(|| {
+    let mut marked = MARKED.lock();
+    if !core::mem::replace(&mut *marked, true) {
         // Without it they are not told apart.
         let _unmarked = make_mark();
-    });
+    }
 }
 
 /// Maps the page of [`MARK`].

@@ -37,6 +37,7 @@ use crate::sys::atfork;
 use crate::sys::futex::RawFutexMutex;
 use crate::sys::owned::OwnedSpan;
 use crate::sys::patch::{Call, SysCall};
+use crate::sys::process_lock::ProcessLock;
 
 /// Address space set aside for each of the two mappings.
 const BYTES: u64 = 256 << 30;
@@ -73,14 +74,29 @@ struct Heap {
     _alias: OwnedSpan,
 }
 
+/// The heap is the parent's, whose file it shares: this process must not use it.
+#[unsafe(link_section = ".data")]
+static INHERITED: AtomicBool = AtomicBool::new(false);
+
+/// The child of a process with a heap has none, for good. Async-signal-safe.
+pub(super) fn give_up() {
+    if HEAP.get().is_some() {
+        INHERITED.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Held while the heap is set up.
+pub(super) static FIRST: ProcessLock<()> = ProcessLock::new(());
+
 /// Sets the heap up, once per process.
 ///
 /// # Errors
-/// The system's: no memory file, or no address space.
+/// The system's: no memory file, or no address space. `EPERM` in a child that has inherited one.
 pub(crate) fn prepare() -> Result<(), Errno> {
-    static FIRST: lock_api::Mutex<RawFutexMutex, ()> =
-        lock_api::Mutex::from_raw(lock_api::RawMutex::INIT, ());
     let _first = FIRST.lock();
+    if INHERITED.load(Ordering::Relaxed) {
+        return Err(Errno::PERM);
+    }
     if HEAP.get().is_some() {
         return Ok(());
     }
@@ -210,7 +226,7 @@ pub(crate) fn give(start: *mut u8, size: usize) {
     let (Some(heap), Some(bytes)) = (HEAP.get(), pages(size)) else {
         return;
     };
-    if atfork::is_child() {
+    if atfork::is_child() || INHERITED.load(Ordering::Relaxed) {
         return;
     }
     let _in_runtime = RuntimeScope::enter();

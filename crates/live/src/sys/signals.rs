@@ -13,7 +13,7 @@
 
 use core::ffi::c_void;
 use core::ptr;
-use std::sync::{Once, OnceLock};
+use std::sync::OnceLock;
 
 use gpusvm::addr::HostVa;
 use gpusvm::seam::mm::Access;
@@ -21,6 +21,7 @@ use gpusvm::seam::mm::Access;
 use crate::sys::fault_copy::fixup_for;
 use crate::sys::in_thread::{self, Fault};
 use crate::sys::last_wish;
+use crate::sys::process_lock::ProcessLock;
 
 /// Signals whose default action dumps core, and which a process gets by its own doing.
 const SIGNALS: [i32; 5] = [
@@ -34,13 +35,16 @@ const SIGNALS: [i32; 5] = [
 /// What had the signals before, in the order of [`SIGNALS`].
 #[unsafe(link_section = ".data")] // See `owned`: the handler must find it in its place.
 static FORMER: OnceLock<[libc::sigaction; SIGNALS.len()]> = OnceLock::new();
-static TAKEN_OVER: Once = Once::new();
+pub(super) static TAKEN_OVER: ProcessLock<bool> = ProcessLock::new(false);
 
 /// Installs the handler, once per process.
 pub(crate) fn install() {
     // Two steps, so that the former actions can be found before the handler can run.
     FORMER.get_or_init(|| SIGNALS.map(current));
-    TAKEN_OVER.call_once(|| SIGNALS.into_iter().for_each(take_over));
+    let mut taken_over = TAKEN_OVER.lock();
+    if !core::mem::replace(&mut *taken_over, true) {
+        SIGNALS.into_iter().for_each(take_over);
+    }
 }
 
 fn current(signal: i32) -> libc::sigaction {

@@ -179,6 +179,8 @@ pub(crate) struct Uffd {
     /// See [`misreport_moves`](Self::misreport_moves).
     #[cfg(test)]
     misreports: core::sync::atomic::AtomicBool,
+    #[cfg(test)]
+    pub(crate) starved: core::sync::atomic::AtomicU32,
     /// Who fills a page waits here.
     #[cfg(test)]
     pub(crate) gate: gate::Gate,
@@ -214,6 +216,8 @@ impl Uffd {
             available,
             #[cfg(test)]
             misreports: false.into(),
+            #[cfg(test)]
+            starved: 0.into(),
             #[cfg(test)]
             gate: gate::Gate::default(),
         }
@@ -309,16 +313,12 @@ impl Uffd {
         outcome(arg.done, result)
     }
 
-    /// From now on every MOVE that moves all reports that it moved nothing, as Linux 6.18 does at
-    /// times.
-    #[cfg(test)]
-    pub(crate) fn misreport_moves(&self) {
-        self.misreports
-            .store(true, core::sync::atomic::Ordering::Relaxed);
-    }
-
     /// Copies one span of this process into missing pages at `to`. Nobody is woken.
     pub(crate) fn copy(&self, to: HostVa, from: HostSpan) -> Moved {
+        #[cfg(test)]
+        if self.is_starved() {
+            return outcome(0, Err(Errno::NOMEM));
+        }
         let mut arg = transfer(to, from, DONTWAKE);
         // SAFETY: UFFDIO_COPY reads and writes `struct uffdio_copy`, whose layout `Transfer` has.
         let call = unsafe { Updater::<OP_COPY, _>::new(&mut arg) };

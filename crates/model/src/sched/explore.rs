@@ -103,8 +103,9 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} worlds, {} steps, {:.0} worlds/s, hash {:#018x}",
+            "{} {}, {} steps, {:.0} worlds/s, hash {:#018x}",
             self.worlds,
+            if self.worlds == 1 { "world" } else { "worlds" },
             self.steps,
             self.rate(),
             self.hash

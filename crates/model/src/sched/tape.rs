@@ -137,7 +137,8 @@ impl fmt::Display for TapeError {
             Self::Number(line, word) => write!(f, "line {line}: `{word}` is not a number"),
             Self::Count { announced, found } => write!(
                 f,
-                "the tape announces {announced} choices and has {found}: it was cut or changed"
+                "the tape announces {announced} {} and has {found}: it was cut or changed",
+                if *announced == 1 { "choice" } else { "choices" }
             ),
             Self::TooLong => write!(f, "the tape has more than {CHOICES_MAX} choices"),
         }

@@ -8,6 +8,7 @@ use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm_dmirror::uapi::{Arguments, Command, Errno, UserMemory};
 
 use crate::conformance::hmm::host::{Memory, Node, Process, Rights, Variant};
+use crate::size::counted;
 
 /// Why a case did not come to its end.
 #[derive(Clone, Debug)]
@@ -304,7 +305,11 @@ fn same(command: Command, found: &[Words], wanted: &[Words]) -> Result<(), Troub
     let differs = pairs.zip(0..).find(|((found, wanted), _)| found != wanted);
     match differs {
         None if found.len() == wanted.len() => Ok(()),
-        None => wrong(format!("{} returns {} pages", name(command), found.len())),
+        None => wrong(format!(
+            "{} returns {}",
+            name(command),
+            counted(found.len() as u64, "page", "pages")
+        )),
         Some(((found, wanted), n)) => wrong(format!(
             "{} returns {found:x?} for page {n}, not {wanted:x?}",
             name(command)

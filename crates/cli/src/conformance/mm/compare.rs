@@ -17,6 +17,7 @@ use std::fmt::Write as _;
 use gpusvm_live::scratch::{Area, Seen, flag_names};
 
 use crate::conformance::mm::program::Size;
+use crate::size::counted;
 
 /// What is compared of a page, as [`face`](gpusvm_live::scratch::face) has it: the pagemap bits 56,
 /// 57, 58, 61, 62 and 63, and the categories but for soft-dirty, which most kernels are built
@@ -112,7 +113,8 @@ fn pages(size: Size, kernel: &[u32], model: &[u32]) -> Option<String> {
         face_names(*model)
     );
     if others > 0 {
-        let _whole = write!(text, "; and {others} more pages");
+        let others = counted(others as u64, "more page", "more pages");
+        let _whole = write!(text, "; and {others}");
     }
     Some(text)
 }

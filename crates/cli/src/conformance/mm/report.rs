@@ -10,6 +10,7 @@ use crate::conformance::mm::MmArgs;
 use crate::conformance::mm::program::Program;
 use crate::conformance::mm::rows::{Outcome, Verdict};
 use crate::conformance::mm::settings::Settings;
+use crate::size::counted;
 
 /// A random program that differs.
 pub(super) struct Failure {
@@ -75,14 +76,16 @@ impl Report {
         }
         let version = self.settings.foreign();
         Err(ConformanceError::Failed(format!(
-            "{failed} programs differ{version}"
+            "{}{version}",
+            counted(failed, "program differs", "programs differ")
         )))
     }
 
     fn text(&self, out: &mut dyn Write) -> Result<(), std::io::Error> {
         for failure in &self.failures {
-            let (seed, steps) = (failure.seed, failure.short.steps.len());
-            writeln!(out, "program {seed} differs; {steps} steps that matter:\n")?;
+            let steps = failure.short.steps.len() as u64;
+            let steps = counted(steps, "step that matters", "steps that matter");
+            writeln!(out, "program {} differs; {steps}:\n", failure.seed)?;
             writeln!(out, "{}\n{}\n", failure.short.script(), failure.found)?;
         }
         for row in &self.rows {

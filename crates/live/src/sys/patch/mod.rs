@@ -144,7 +144,8 @@ impl fmt::Display for PatchError {
             Self::Sites { call, found } => {
                 write!(
                     f,
-                    "found {found} sites for {call}; this C library is not known"
+                    "found {found} {} for {call}; this C library is not known",
+                    if *found == 1 { "site" } else { "sites" }
                 )
             }
             Self::NoRoom => f.write_str("no free address space near the C library"),

@@ -1,8 +1,24 @@
-//! A place where a test makes a thread wait, to meet it there with another.
+//! What tests do to a userfaultfd: a place where a thread waits, to meet another one there, and mistakes
+//! of the system.
 
 use core::sync::atomic::{AtomicU8, Ordering};
 
+use super::Uffd;
 use crate::sys::futex::now_ns;
+
+impl Uffd {
+    /// From now on every MOVE that moves all reports that it moved nothing, as Linux 6.18 does at
+    /// times.
+    pub(crate) fn misreport_moves(&self) {
+        self.misreports.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a copy finds no memory.
+    pub(super) fn is_starved(&self) -> bool {
+        let (order, fewer) = (Ordering::Relaxed, |left: u32| left.checked_sub(1));
+        self.starved.fetch_update(order, order, fewer).is_ok()
+    }
+}
 
 /// Open unless a test closes it, and again after the first thread.
 #[derive(Debug, Default)]
