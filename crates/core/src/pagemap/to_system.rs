@@ -44,7 +44,11 @@ pub fn move_to_system<P: Platform>(
     pagemap.copy.run(set.moves())?;
     seams.env.yield_point(Point::BeforeFinalize);
     let copied = set.moves().iter().map(|m| m.vram.pages()).sum();
-    let adopted = set.adopted();
+    let adopted = if seams.env.mutant(Mutant::HomeCountedTwice) {
+        copied
+    } else {
+        set.adopted()
+    };
     let moved = set.finalize();
     if moved > PageCount::ZERO {
         let took = seams.env.now().since(started);

@@ -18,7 +18,7 @@ use crate::mm::entry::Entry;
 use crate::mm::errno::Signal;
 use crate::mm::fault::fault;
 use crate::mm::flags::{Bits, VmFlags};
-use crate::mm::memory::FrameId;
+use crate::mm::memory::{FolioFlags, FrameId};
 use crate::mm::vma::Backing;
 use crate::mm::{Machine, Pages, Pid};
 
@@ -89,7 +89,7 @@ impl<E: Environment> ModelSpace<E> {
 /// Walks from `at` on and enters what is there, up to the first page that is not; `None` at the
 /// end.
 fn walk_until(
-    mm: &Machine,
+    mm: &mut Machine,
     pid: Pid,
     request: &FaultIn,
     pages: Pages,
@@ -101,7 +101,12 @@ fn walk_until(
     }
     while *at < pages.end {
         match find(mm, pid, *at, request) {
-            Found::At(location) => push(runs, location),
+            Found::At(location) => {
+                if request.access == Access::Write {
+                    mark_written(mm, pid, *at);
+                }
+                push(runs, location);
+            }
             other @ (Found::Fault | Found::Wait | Found::Failed(_)) => return Some(other),
         }
         *at += 1;
@@ -128,6 +133,18 @@ fn find(mm: &Machine, pid: Pid, page: u32, request: &FaultIn) -> Found {
         Entry::None | Entry::Swap(..) | Entry::DeviceExclusive(..) | Entry::UffdWp => Found::Fault,
         Entry::Migration(..) => Found::Wait,
         Entry::HwPoison(_) | Entry::Guard => Found::Failed(Failed::BadPage(at)),
+    }
+}
+
+/// A page that a device may store to is dirty from then on: no store of it tells. Whatever cleans a page takes
+/// the right to store away first. (Linux 7.3 leaves that to drivers: `set_page_dirty`.)
+fn mark_written(mm: &mut Machine, pid: Pid, page: u32) {
+    let Entry::Present(frame, _) = mm.entry(pid, page) else {
+        return;
+    };
+    let dirty = mm.memory.folio(frame).flags.with(FolioFlags::DIRTY);
+    if mm.memory.folio(frame).flags != dirty && !mm.has(Mutant::DirtyForgotten) {
+        mm.memory.folio_mut(frame).flags = dirty;
     }
 }
 
