@@ -295,7 +295,9 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         found.pages.mapped = false;
         let (_binding, emptied) = tree.remove(range);
         drop(tree);
-        if let Some(interval) = emptied {
+        if let Some(interval) = emptied
+            && !self.seams.env.mutant(Mutant::SubscriptionKept)
+        {
             self.seams.space.unsubscribe(&interval);
         }
         self.seams

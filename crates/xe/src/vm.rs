@@ -253,7 +253,9 @@ impl<P: Platform> Vm<P> {
         }
         state.table.clear(&*self.device.tables);
         drop(state);
-        self.device.remove_vm(self.asid);
+        if !self.device.seams.env.mutant(Mutant::ClosedVmKept) {
+            self.device.remove_vm(self.asid);
+        }
     }
 }
 

@@ -27,6 +27,8 @@ pub(super) struct Between {
     pub(super) chaos: Chaos,
     /// What has moved.
     pub(super) moved: Moved,
+    /// Windows that are watched.
+    pub(super) watched: AtomicU64,
 }
 
 /// Pages that have moved, by what the host was asked for: to compare with what is told.
@@ -126,12 +128,15 @@ impl AddressSpace for Space {
             driver: sink,
             between: Arc::clone(&self.between),
         });
-        self.host.subscribe(window, sink)
+        let interval = self.host.subscribe(window, sink)?;
+        self.between.watched.fetch_add(1, Ordering::Relaxed);
+        Ok(interval)
     }
 
     fn unsubscribe(&self, interval: &Arc<Interval>) {
         self.between.chaos.must_be_outside("unsubscribe");
         self.host.unsubscribe(interval);
+        self.between.watched.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn read_begin(&self, interval: &Interval) -> Seq {

@@ -6,7 +6,7 @@
 //! ```
 
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::PAGE;
@@ -88,11 +88,30 @@ pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
     let changes = Arc::clone(world.kernel.generation());
     sim.oracle_counting(changes, move || oracle.look(&of_oracle));
     let closed = Arc::clone(&world);
-    sim.oracle(When::AtEnd, move || nothing_is_cached(&closed.nodes));
+    sim.oracle(When::AtEnd, move || {
+        nothing_is_cached(&closed.nodes)?;
+        nobody_watches(&closed)
+    });
     if world.between.watch.is_on() {
         watch_meetings(sim, &world);
     }
     sim.spawn("conductor", move || conduct(&world));
+}
+
+/// When all VMs are closed nobody watches the process for them, and no device knows them.
+fn nobody_watches(world: &World) -> Result<(), String> {
+    let watched = world.between.watched.load(Ordering::Relaxed);
+    if watched > 0 {
+        return Err(format!(
+            "leak: {watched} windows are watched for closed VMs"
+        ));
+    }
+    let mut vms = world.nodes.iter().map(|node| &node.vm);
+    vms.find(|vm| Arc::strong_count(vm) > 1)
+        .map_or(Ok(()), |vm| {
+            let asid = vm.asid();
+            Err(format!("leak: somebody refers to the closed VM {asid}"))
+        })
 }
 
 /// Before other oracles: what they find is to be explained.
@@ -172,6 +191,7 @@ impl World {
                 _ => Chaos::drawn(),
             },
             moved: Moved::default(),
+            watched: AtomicU64::new(0),
         });
         let shared = Shared {
             kernel: Arc::clone(&kernel),
