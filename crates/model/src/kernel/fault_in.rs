@@ -10,7 +10,7 @@ use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{Access, FaultIn, Location, PageRun, Pager};
 
-use crate::kernel::bus::{ZERO_PAGE, address_of};
+use crate::kernel::bus::{ZERO_PAGE, address_of, frame_of};
 use crate::kernel::snapshot::own_location;
 use crate::kernel::space::{ModelSpace, alive};
 use crate::mm::around::{Around, MmapLock};
@@ -18,7 +18,7 @@ use crate::mm::entry::Entry;
 use crate::mm::errno::Signal;
 use crate::mm::fault::fault;
 use crate::mm::flags::{Bits, VmFlags};
-use crate::mm::memory::{FolioFlags, FrameId};
+use crate::mm::memory::FrameId;
 use crate::mm::vma::Backing;
 use crate::mm::{Machine, Pages, Pid};
 
@@ -103,7 +103,7 @@ fn walk_until(
         match find(mm, pid, *at, request) {
             Found::At(location) => {
                 if request.access == Access::Write {
-                    mark_written(mm, pid, *at);
+                    mark_written(mm, location);
                 }
                 push(runs, location);
             }
@@ -138,13 +138,12 @@ fn find(mm: &Machine, pid: Pid, page: u32, request: &FaultIn) -> Found {
 
 /// A page that a device may store to is dirty from then on: no store of it tells. Whatever cleans a page takes
 /// the right to store away first. (Linux 7.3 leaves that to drivers: `set_page_dirty`.)
-fn mark_written(mm: &mut Machine, pid: Pid, page: u32) {
-    let Entry::Present(frame, _) = mm.entry(pid, page) else {
-        return;
-    };
-    let dirty = mm.memory.folio(frame).flags.with(FolioFlags::DIRTY);
-    if mm.memory.folio(frame).flags != dirty && !mm.has(Mutant::DirtyForgotten) {
-        mm.memory.folio_mut(frame).flags = dirty;
+fn mark_written(mm: &mut Machine, at: Location) {
+    if let Location::System(bus) = at
+        && let Some(frame) = frame_of(bus)
+        && !mm.has(Mutant::DirtyForgotten)
+    {
+        mm.memory.mark_dirty(frame);
     }
 }
 
