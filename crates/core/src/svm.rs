@@ -295,7 +295,9 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         found.pages.mapped = false;
         let (_binding, emptied) = tree.remove(range);
         drop(tree);
-        if let Some(interval) = emptied {
+        if let Some(interval) = emptied
+            && !self.seams.env.mutant(Mutant::SubscriptionKept)
+        {
             self.seams.space.unsubscribe(&interval);
         }
         self.seams
@@ -337,8 +339,8 @@ impl<P: Platform, D: Bindings> InvalidationSink for Svm<P, D> {
         if self.seams.env.mutant(Mutant::ZapAfterFlush) {
             self.driver.flush(clipped, &held);
         }
-        if let Some(zapped) = self.zap_ranges(&mut tree, clipped, &held) {
-            if !self.keeps_tlbs() {
+        if let Some(zapped) = self.zap_ranges(&mut tree, clipped, reason, &held) {
+            if !self.keeps_tlbs(reason) {
                 self.driver.flush(zapped, &held);
             }
             self.driver.zapped(zapped, started);
@@ -360,12 +362,14 @@ impl<P: Platform, D: Bindings> Svm<P, D> {
         &self,
         tree: &mut Tree<D::Binding>,
         span: HostSpan,
+        reason: InvalidateReason,
         held: &NotifierHeld<'_>,
     ) -> Option<HostSpan> {
         let window = tree.window_mut(span.start())?;
         let last_only = self.seams.env.mutant(Mutant::FlushSpanOverwritten);
         window
             .overlapping_mut(span)
+            .filter(|range| !self.keeps_entries(reason, &range.pages))
             .filter_map(|range| match self.driver.zap(&mut range.binding, held) {
                 Zapped::Entries => Some(range.span),
                 Zapped::Nothing => None,

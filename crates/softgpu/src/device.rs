@@ -235,6 +235,19 @@ impl<R: RawMutex + Send + Sync> SoftGpu<R> {
         }
     }
 
+    /// Whether a unit that nobody plays would use a translation of an address space that it has cached,
+    /// for whoever checks what is left of one.
+    #[must_use]
+    pub fn caches(&self, asid: u32) -> bool {
+        self.units.iter().any(|unit| {
+            unit.tlb.try_lock().is_some_and(|mut tlb| {
+                unit.gate.enter(&self.shootdown, &mut tlb);
+                unit.gate.leave();
+                tlb.has(asid)
+            })
+        })
+    }
+
     /// What the units are doing.
     #[must_use]
     pub fn unit_states(&self) -> Vec<UnitState> {

@@ -44,6 +44,12 @@ impl Tlb {
             })
     }
 
+    /// Whether a translation of an address space is cached.
+    pub(crate) fn has(&self, asid: u32) -> bool {
+        let all = self.sizes.iter().flat_map(|(places, _)| places.iter());
+        all.flatten().any(|entry| entry.asid == asid)
+    }
+
     /// Caches a walk's result.
     pub(crate) fn insert(&mut self, asid: u32, leaf: Leaf) {
         let Some((places, valid)) = self.of(leaf.shift) else {

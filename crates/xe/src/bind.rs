@@ -28,7 +28,8 @@ pub(crate) fn plan<P: Platform>(
     pages: &PageSet,
 ) -> Result<TablePlan, Interrupted> {
     let flags = LeafFlags {
-        write: pages.access() == Access::Write,
+        write: pages.access() == Access::Write
+            || vm.device.seams.env.mutant(Mutant::WritableAnyway),
         atomic: allows_atomics(vm, pages),
     };
     let segments: Vec<_> = pages

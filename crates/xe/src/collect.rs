@@ -39,7 +39,9 @@ pub(crate) fn remove<P: Platform>(vm: &Vm<P>, state: &mut VmState, range: &Range
     let tables = &*vm.device.tables;
     let driver = vm.svm.driver();
     // Where the VM is closed, nobody finds its tables, and everything was flushed.
-    let keeps = *closed || vm.device.seams.env.mutant(Mutant::RemovedUnflushed);
+    let env = &vm.device.seams.env;
+    let keeps = *closed || env.mutant(Mutant::RemovedUnflushed);
+    let keeps_all = *closed && env.mutant(Mutant::CloseKeepsTlbs);
     let detached = vm.svm.remove_range(owner, range, |bound, held| {
         let was_valid = core::mem::replace(&mut bound.valid, false);
         let detached = table.unbind(tables, &bound.slots, held);
@@ -51,7 +53,9 @@ pub(crate) fn remove<P: Platform>(vm: &Vm<P>, state: &mut VmState, range: &Range
     if let Some(detached) = detached
         && !detached.is_empty()
     {
-        driver.flush_all();
+        if !keeps_all {
+            driver.flush_all();
+        }
         detached.free(tables);
     }
 }

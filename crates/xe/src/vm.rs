@@ -236,9 +236,13 @@ impl<P: Platform> Vm<P> {
             return;
         }
         self.svm.close(&mut state.owner);
-        self.device.port.set_root(self.asid, None);
-        self.svm.driver().flush_all();
         let env = &self.device.seams.env;
+        if !env.mutant(Mutant::CloseKeepsRoot) {
+            self.device.port.set_root(self.asid, None);
+        }
+        if !env.mutant(Mutant::CloseKeepsTlbs) {
+            self.svm.driver().flush_all();
+        }
         while !env.mutant(Mutant::CloseKeepsGarbage)
             && let Some(range) = self.svm.pop_garbage(&mut state.owner)
         {
@@ -249,7 +253,9 @@ impl<P: Platform> Vm<P> {
         }
         state.table.clear(&*self.device.tables);
         drop(state);
-        self.device.remove_vm(self.asid);
+        if !self.device.seams.env.mutant(Mutant::ClosedVmKept) {
+            self.device.remove_vm(self.asid);
+        }
     }
 }
 

@@ -114,7 +114,7 @@ impl World {
                 let births = self.births.as_ref().map(Births::of_vram);
                 format!("{left}{}", births.unwrap_or_default())
             }
-            Left::Ranges => left.to_string(),
+            Left::Ranges | Left::Root => left.to_string(),
         }
     }
 

@@ -21,6 +21,7 @@ use crate::explore::plan::{COUNTER, address, page_at};
 use crate::explore::world::{World, map};
 
 const DONTNEED: i32 = 4;
+const FREE: i32 = 8;
 const HUGEPAGE: i32 = 14;
 const COLLAPSE: i32 = 25;
 const HWPOISON: i32 = 100;
@@ -103,6 +104,9 @@ fn operate(world: &World, n: usize, op: Op, page: u32) {
         }
         Op::Poison => poison(world, page),
         Op::WriteProtect => write_protect(world, &some(world, page)),
+        Op::FreeLazily => change(world, &some(world, page), Effect::GivesUp, |at, len| {
+            world.space.madvise(at, len, FREE)
+        }),
         Op::Add => add(world, page),
     }
 }

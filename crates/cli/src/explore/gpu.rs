@@ -5,6 +5,7 @@ use core::sync::atomic::Ordering;
 use gpusvm_abi::bus::{AtomicOp, DevicePort, FaultHandler};
 use gpusvm_model::sched::{Kind, ModelEnv};
 use gpusvm_softgpu::{Dispatch, Stop, Tile};
+use gpusvm_xe::vm::Rights;
 
 use crate::atomics::Atomics;
 use crate::explore::doing::Doing;
@@ -57,6 +58,7 @@ fn operate(world: &World, n: usize, tile: &mut Tile<'_>) {
             let _refused = add(world, tile, page);
         }
         0 | 1 => load(world, tile, page, world.any_slot()),
+        _ if world.plan.rights == Rights::ReadOnly => store_refused(tile, page),
         2..=4 => store(world, n, tile, page),
         _ => exchange(world, n, tile, page),
     }
@@ -68,6 +70,16 @@ fn load_nothing(tile: &mut Tile<'_>) {
     let nowhere = address(NOWHERE, 0).get();
     if tile.load_one::<u64>(nowhere).is_ok() {
         ModelEnv.fail("a device loads where nothing is mapped");
+    }
+}
+
+/// Where a device may only read, it is refused a store.
+fn store_refused(tile: &mut Tile<'_>, page: u32) {
+    ModelEnv.emit("gpu store", [page.into(), 0]);
+    if tile.store_one(address(page, 0).get(), 0_u64).is_ok() {
+        ModelEnv.fail(format!(
+            "a device stores to page {page}, which it may only read"
+        ));
     }
 }
 

@@ -68,6 +68,8 @@ pub(super) struct Look {
 pub(super) enum Effect {
     Destroys,
     Keeps,
+    /// It stays or goes, word by word, until the page is stored to.
+    GivesUp,
 }
 
 /// How an operation ended.
@@ -228,10 +230,14 @@ impl Ledger {
             let state = &mut self.pages[page as usize];
             state.flux = Flux::Changing;
             state.epoch += 1;
-            if effect == Effect::Destroys {
-                for word in &mut state.words {
-                    word.burnt = word.burnt.max(word.floor);
-                    word.floor = 0;
+            for word in &mut state.words {
+                match effect {
+                    Effect::Destroys => {
+                        word.burnt = word.burnt.max(word.floor);
+                        word.floor = 0;
+                    }
+                    Effect::GivesUp => word.floor = 0,
+                    Effect::Keeps => {}
                 }
             }
         }
@@ -296,6 +302,21 @@ mod tests {
         assert!(ledger.counts(2));
         assert_eq!(ledger.counted(2, 2), Ok(()));
         assert!(ledger.counted(2, 1).is_err());
+    }
+
+    #[test]
+    fn content_that_was_given_up_may_be_there_and_what_is_stored_later_must() {
+        let mut ledger = Ledger::default();
+        let old = store(&mut ledger, 0);
+        assert!(ledger.change(&(0..1), Effect::GivesUp));
+        ledger.changed(&(0..1), Effect::GivesUp, Ended::Done);
+        let look = ledger.begin(0, 1);
+        assert_eq!(ledger.loaded(&look, 0), Ok(()));
+        assert_eq!(ledger.loaded(&look, old), Ok(()));
+        let new = store(&mut ledger, 0);
+        let look = ledger.begin(0, 1);
+        assert_eq!(ledger.loaded(&look, new), Ok(()));
+        assert!(ledger.loaded(&look, 0).is_err() && ledger.loaded(&look, old).is_err());
     }
 
     #[test]

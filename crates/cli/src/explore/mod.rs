@@ -12,6 +12,7 @@
 //! | `chaos` | what fails on purpose |
 //! | `ledger` | which values may be read |
 //! | `oracle` | when the rules of `crate::world` are looked at |
+//! | `orders` | locks that different worlds take in different orders |
 //! | `port`, `space` | what stands between the driver and its device, and the host |
 //! | `doing`, `coverage` | what every actor is doing; which operations have met which entries |
 //! | `births` | where what leaks was taken |
@@ -28,6 +29,7 @@ mod ledger;
 mod node;
 mod op;
 mod oracle;
+mod orders;
 mod plan;
 mod port;
 mod space;
@@ -249,6 +251,7 @@ fn swarm(
     ]);
     let mut all = Vec::new();
     let mut failure = None;
+    let mut agree = Ok(());
     let mut coverage = Coverage::default();
     for plan in plans {
         let one_in = if args.coverage { 1 } else { WATCHED_ONE_IN };
@@ -270,6 +273,7 @@ fn swarm(
             });
             break;
         }
+        agree = agree.and(orders::must_agree(plan.name, &summary.lock_cycles));
     }
     if args.output.json {
         let short = failure.as_ref().map(|failure| (failure, failure.shorten()));
@@ -280,7 +284,7 @@ fn swarm(
         };
         let object = json!({
             "schema": 1,
-            "verified": failure.is_none(),
+            "verified": failure.is_none() && agree.is_ok(),
             "scenarios": all,
             "coverage": coverage.json(details),
             "failure": short.as_ref().map(|(failure, tape)| failure.json(tape, tape_path(args))),
@@ -299,7 +303,7 @@ fn swarm(
             explain(failure, tape_path(args), out)?;
         }
     }
-    failure.map_or(Ok(()), |failure| Err(ExploreError::Failed(failure.text())))
+    failure.map_or(agree, |failure| Err(ExploreError::Failed(failure.text())))
 }
 
 /// Worlds in a second of processor time: what one core does that has nothing else to do.
@@ -317,7 +321,7 @@ fn row(plan: &Plan, summary: &Summary, cpu: Duration) -> Vec<String> {
         format!("{:.0}", summary.rate()),
         format!("{:.0}", per_core(summary, cpu)),
         format!("{:#018x}", summary.hash),
-        if summary.failure.is_some() {
+        if summary.failure.is_some() || !summary.lock_cycles.is_empty() {
             "FAILED"
         } else {
             "ok"
@@ -336,6 +340,7 @@ fn summary_json(plan: &Plan, summary: &Summary, cpu: Duration) -> Value {
         "worlds_per_s_and_core": per_core(summary, cpu),
         "hash": format!("{:#018x}", summary.hash),
         "failed_seed": summary.failure.as_ref().map(|(seed, _)| *seed),
+        "lock_cycles": orders::json(&summary.lock_cycles),
     })
 }
 

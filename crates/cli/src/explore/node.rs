@@ -55,7 +55,7 @@ pub(super) struct Handler {
 
 impl FaultHandler for Handler {
     fn handle(&self, record: &FaultRecord) -> FaultResponse {
-        let Between { watch, chaos } = &*self.shared.between;
+        let Between { watch, chaos, .. } = &*self.shared.between;
         let page = HostSpan::at(HostVa::new(record.address), 1);
         let _ends = watch.begin(Doing::Serve, page);
         chaos.delays(Site::Serve);
@@ -112,5 +112,6 @@ fn config(plan: &Plan) -> NodeConfig {
         service: plan.service,
         window: NOTIFIER_BYTES,
         atomics: plan.atomics,
+        rights: plan.rights,
     }
 }

@@ -53,16 +53,17 @@ operations! {
     Poison = "poison",
     /// Pages are protected against stores by userfaultfd, until the program is done with them.
     WriteProtect = "write_protect",
-    /// One is added to the counter that a page has in some worlds. The last one: see
-    /// [`BUT_ADDITIONS`](Self::BUT_ADDITIONS).
+    /// `MADV_FREE`: content may go until it is stored to again. Not [everywhere](Self::EVERYWHERE).
+    FreeLazily = "free_lazily",
+    /// One is added to the counter that a page has in some worlds. Not [everywhere](Self::EVERYWHERE).
     Add = "add",
 }
 
 impl Op {
-    /// What all worlds can do.
-    pub(super) const BUT_ADDITIONS: &[Self] = match Self::ALL.split_last() {
-        Some((_, others)) => others,
-        None => &[],
+    /// What all worlds can do: all but the last two.
+    pub(super) const EVERYWHERE: &[Self] = match Self::ALL {
+        [others @ .., _, _] => others,
+        _ => &[],
     };
 
     /// Whether it changes pages that nobody else changes meanwhile.
@@ -74,7 +75,8 @@ impl Op {
             | Self::ProtectRead
             | Self::Guard
             | Self::Poison
-            | Self::WriteProtect => true,
+            | Self::WriteProtect
+            | Self::FreeLazily => true,
             Self::Load
             | Self::Store
             | Self::Send

@@ -2,6 +2,7 @@
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE};
 use gpusvm_model::mm::{DeviceFolios, Privilege, Shape, Thp};
+use gpusvm_xe::vm::Rights;
 
 use crate::atomics::Atomics;
 use crate::explore::op::Op;
@@ -43,6 +44,8 @@ pub(crate) struct Plan {
     pub(super) closes: Closes,
     /// Where devices do their atomics.
     pub(super) atomics: Atomics,
+    /// What devices may do to the process.
+    pub(super) rights: Rights,
     /// Calls fail or are late once in so many times; 0: never.
     pub(super) chaos: u32,
 }
@@ -65,7 +68,7 @@ pub(super) enum Closes {
     Early,
 }
 
-const EVERYTHING: &[Op] = Op::BUT_ADDITIONS;
+const EVERYTHING: &[Op] = Op::EVERYWHERE;
 const MIGRATION: &[Op] = &[
     Op::Load,
     Op::Store,
@@ -105,6 +108,7 @@ const SWARM: Plan = Plan {
     service: Service::Inline,
     closes: Closes::AtTheEnd,
     atomics: Atomics::System,
+    rights: Rights::ReadWrite,
     chaos: 0,
 };
 
@@ -211,6 +215,50 @@ pub(crate) const PLANS: &[Plan] = &[
         what: "children look at pages that devices write",
         gpus: 1,
         does: &[Op::Load, Op::Store, Op::Fork, Op::Fork, Op::Send],
+        ..SWARM
+    },
+    Plan {
+        name: "read-only",
+        what: "devices may only read, also what is shared, protected, or zeros",
+        gpus: 1,
+        does: &[
+            Op::Load,
+            Op::Store,
+            Op::Fork,
+            Op::ProtectRead,
+            Op::SwapOut,
+            Op::Send,
+        ],
+        rights: Rights::ReadOnly,
+        ..SWARM
+    },
+    Plan {
+        name: "protect",
+        what: "rights come and go under a device",
+        gpus: 1,
+        does: &[
+            Op::ProtectRead,
+            Op::WriteProtect,
+            Op::ProtectRead,
+            Op::Store,
+            Op::Send,
+        ],
+        ..SWARM
+    },
+    Plan {
+        name: "lazy",
+        what: "pages are given up until they are stored to, also by a device",
+        gpus: 1,
+        ops: 8,
+        pages: 4,
+        vram: 8,
+        does: &[
+            Op::FreeLazily,
+            Op::SwapOut,
+            Op::SwapOut,
+            Op::Store,
+            Op::Send,
+        ],
         ..SWARM
     },
     Plan {

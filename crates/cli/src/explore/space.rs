@@ -1,6 +1,7 @@
 //! What stands between the driver and the host: it tells what the driver is doing, lets calls fail where
 //! there is [chaos](super::chaos), and sees to it that an invalidation calls nothing. All else is passed on.
 
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PageCount};
@@ -24,6 +25,24 @@ pub(super) struct Between {
     pub(super) watch: Watch,
     /// What fails.
     pub(super) chaos: Chaos,
+    /// What has moved.
+    pub(super) moved: Moved,
+    /// Windows that are watched.
+    pub(super) watched: AtomicU64,
+}
+
+/// Pages that have moved, by what the host was asked for: to compare with what is told.
+#[derive(Debug, Default)]
+pub(super) struct Moved {
+    to_device: AtomicU64,
+    to_system: AtomicU64,
+}
+
+impl Moved {
+    /// Pages that went to devices by moves that were complete, and pages that came home.
+    pub(super) fn pages(&self) -> [u64; 2] {
+        [&self.to_device, &self.to_system].map(|pages| pages.load(Ordering::Relaxed))
+    }
 }
 
 /// The process, as the driver sees it.
@@ -61,6 +80,8 @@ impl InvalidationSink for Sink {
 #[derive(Debug)]
 pub(super) struct Migration<'a> {
     host: ModelMigration<'a, ModelEnv>,
+    /// Where its pages are counted, if at least so many arrive.
+    counts: (&'a AtomicU64, PageCount),
     _ends: Ends<'a>,
 }
 
@@ -74,7 +95,14 @@ impl MigrationSet for Migration<'_> {
     }
 
     fn finalize(self) -> PageCount {
-        self.host.finalize()
+        let (counter, least) = self.counts;
+        let copied: PageCount = self.host.moves().iter().map(|m| m.vram.pages()).sum();
+        let pages = copied + self.host.adopted();
+        let arrived = self.host.finalize();
+        if arrived >= least {
+            counter.fetch_add(pages.get(), Ordering::Relaxed);
+        }
+        arrived
     }
 }
 
@@ -100,12 +128,15 @@ impl AddressSpace for Space {
             driver: sink,
             between: Arc::clone(&self.between),
         });
-        self.host.subscribe(window, sink)
+        let interval = self.host.subscribe(window, sink)?;
+        self.between.watched.fetch_add(1, Ordering::Relaxed);
+        Ok(interval)
     }
 
     fn unsubscribe(&self, interval: &Arc<Interval>) {
         self.between.chaos.must_be_outside("unsubscribe");
         self.host.unsubscribe(interval);
+        self.between.watched.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn read_begin(&self, interval: &Interval) -> Seq {
@@ -133,9 +164,10 @@ impl AddressSpace for Space {
     }
 
     fn migrate_begin(&self, span: HostSpan, to: MigrateTo) -> Result<Migration<'_>, Interrupted> {
-        let doing = match to {
-            MigrateTo::Device { .. } => Doing::ToDevice,
-            MigrateTo::System { .. } => Doing::Home,
+        let moved = &self.between.moved;
+        let (doing, counts) = match to {
+            MigrateTo::Device { .. } => (Doing::ToDevice, (&moved.to_device, span.pages())),
+            MigrateTo::System { .. } => (Doing::Home, (&moved.to_system, PageCount::new(1))),
         };
         self.between.chaos.must_be_outside("migrate_begin");
         let ends = self.between.watch.begin(doing, span);
@@ -148,7 +180,11 @@ impl AddressSpace for Space {
             // The set is dropped: all goes back.
             return Err(self.between.chaos.stale());
         }
-        Ok(Migration { host, _ends: ends })
+        Ok(Migration {
+            host,
+            counts,
+            _ends: ends,
+        })
     }
 
     fn snapshot(

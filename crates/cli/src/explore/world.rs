@@ -6,13 +6,12 @@
 //! ```
 
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::PAGE;
 use gpusvm::seam::Seams;
 use gpusvm::seam::env::Environment;
-use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{Map, Place, What};
@@ -25,10 +24,10 @@ use crate::explore::ledger::Ledger;
 use crate::explore::node::{self, Handler, Node, Shared};
 use crate::explore::oracle::{Oracle, host_is_empty};
 use crate::explore::plan::{Begins, Closes, Plan, address};
-use crate::explore::space::{Between, Space};
+use crate::explore::space::{Between, Moved, Space};
 use crate::explore::{coverage, cpu, gpu};
 use crate::world::Service;
-use crate::world::oracle::nothing_is_left;
+use crate::world::oracle::{nothing_is_cached, nothing_is_left};
 use crate::world::sink::Told;
 use crate::world::vram::Wires;
 
@@ -88,10 +87,31 @@ pub(super) fn build(plan: &'static Plan, watch: Watch, sim: &Sim) {
     // Whatever changes memory of the host or of a device counts in it.
     let changes = Arc::clone(world.kernel.generation());
     sim.oracle_counting(changes, move || oracle.look(&of_oracle));
+    let closed = Arc::clone(&world);
+    sim.oracle(When::AtEnd, move || {
+        nothing_is_cached(&closed.nodes)?;
+        nobody_watches(&closed)
+    });
     if world.between.watch.is_on() {
         watch_meetings(sim, &world);
     }
     sim.spawn("conductor", move || conduct(&world));
+}
+
+/// When all VMs are closed nobody watches the process for them, and no device knows them.
+fn nobody_watches(world: &World) -> Result<(), String> {
+    let watched = world.between.watched.load(Ordering::Relaxed);
+    if watched > 0 {
+        return Err(format!(
+            "leak: {watched} windows are watched for closed VMs"
+        ));
+    }
+    let mut vms = world.nodes.iter().map(|node| &node.vm);
+    vms.find(|vm| Arc::strong_count(vm) > 1)
+        .map_or(Ok(()), |vm| {
+            let asid = vm.asid();
+            Err(format!("leak: somebody refers to the closed VM {asid}"))
+        })
 }
 
 /// Before other oracles: what they find is to be explained.
@@ -170,6 +190,8 @@ impl World {
                 0 => Chaos::default(),
                 _ => Chaos::drawn(),
             },
+            moved: Moved::default(),
+            watched: AtomicU64::new(0),
         });
         let shared = Shared {
             kernel: Arc::clone(&kernel),
@@ -179,7 +201,7 @@ impl World {
                 sink: Arc::clone(&told),
             },
             between: Arc::clone(&between),
-            wires: Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation()),
+            wires: Wires::of(&kernel),
         };
         let made = (0..plan.gpus).map(|n| node::make(plan, n, &shared));
         let (nodes, handlers) = made.unzip();
@@ -263,6 +285,7 @@ fn conduct(world: &Arc<World>) {
     }
     let left = nothing_is_left(&world.kernel, &world.nodes, &world.told);
     world.must(left.map_err(|left| world.explain_left(&left)));
+    world.must(world.told.agrees(world.between.moved.pages()));
     world.space.exit();
     world.must(host_is_empty(world));
     world.nodes.iter().for_each(|node| node.part());

@@ -186,6 +186,7 @@ fn node(args: &RunArgs, vram: u64) -> NodeConfig {
             NOTIFIER_BYTES
         },
         atomics: args.atomics,
+        rights: gpusvm_xe::vm::Rights::ReadWrite,
     }
 }
 

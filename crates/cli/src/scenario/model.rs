@@ -17,7 +17,6 @@ use gpusvm::mutant::Mutant;
 use gpusvm::seam::Seams;
 use gpusvm::seam::env::{Environment, Ns, Point};
 use gpusvm_abi::bus::AtomicOp;
-use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel, ModelSpace};
 use gpusvm_model::mm::entry::Entry;
 use gpusvm_model::mm::memory::FrameId;
@@ -213,7 +212,7 @@ impl ModelHost {
             space: Arc::clone(&space),
             sink: Arc::new((Arc::clone(&told), Some(Arc::clone(&folds)))),
         };
-        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation());
+        let wires = Wires::of(&kernel);
         let config = node_config(setup, lanes);
         let node = |n| Node::new(&config, n, &seams, &wires);
         Self {
@@ -323,6 +322,7 @@ fn node_config(setup: &Setup, lanes: usize) -> NodeConfig {
         service: Service::Inline,
         window: setup.window.unwrap_or(NOTIFIER_BYTES),
         atomics: setup.atomics,
+        rights: gpusvm_xe::vm::Rights::ReadWrite,
     }
 }
 

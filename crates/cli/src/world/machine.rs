@@ -16,7 +16,6 @@ use gpusvm::error::Failed;
 use gpusvm::seam::Seams;
 use gpusvm::seam::env::Environment;
 use gpusvm_abi::bus::{DevicePort, FaultHandler};
-use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::kernel::{Kernel as Host, ModelSpace};
 use gpusvm_model::mm::Shape;
 use gpusvm_model::sched::{Kind, Life, ModelEnv, Sim};
@@ -74,8 +73,7 @@ impl Machine {
             space: Arc::clone(&space),
             sink: Arc::new((Arc::clone(&told), Some(folds))),
         };
-        let bus = Arc::new(Bus::new(Arc::clone(&host)));
-        let wires = Wires::new(bus, host.generation());
+        let wires = Wires::of(&host);
         let machine = Arc::new(Self {
             node: Node::new(config, 0, &seams, &wires),
             host,

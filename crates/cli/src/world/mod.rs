@@ -53,6 +53,8 @@ pub(crate) struct NodeConfig {
     pub(crate) window: u64,
     /// Where the device does its atomics.
     pub(crate) atomics: Atomics,
+    /// What the device may do to the process.
+    pub(crate) rights: Rights,
 }
 
 /// How much of each page of device memory there is.
@@ -134,7 +136,7 @@ impl<P: Platform<Env = ModelEnv, Copy = XeCopy>> Node<P> {
         let gpu = SoftGpu::new(
             gpu,
             config.content.vram(config.vram, wires, &written),
-            Arc::clone(&wires.bus),
+            Arc::clone(&wires.units),
             Arc::new(ModelEnv) as Arc<dyn Park>,
         );
         let gpu = gpu.expect("a world's device has units, a ring and address spaces");
@@ -150,7 +152,7 @@ impl<P: Platform<Env = ModelEnv, Copy = XeCopy>> Node<P> {
         let vm = vm.expect("a fresh device has room for a table");
         let area = MirrorArea {
             span: user_space(),
-            rights: Rights::ReadWrite,
+            rights: config.rights,
         };
         vm.mirror(area).expect("a fresh VM has no ranges");
         Self {

@@ -106,6 +106,14 @@ fn judge(
             Err("leads to another page")
         }
     };
+    // Not to pages that are shared with a child, protected, or the same as others.
+    let right = |has: bool| {
+        if has {
+            Ok(())
+        } else {
+            Err("allows stores that the process may not do")
+        }
+    };
     match (found, entry) {
         (
             Translation::Bus {
@@ -118,12 +126,9 @@ fn judge(
         ) => {
             leads(address == bus::address_of(frame).get())?;
             if atomic && !owner.shares_atomics() {
-                Err("allows atomics on a page that the CPU has")
-            } else if write && !bits.has(Bits::WRITE) {
-                Err("allows stores that the process may not do")
-            } else {
-                Ok(())
+                return Err("allows atomics on a page that the CPU has");
             }
+            right(!write || bits.has(Bits::WRITE))
         }
         (
             Translation::Bus {
@@ -143,8 +148,9 @@ fn judge(
         ) if owner.atomics == AtomicPolicy::Exclusive => {
             leads(address == bus::address_of(frame).get())
         }
-        (Translation::Vram { offset, .. }, Entry::DevicePrivate(frame, _)) => {
-            leads(vram_of(mm, frame) == Some(offset))
+        (Translation::Vram { offset, write, .. }, Entry::DevicePrivate(frame, bits)) => {
+            leads(vram_of(mm, frame) == Some(offset))?;
+            right(!write || bits.has(Bits::WRITE))
         }
         (Translation::Bus { .. }, _) => Err("leads to host memory that the process does not have"),
         (Translation::Vram { .. }, _) => Err("leads to device memory that has no page"),
@@ -168,6 +174,8 @@ pub(crate) enum Left {
     Ranges,
     /// So many pieces of device memory have an owner.
     Owned(usize),
+    /// The tables of a closed VM are where its device finds them.
+    Root,
 }
 
 impl fmt::Display for Left {
@@ -181,8 +189,26 @@ impl fmt::Display for Left {
                 let owned = counted(*n as u64, "piece of device memory has", pieces);
                 write!(f, "leak: {owned} an owner")
             }
+            Self::Root => f.write_str("leak: a device finds the tables of a closed VM"),
         }
     }
+}
+
+/// When all is over, no unit has translations of a closed VM.
+///
+/// # Errors
+/// Whose it has.
+pub(crate) fn nothing_is_cached<'a, P: Platform<Env = ModelEnv>>(
+    nodes: impl IntoIterator<Item = &'a Node<P>>,
+) -> Result<(), String> {
+    let mut asids = nodes.into_iter().map(|node| (node, node.vm.asid()));
+    asids
+        .find(|(node, asid)| node.gpu.caches(*asid))
+        .map_or(Ok(()), |(_, asid)| {
+            Err(format!(
+                "leak: the closed VM {asid} has translations in TLBs"
+            ))
+        })
 }
 
 /// Checks that nothing is left.
@@ -202,6 +228,9 @@ pub(crate) fn nothing_is_left<'a, P: Platform<Env = ModelEnv>>(
         }
         if node.vm.svm().range_count() > 0 {
             return Err(Left::Ranges);
+        }
+        if node.gpu.root(node.vm.asid()).is_some() {
+            return Err(Left::Root);
         }
     }
     match told.taken().len() {

@@ -1,5 +1,6 @@
 //! What the framework tells: part of the world's hash, and the owners of device memory.
 
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::VramSpan;
@@ -19,10 +20,20 @@ pub(crate) type Sink = (Arc<Told>, Option<Arc<Folds>>);
 pub(crate) struct Told {
     /// Device memory that has an owner. Two devices have the same offsets: both are here.
     taken: Mutex<Vec<VramSpan>>,
+    counts: Counts,
     /// Whether the device is one that loses answers.
     timeouts: Timeouts,
     /// What the device may reach.
     reach: Reach,
+}
+
+/// How much was told.
+#[derive(Debug, Default)]
+struct Counts {
+    to_device: AtomicU64,
+    to_system: AtomicU64,
+    /// Faults that have begun, and those that are done.
+    faults: [AtomicU64; 2],
 }
 
 /// What a device may reach.
@@ -63,6 +74,55 @@ impl Told {
             .clone()
     }
 
+    /// When all is over, each page that moved to a device and each that came home was told once, and each
+    /// fault that has begun is done.
+    ///
+    /// # Errors
+    /// What was told otherwise.
+    pub(crate) fn agrees(&self, moved: [u64; 2]) -> Result<(), String> {
+        let Counts {
+            to_device,
+            to_system,
+            faults: [begun, done],
+        } = &self.counts;
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let told = [load(to_device), load(to_system)];
+        if told != moved {
+            return Err(format!(
+                "miscounted: pages that went to devices and came home are {moved:?}, {told:?} were told"
+            ));
+        }
+        let (begun, done) = (load(begun), load(done));
+        if begun == done {
+            Ok(())
+        } else {
+            Err(format!(
+                "miscounted: {begun} faults have begun, {done} are done"
+            ))
+        }
+    }
+
+    /// Adds what an event tells.
+    fn count(&self, event: &Event) {
+        let Counts {
+            to_device,
+            to_system,
+            faults: [begun, done],
+        } = &self.counts;
+        let add = |count: &AtomicU64, n: u64| count.fetch_add(n, Ordering::Relaxed);
+        match event {
+            Event::ToDevice {
+                copied, adopted, ..
+            } => add(to_device, (*copied + *adopted).get()),
+            Event::ToSystem {
+                copied, adopted, ..
+            } => add(to_system, (*copied + *adopted).get()),
+            Event::FaultStart { .. } => add(begun, 1),
+            Event::FaultDone { .. } => add(done, 1),
+            _other => 0,
+        };
+    }
+
     fn change(&self, act: impl FnOnce(&mut Vec<VramSpan>)) {
         act(&mut self.taken.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -70,6 +130,7 @@ impl Told {
 
 impl EventSink for Told {
     fn record(&self, _at: Ns, event: &Event) {
+        self.count(event);
         let number = |span: gpusvm::addr::HostSpan| [span.start().get(), span.bytes()];
         match event {
             Event::FaultStart { at, access, .. } => {

@@ -6,7 +6,6 @@ use gpusvm::pagemap::ToDevice;
 use gpusvm::seam::env::Ns;
 use gpusvm::seam::mm::{AddressSpace, Placement};
 use gpusvm_model::kernel::Kernel;
-use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::mm::Shape;
 use gpusvm_model::mm::flags::{Prot, VmFlags};
 use gpusvm_model::mm::map::{Map, Place, What};
@@ -39,7 +38,7 @@ impl World {
             space: Arc::clone(&space),
             sink: Arc::new((Arc::<Told>::default(), None::<Arc<Folds>>)),
         };
-        let wires = Wires::new(Arc::new(Bus::new(Arc::clone(&kernel))), kernel.generation());
+        let wires = Wires::of(&kernel);
         let config = NodeConfig {
             vram: 16,
             content: Content::FewWords,
@@ -56,6 +55,7 @@ impl World {
             service: Service::Inline,
             window: gpusvm_xe::vm::NOTIFIER_BYTES,
             atomics: Atomics::System,
+            rights: Rights::ReadWrite,
         };
         let map = Map {
             place: Place::Fixed(AT),

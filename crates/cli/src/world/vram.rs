@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use gpusvm::addr::PAGE;
 use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus, VramStore};
+use gpusvm_model::kernel::Kernel;
+use gpusvm_model::kernel::bus::Bus;
 use gpusvm_model::mm::memory::{load_bytes, store_bytes};
 use gpusvm_model::sched::{Kind, ModelEnv};
 use zerocopy::IntoBytes;
@@ -81,6 +83,8 @@ impl Written {
 #[derive(Clone)]
 pub(crate) struct Wires {
     pub(crate) bus: Arc<dyn SystemBus>,
+    /// What units use, who look at pages by translations.
+    pub(crate) units: Arc<dyn SystemBus>,
     /// Grows with everything that changes, in the whole world.
     pub(crate) changes: Arc<AtomicU64>,
     /// Copies of pages up to the one that fails; 0 where none does.
@@ -88,8 +92,17 @@ pub(crate) struct Wires {
 }
 
 impl Wires {
-    pub(crate) fn new(bus: Arc<dyn SystemBus>, changes: &Arc<AtomicU64>) -> Self {
+    /// Those of a world on `kernel`.
+    pub(crate) fn of(kernel: &Arc<Kernel<ModelEnv>>) -> Self {
         Self {
+            units: Arc::new(Bus::of_units(Arc::clone(kernel))),
+            ..Self::new(Arc::new(Bus::new(Arc::clone(kernel))), kernel.generation())
+        }
+    }
+
+    fn new(bus: Arc<dyn SystemBus>, changes: &Arc<AtomicU64>) -> Self {
+        Self {
+            units: Arc::clone(&bus),
             bus,
             changes: Arc::clone(changes),
             fails_in: Arc::default(),

@@ -34,18 +34,27 @@ pub fn move_to_system<P: Platform>(
     );
     let set = seams.space.migrate_begin(allocation.origin(), to)?;
     seams.env.yield_point(Point::AfterCollect);
-    if seams.env.mutant(Mutant::FinalizeBeforeCopyHome) {
-        let moves: Vec<_> = set.moves().to_vec();
-        let moved = set.finalize();
+    let late = seams.env.mutant(Mutant::FinalizeBeforeCopyHome);
+    let moves: Vec<_> = if late {
+        set.moves().to_vec()
+    } else {
+        Vec::new()
+    };
+    if !late {
+        pagemap.copy.run(set.moves())?;
+        seams.env.yield_point(Point::BeforeFinalize);
+    }
+    let copied = set.moves().iter().map(|m| m.vram.pages()).sum();
+    let adopted = if seams.env.mutant(Mutant::HomeCountedTwice) {
+        copied
+    } else {
+        set.adopted()
+    };
+    let moved = set.finalize();
+    if late {
         seams.env.yield_point(Point::BeforeFinalize);
         pagemap.copy.run(&moves)?;
-        return Ok(moved);
     }
-    pagemap.copy.run(set.moves())?;
-    seams.env.yield_point(Point::BeforeFinalize);
-    let copied = set.moves().iter().map(|m| m.vram.pages()).sum();
-    let adopted = set.adopted();
-    let moved = set.finalize();
     if moved > PageCount::ZERO {
         let took = seams.env.now().since(started);
         let span = allocation.origin();

@@ -6,16 +6,26 @@ use crate::NotifierHeld;
 use crate::error::Stale;
 use crate::mutant::Mutant;
 use crate::pages::PageSet;
-use crate::range::{RangeRef, Tree};
+use crate::range::{Pages, RangeRef, Tree};
 use crate::seam::Platform;
 use crate::seam::env::{Environment, MutexGuard, Point};
+use crate::seam::mm::InvalidateReason;
 use crate::svm::{Bindings, Svm};
 
 impl<P: Platform, D: Bindings> Svm<P, D> {
     /// Mutants that leave the TLBs alone, or have flushed them already.
-    pub(super) fn keeps_tlbs(&self) -> bool {
+    pub(super) fn keeps_tlbs(&self, reason: InvalidateReason) -> bool {
         let env = &self.seams.env;
-        env.mutant(Mutant::FlushSkipped) || env.mutant(Mutant::ZapAfterFlush)
+        let protects = reason == InvalidateReason::ProtectVma;
+        env.mutant(Mutant::FlushSkipped)
+            || env.mutant(Mutant::ZapAfterFlush)
+            || (protects && env.mutant(Mutant::ProtectUnflushed))
+    }
+
+    /// A mutant that leaves entries for device memory alone where only rights change.
+    pub(super) fn keeps_entries(&self, reason: InvalidateReason, pages: &Pages) -> bool {
+        let protects = reason == InvalidateReason::ProtectVma;
+        protects && pages.was_device() && self.seams.env.mutant(Mutant::DeviceRightsKept)
     }
 
     /// Planted bugs that commit what they found without another look.

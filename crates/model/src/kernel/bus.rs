@@ -13,7 +13,10 @@ use gpusvm_abi::bus::{AtomicOp, BusError, SystemBus};
 use crate::kernel::Kernel;
 use crate::mm::Machine;
 use crate::mm::around::Around;
+use crate::mm::entry::Entry;
+use crate::mm::flags::Bits;
 use crate::mm::memory::{FrameId, load_bytes, store_bytes};
+use crate::mm::rmap::Level;
 
 /// Bus address of frame 0. Nothing answers below it.
 const FIRST: u64 = 1 << 32;
@@ -30,6 +33,8 @@ pub enum Violation {
     NoMemory(BusAddr),
     /// It wrote to the page of zeros.
     WroteZeroPage(BusAddr),
+    /// A unit used a page in a way in which no process may.
+    NoRight(BusAddr, Access),
 }
 
 impl fmt::Display for Violation {
@@ -37,13 +42,29 @@ impl fmt::Display for Violation {
         match self {
             Self::UseAfterFree(at) => write!(f, "a device used the freed page at bus address {at}"),
             Self::WroteZeroPage(at) => write!(f, "a device wrote to the page of zeros at {at}"),
+            Self::NoRight(at, access) => {
+                write!(
+                    f,
+                    "a unit has {access:?} access to the page at {at}, and no process has"
+                )
+            }
             Self::NoMemory(at) => write!(f, "a device used bus address {at}, where nothing is"),
         }
     }
 }
 
+/// Who uses a bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum User {
+    /// Whoever copies, also to pages that are nobody's yet.
+    Copies,
+    /// A unit, by translations: what it does some process may do, too. Whoever takes that away waits
+    /// for the units first.
+    Units,
+}
+
 /// The bus of a machine.
-pub struct Bus<E: Environment>(Arc<Kernel<E>>);
+pub struct Bus<E: Environment>(Arc<Kernel<E>>, User);
 
 impl<E: Environment> fmt::Debug for Bus<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -55,7 +76,14 @@ impl<E: Environment> Bus<E> {
     /// The bus of `kernel`.
     #[must_use]
     pub const fn new(kernel: Arc<Kernel<E>>) -> Self {
-        Self(kernel)
+        Self(kernel, User::Copies)
+    }
+
+    /// The bus of `kernel` for the units of a device: an access that no process could make is noted as
+    /// a [`Violation`], as a translation that should be gone was used.
+    #[must_use]
+    pub const fn of_units(kernel: Arc<Kernel<E>>) -> Self {
+        Self(kernel, User::Units)
     }
 
     /// Runs `act` for every piece of `[address, address + len)` that lies in one page, with the
@@ -90,9 +118,13 @@ impl<E: Environment> Bus<E> {
         access: Access,
         act: impl FnOnce(&mut Machine, Option<FrameId>) -> R,
     ) -> Result<R, BusError> {
-        let done = self.0.with(|mm| match frame_at(mm, address, access) {
-            Ok(frame) => Ok(act(mm, frame)),
-            Err(violation) => Err(violation),
+        let done = self.0.with(|mm| {
+            let frame = frame_at(mm, address, access)?;
+            let allowed = |frame| self.1 == User::Copies || may(mm, frame, access);
+            if !frame.is_none_or(allowed) {
+                return Err(Violation::NoRight(BusAddr::new(address), access));
+            }
+            Ok(act(mm, frame))
         });
         done.map_err(|violation| {
             self.0.violations.lock().push(violation);
@@ -142,6 +174,24 @@ fn frame_at(mm: &Machine, address: u64, access: Access) -> Result<Option<FrameId
         return Err(Violation::UseAfterFree(at));
     }
     Ok(Some(FrameId(frame)))
+}
+
+/// Whether some process has a page, with this right. One that a device has for itself gives all.
+fn may(mm: &Machine, frame: FrameId, access: Access) -> bool {
+    let head = mm.memory().head(frame);
+    let behind = frame.0 - head.0;
+    let tail = (behind > 0).then_some(head);
+    let chains = core::iter::once(frame).chain(tail);
+    let mut mappings = chains.flat_map(|frame| mm.rmaps().of(mm.memory(), frame));
+    mappings.any(|mapping| {
+        let page = match mapping.level {
+            Level::Page => mapping.page,
+            Level::Block => mapping.page + behind,
+        };
+        let entry = mm.entry(mapping.pid, page);
+        let all = access == Access::Read || matches!(entry, Entry::DeviceExclusive(..));
+        entry.mapped_frame() == Some(frame) && (all || entry.bits().has(Bits::WRITE))
+    })
 }
 
 impl<E: Environment> SystemBus for Bus<E> {

@@ -10,7 +10,7 @@ use gpusvm::mutant::Mutant;
 use gpusvm::seam::env::Environment;
 use gpusvm::seam::mm::{Access, FaultIn, Location, PageRun, Pager};
 
-use crate::kernel::bus::{ZERO_PAGE, address_of};
+use crate::kernel::bus::{ZERO_PAGE, address_of, frame_of};
 use crate::kernel::snapshot::own_location;
 use crate::kernel::space::{ModelSpace, alive};
 use crate::mm::around::{Around, MmapLock};
@@ -89,7 +89,7 @@ impl<E: Environment> ModelSpace<E> {
 /// Walks from `at` on and enters what is there, up to the first page that is not; `None` at the
 /// end.
 fn walk_until(
-    mm: &Machine,
+    mm: &mut Machine,
     pid: Pid,
     request: &FaultIn,
     pages: Pages,
@@ -101,7 +101,12 @@ fn walk_until(
     }
     while *at < pages.end {
         match find(mm, pid, *at, request) {
-            Found::At(location) => push(runs, location),
+            Found::At(location) => {
+                if request.access == Access::Write {
+                    mark_written(mm, location);
+                }
+                push(runs, location);
+            }
             other @ (Found::Fault | Found::Wait | Found::Failed(_)) => return Some(other),
         }
         *at += 1;
@@ -128,6 +133,17 @@ fn find(mm: &Machine, pid: Pid, page: u32, request: &FaultIn) -> Found {
         Entry::None | Entry::Swap(..) | Entry::DeviceExclusive(..) | Entry::UffdWp => Found::Fault,
         Entry::Migration(..) => Found::Wait,
         Entry::HwPoison(_) | Entry::Guard => Found::Failed(Failed::BadPage(at)),
+    }
+}
+
+/// A page that a device may store to is dirty from then on: no store of it tells. Whatever cleans a page takes
+/// the right to store away first. (Linux 7.3 leaves that to drivers: `set_page_dirty`.)
+fn mark_written(mm: &mut Machine, at: Location) {
+    if let Location::System(bus) = at
+        && let Some(frame) = frame_of(bus)
+        && !mm.has(Mutant::DirtyForgotten)
+    {
+        mm.memory.mark_dirty(frame);
     }
 }
 

@@ -238,6 +238,13 @@ impl Memory {
         self.frame_mut(head)
     }
 
+    /// Marks the folio that `frame` is in as written to. No rule looks at that: it is no change to look at.
+    pub(crate) fn mark_dirty(&mut self, frame: FrameId) {
+        let head = self.head(frame);
+        let flags = &mut self.frames[head.index()].flags;
+        *flags = flags.with(FolioFlags::DIRTY);
+    }
+
     /// Frames of the folio at `head`.
     pub(crate) fn pages_of(&self, head: FrameId) -> impl Iterator<Item = FrameId> + use<> {
         (head.0..head.0 + (1 << self.frame(head).order)).map(FrameId)

@@ -5,4 +5,5 @@ mod test_folios;
 mod test_pager;
 mod test_random;
 mod test_refused;
+mod test_rights;
 mod test_space;
