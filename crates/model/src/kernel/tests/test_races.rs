@@ -1,0 +1,60 @@
+//! What others do to pages in the middle of an operation.
+
+use std::sync::Arc;
+
+use gpusvm::addr::{PAGE, PageCount, VramSpan};
+use gpusvm::event::HomeCause;
+use gpusvm::seam::env::Point;
+use gpusvm::seam::mm::{AddressSpace, DeviceAllocation, Folios, MigrateTo, MigrationSet, Owner};
+
+use super::test_bench::Bench;
+use crate::mm::entry::Entry;
+use crate::mm::errno::Signal;
+use crate::mm::flags::Bits;
+use crate::mm::reclaim::poison;
+use crate::mm::remap::{Remap, Target};
+use crate::mm::uffd::Stores;
+use crate::mm::{DeviceFolios, Shape};
+
+const DONTNEED: i32 = 4;
+const HUGE: i32 = 14;
+const NO_HUGE: i32 = 15;
+
+fn pages(n: u64) -> PageCount {
+    PageCount::new(n)
+}
+
+/// Two blocks of memory that gets large pages, on devices, too.
+fn large() -> Bench {
+    let bench = Bench::of(Shape {
+        device_folios: DeviceFolios::Large,
+        ..Shape::default()
+    });
+    bench.map(0, 8);
+    let huge = bench.space.madvise(bench.at(0), 8 * PAGE, HUGE);
+    huge.expect("anonymous");
+    bench
+}
+
+fn entry(bench: &Bench, page: u32) -> Entry {
+    bench.space.entry(bench.at(page)).expect("inside")
+}
+
+#[test]
+fn a_page_that_is_discarded_while_a_device_takes_it_stays_until_it_has_it() {
+    let bench = Bench::new();
+    bench.map(0, 1);
+    bench.store(0, 7);
+    let mut seen = None;
+    let mut commit = |page| {
+        let discarded = bench.space.madvise(bench.at(0), PAGE, DONTNEED);
+        discarded.expect("anonymous");
+        seen = Some(bench.read(page));
+    };
+    let taken = bench
+        .space
+        .make_exclusive(bench.at(0), Owner(1), &mut commit);
+    assert_eq!((taken, seen), (Ok(()), Some(7)));
+    assert_eq!(entry(&bench, 0), Entry::None);
+    bench.check();
+}
