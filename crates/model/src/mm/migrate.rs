@@ -257,7 +257,7 @@ impl Machine {
             Block::Table => self.next_used(pid, block.start, block).is_none(),
             Block::Huge(..) | Block::Device(..) => false,
         };
-        if !still || !vma.is_anon() || !vma.pages.covers(block) {
+        if !still || !may_fill(&vma) || !vma.pages.covers(block) {
             return false;
         }
         // For the page table that splitting it will need.
@@ -279,7 +279,7 @@ impl Machine {
         let Some(vma) = self.process(pid).vmas.at(page).copied() else {
             return false;
         };
-        if self.block(pid, page) != Block::Table || !vma.is_anon() {
+        if self.block(pid, page) != Block::Table || !may_fill(&vma) {
             return false;
         }
         match self.entry(pid, page) {
@@ -409,6 +409,11 @@ impl Machine {
         let vma = self.process(pid).vmas.at(pages.start);
         vma.is_some_and(|vma| vma.is_private() && vma.pages.covers(pages))
     }
+}
+
+/// Whether a mapping's holes are zeros: not those that the program fills itself, nor those of files.
+fn may_fill(vma: &Vma) -> bool {
+    vma.is_anon() && !vma.flags.has(VmFlags::UFFD_MISSING)
 }
 
 /// Bits of an entry for what was a hole.

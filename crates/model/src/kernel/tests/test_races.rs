@@ -58,3 +58,20 @@ fn a_page_that_is_discarded_while_a_device_takes_it_stays_until_it_has_it() {
     assert_eq!(entry(&bench, 0), Entry::None);
     bench.check();
 }
+
+#[test]
+fn missing_pages_that_the_program_serves_are_not_filled_on_a_device() {
+    for (advice, there) in [(NO_HUGE, 1), (HUGE, 4)] {
+        let bench = large();
+        let advised = bench.space.madvise(bench.at(0), 8 * PAGE, advice);
+        advised.expect("anonymous");
+        bench.store(0, 1);
+        bench.space.serve_missing(bench.span(0, 8)).expect("mapped");
+        let (moved, _weak) = bench.send(bench.span(0, 8)).expect("free");
+        assert_eq!(moved, pages(there), "not what the program has to give");
+        assert_eq!(entry(&bench, 5), Entry::None);
+        let filled = bench.space.fill_missing(bench.at(5), &[9]);
+        assert_eq!((filled, bench.load(5)), (Ok(()), 9));
+        bench.check();
+    }
+}
