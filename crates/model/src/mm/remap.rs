@@ -182,7 +182,9 @@ fn move_pages<A: Around>(around: &A, pid: Pid, old: Pages, to: u32) {
         around.step();
         let target = to + (page - old.start);
         at = around.with(|mm| {
-            if mm.block(pid, page) != Block::Table && !aligned {
+            // What came home meanwhile may be one block again, of which only a part moves.
+            let whole = aligned && !mm.sticks_out(pid, page, old);
+            if mm.block(pid, page) != Block::Table && !whole {
                 mm.split_block(pid, page);
             }
             mm.move_entry(pid, page, target)

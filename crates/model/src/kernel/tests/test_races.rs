@@ -75,3 +75,45 @@ fn missing_pages_that_the_program_serves_are_not_filled_on_a_device() {
         bench.check();
     }
 }
+
+#[test]
+fn half_of_a_block_moves_while_all_of_it_comes_home_at_once() {
+    let bench = large();
+    (0..4).for_each(|page| bench.store(page, u64::from(page) + 1));
+    let (_, allocation) = bench.send(bench.span(0, 4)).expect("free");
+    let allocation = allocation.upgrade().expect("it has pages");
+    // Between cutting the block and moving the first entry.
+    bench.env.at(Point::PteWrite, move || {
+        let home = allocation.bring_home(HomeCause::CpuFault);
+        assert_eq!(home, Ok(pages(4)));
+    });
+    let remap = Remap {
+        at: bench.at(2),
+        old_len: 2 * PAGE,
+        new_len: 2 * PAGE,
+        target: Target::At(bench.at(10)),
+    };
+    assert_eq!(bench.space.mremap(&remap), Ok(bench.at(10)));
+    bench.check();
+    assert_eq!([0, 1, 10, 11].map(|page| bench.load(page)), [1, 2, 3, 4]);
+    assert_eq!(bench.space.load(bench.at(2)), Err(Signal::Segv));
+    bench.check();
+}
+
+#[test]
+fn protecting_a_part_of_a_block_that_came_late_leaves_the_rest_alone() {
+    let bench = large();
+    bench.space.serve_stores(bench.span(0, 8)).expect("mapped");
+    let space = Arc::clone(&bench.space);
+    let first = bench.at(0);
+    bench.env.at(Point::PteWrite, move || {
+        space.store(first, 7).expect("writable");
+    });
+    let protected = bench.space.write_protect(bench.span(2, 2), Stores::Wait);
+    assert_eq!(protected, Ok(()));
+    let bits = [0, 1, 2, 3].map(|page| entry(&bench, page).bits().has(Bits::UFFD_WP));
+    assert_eq!(bits, [false, false, true, true]);
+    bench.store(1, 8);
+    assert_eq!((bench.load(0), bench.load(1)), (7, 8));
+    bench.check();
+}
