@@ -233,7 +233,11 @@ impl Machine {
     fn settle_one(&mut self, mapping: Mapping, bits: Bits, to: FrameId) {
         self.memory.frame_mut(to).exclusive = bits.has(Bits::EXCLUSIVE);
         let bits = bits.without(Bits::EXCLUSIVE);
-        let entry = self.entry_for(to, bits);
+        let entry = if self.memory.frame(to).poisoned {
+            Entry::HwPoison(to)
+        } else {
+            self.entry_for(to, bits)
+        };
         self.replace(mapping.pid, mapping.page, entry);
     }
 

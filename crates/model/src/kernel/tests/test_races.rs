@@ -117,3 +117,48 @@ fn protecting_a_part_of_a_block_that_came_late_leaves_the_rest_alone() {
     assert_eq!((bench.load(0), bench.load(1)), (7, 8));
     bench.check();
 }
+
+#[test]
+fn a_page_that_goes_bad_while_it_moves_is_lost_where_it_stays() {
+    let bench = Bench::new();
+    bench.map(0, 2);
+    bench.store(0, 1);
+    bench.store(1, 2);
+    let bad = entry(&bench, 0).mapped_frame().expect("present");
+    let to = MigrateTo::device(bench.allocation(bench.span(0, 2)), None);
+    let set = bench.space.migrate_begin(bench.span(0, 2), to);
+    let set = set.expect("free");
+    poison(&*bench.kernel, bad);
+    drop(set);
+    assert_eq!(bench.space.load(bench.at(0)), Err(Signal::Bus));
+    assert_eq!(bench.load(1), 2);
+    bench.check();
+}
+
+#[test]
+fn a_large_device_page_with_a_bad_one_in_it_is_not_used_again() {
+    let bench = large();
+    bench.store(1, 2);
+    let (_, allocation) = bench.send(bench.span(0, 4)).expect("free");
+    let allocation = allocation.upgrade().expect("it has pages");
+    let bad = entry(&bench, 1).mapped_frame().expect("on the device");
+    let to = MigrateTo::System {
+        allocation: allocation.clone(),
+        part: VramSpan::at(allocation.vram().start(), 4 * PAGE),
+        aperture: None,
+        folios: Folios::Keep,
+    };
+    let set = bench.space.migrate_begin(bench.span(0, 4), to);
+    let set = set.expect("free");
+    poison(&*bench.kernel, bad);
+    bench.copy(set.moves());
+    assert_eq!(set.finalize(), pages(4));
+    bench.check();
+    for _again in 0..2 {
+        let (moved, _weak) = bench.send(bench.span(0, 8)).expect("free");
+        assert_eq!(moved, pages(8));
+        assert!((0..8).all(|page| entry(&bench, page).named_frame() != Some(bad)));
+        bench.check();
+        assert_eq!([1, 7].map(|page| bench.load(page)), [2, 0]);
+    }
+}
