@@ -162,3 +162,17 @@ fn a_large_device_page_with_a_bad_one_in_it_is_not_used_again() {
         assert_eq!([1, 7].map(|page| bench.load(page)), [2, 0]);
     }
 }
+
+#[test]
+fn a_large_device_page_comes_home_in_pieces_where_there_is_no_large_page() {
+    let bench = large();
+    (0..4).for_each(|page| bench.store(page, u64::from(page) + 1));
+    let (_, allocation) = bench.send(bench.span(0, 4)).expect("free");
+    bench.kernel.refuse(1);
+    assert_eq!(bench.load(1), 2);
+    assert_eq!(bench.kernel.refused(), 1, "the large page");
+    let whole = bench.kernel.look(|mm| mm.is_huge(bench.space.pid(), 0));
+    assert!(!whole && allocation.upgrade().is_none());
+    assert_eq!([0, 1, 2, 3].map(|page| bench.load(page)), [1, 2, 3, 4]);
+    bench.check();
+}
