@@ -392,6 +392,8 @@ impl Machine {
                     && self.memory.folio(frame).owner == Owner::Anon
                     && self.try_lock(frame) =>
             {
+                // The device leaves no mark of what it writes.
+                let bits = bits.with(Bits::DIRTY);
                 self.replace(pid, page, Entry::DeviceExclusive(frame, bits));
                 Some(frame)
             }

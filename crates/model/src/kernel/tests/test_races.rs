@@ -2,12 +2,17 @@
 
 use std::sync::Arc;
 
-use gpusvm::addr::{PAGE, PageCount, VramSpan};
+use gpusvm::addr::{BusAddr, PAGE, PageCount, VramSpan};
 use gpusvm::event::HomeCause;
 use gpusvm::seam::env::Point;
-use gpusvm::seam::mm::{AddressSpace, DeviceAllocation, Folios, MigrateTo, MigrationSet, Owner};
+use gpusvm::seam::mm::{
+    Access, AddressSpace, DeviceAllocation, FaultIn, Folios, Location, MigrateTo, MigrationSet,
+    Owner, Pager,
+};
+use gpusvm_abi::bus::SystemBus;
 
 use super::test_bench::Bench;
+use crate::kernel::bus::Bus;
 use crate::mm::entry::Entry;
 use crate::mm::errno::Signal;
 use crate::mm::flags::Bits;
@@ -19,6 +24,7 @@ use crate::mm::{DeviceFolios, Shape};
 const DONTNEED: i32 = 4;
 const HUGE: i32 = 14;
 const NO_HUGE: i32 = 15;
+const FREE: i32 = 8;
 
 fn pages(n: u64) -> PageCount {
     PageCount::new(n)
@@ -174,5 +180,62 @@ fn a_large_device_page_comes_home_in_pieces_where_there_is_no_large_page() {
     let whole = bench.kernel.look(|mm| mm.is_huge(bench.space.pid(), 0));
     assert!(!whole && allocation.upgrade().is_none());
     assert_eq!([0, 1, 2, 3].map(|page| bench.load(page)), [1, 2, 3, 4]);
+    bench.check();
+}
+
+/// A device writes the first word of a page.
+fn write(bench: &Bench, page: BusAddr, word: u64) {
+    let bus = Bus::new(Arc::clone(&bench.kernel));
+    let written = bus.write(page.get(), &word.to_ne_bytes());
+    written.expect("somebody's");
+}
+
+#[test]
+fn what_a_device_writes_to_a_page_that_was_given_away_stays() {
+    let bench = Bench::new();
+    bench.map(0, 1);
+    bench.store(0, 1);
+    let freed = bench.space.madvise(bench.at(0), PAGE, FREE);
+    freed.expect("anonymous");
+    let request = FaultIn {
+        span: bench.span(0, 1),
+        access: Access::Write,
+        keep: None,
+        pager: Pager::Wait,
+    };
+    let mut runs = Vec::new();
+    bench.space.fault_in(&request, &mut runs).expect("there");
+    let Location::System(page) = runs[0].at else {
+        panic!("nobody sent it away")
+    };
+    write(&bench, page, 7);
+    let gone = [0, 1].map(|_time| bench.space.reclaim(bench.at(0)));
+    assert_eq!(gone, [false, true], "given away no more, then swapped out");
+    assert_eq!(bench.load(0), 7);
+    bench.check();
+}
+
+#[test]
+fn what_a_device_writes_to_its_own_page_that_was_given_away_stays() {
+    let bench = Bench::new();
+    bench.map(0, 1);
+    bench.store(0, 1);
+    // Between faulting it in and taking it.
+    let (env, space, at) = (
+        Arc::clone(&bench.env),
+        Arc::clone(&bench.space),
+        bench.at(0),
+    );
+    bench.env.at(Point::HostLock, move || {
+        env.at(Point::HostLock, move || {
+            space.madvise(at, PAGE, FREE).expect("anonymous");
+        });
+    });
+    let mut commit = |page| write(&bench, page, 7);
+    let taken = bench.space.make_exclusive(at, Owner(1), &mut commit);
+    assert_eq!(taken, Ok(()));
+    let gone = [0, 1].map(|_time| bench.space.reclaim(at));
+    assert_eq!(gone, [false, true], "given away no more, then swapped out");
+    assert_eq!(bench.load(0), 7);
     bench.check();
 }
