@@ -381,15 +381,13 @@ impl Machine {
                 let marker = found == Entry::UffdWp;
                 let entry = if marker { Entry::None } else { found };
                 let bits = match entry {
-                    Entry::Present(..) | Entry::Swap(..) => entry.bits().with(Bits::SOFT_DIRTY),
-                    Entry::None
+                    Entry::Present(..)
                     | Entry::Zero(_)
+                    | Entry::Swap(..)
                     | Entry::Migration(..)
                     | Entry::DevicePrivate(..)
-                    | Entry::DeviceExclusive(..)
-                    | Entry::HwPoison(_)
-                    | Entry::Guard
-                    | Entry::UffdWp => entry.bits(),
+                    | Entry::DeviceExclusive(..) => entry.bits().with(Bits::SOFT_DIRTY),
+                    Entry::None | Entry::HwPoison(_) | Entry::Guard | Entry::UffdWp => entry.bits(),
                 };
                 let bits = bits.without(Bits::UFFD_WP);
                 self.replace(pid, to, entry.with_bits(bits));
@@ -405,7 +403,8 @@ impl Machine {
             }
             Block::Zero(bits) => {
                 self.unmap_block(pid, from);
-                self.set_block(pid, to, Block::Zero(bits.without(Bits::UFFD_WP)));
+                let bits = bits.with(Bits::SOFT_DIRTY).without(Bits::UFFD_WP);
+                self.set_block(pid, to, Block::Zero(bits));
             }
         }
         self.shape.block_around(from).end

@@ -16,6 +16,7 @@ use crate::kernel::bus::Bus;
 use crate::mm::entry::Entry;
 use crate::mm::errno::Signal;
 use crate::mm::flags::Bits;
+use crate::mm::pagemap::PM_SOFT_DIRTY;
 use crate::mm::reclaim::poison;
 use crate::mm::remap::{Remap, Target};
 use crate::mm::uffd::Stores;
@@ -237,5 +238,34 @@ fn what_a_device_writes_to_its_own_page_that_was_given_away_stays() {
     let gone = [0, 1].map(|_time| bench.space.reclaim(at));
     assert_eq!(gone, [false, true], "given away no more, then swapped out");
     assert_eq!(bench.load(0), 7);
+    bench.check();
+}
+
+#[test]
+fn what_moves_counts_as_written_wherever_it_is() {
+    let bench = large();
+    let advised = bench.space.madvise(bench.at(0), 4 * PAGE, NO_HUGE);
+    advised.expect("anonymous");
+    (1..3).for_each(|page| bench.store(page, 1));
+    // A page of zeros, one on a device, one that a device has for itself, a large page of zeros.
+    assert_eq!((bench.load(0), bench.load(4)), (0, 0));
+    bench.send(bench.span(1, 1)).expect("free");
+    let taken = bench
+        .space
+        .make_exclusive(bench.at(2), Owner(1), &mut |_page| ());
+    taken.expect("free");
+    bench.space.clear_soft_dirty();
+    let dirty = |page| bench.space.pagemap(bench.at(page)) & PM_SOFT_DIRTY != 0;
+    assert_eq!([0, 1, 2, 4].map(dirty), [false; 4]);
+    for (from, to) in [(0, 8), (4, 12)] {
+        let remap = Remap {
+            at: bench.at(from),
+            old_len: 4 * PAGE,
+            new_len: 4 * PAGE,
+            target: Target::At(bench.at(to)),
+        };
+        bench.space.mremap(&remap).expect("one mapping");
+    }
+    assert_eq!([8, 9, 10, 12].map(dirty), [true; 4]);
     bench.check();
 }
