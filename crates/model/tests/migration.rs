@@ -2,6 +2,8 @@
 //! actors on the model host with the framework's own pagemap, in every order with few preemptions.
 //! Tapes end with the code that they were recorded on; these last.
 
+use std::cell::OnceCell;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -105,7 +107,11 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let kernel = Kernel::new(Arc::new(ModelEnv), Shape::default());
+        Self::of(Shape::default())
+    }
+
+    fn of(shape: Shape) -> Self {
+        let kernel = Kernel::new(Arc::new(ModelEnv), shape);
         let space = ModelSpace::first(&kernel);
         let copy = Arc::new(Words {
             vram: Mutex::default(),
@@ -275,6 +281,47 @@ fn number_of_a_process_that_is_ending_is_taken() {
                 second.exit();
             }
         });
+        bench.afterwards(sim, |_| ());
+    });
+}
+
+#[test]
+fn number_of_a_process_that_ends_with_no_mapping_is_taken() {
+    exhaust(1, |sim| {
+        let bench = Bench::new();
+        bench.store(0, 1);
+        let first = bench.space.fork().expect("room for one");
+        first.munmap(at(0), 8 * PAGE).expect("mapped");
+        bench.actor(sim, "child", move |_| first.exit());
+        let second = Rc::new(OnceCell::new());
+        let born = Rc::clone(&second);
+        bench.actor(sim, "parent", move |bench| {
+            born.set(bench.space.fork()).expect("once");
+        });
+        bench.afterwards(sim, move |_| {
+            if let Some(Ok(second)) = second.get() {
+                assert_eq!(second.load(at(0)), Ok(1), "it has what its parent has");
+            }
+        });
+    });
+}
+
+#[test]
+fn processes_that_fork_at_the_same_time_have_a_child_each() {
+    exhaust(1, |sim| {
+        let bench = Bench::of(Shape {
+            processes: 4,
+            ..Shape::default()
+        });
+        let other = bench.space.fork().expect("room for three");
+        bench.store(0, 1);
+        other.store(at(0), 2).expect("writable");
+        let fork = |space: &ModelSpace<ModelEnv>, value| {
+            let child = space.fork().expect("room for all");
+            assert_eq!(child.load(at(0)), Ok(value), "it has what its parent has");
+        };
+        bench.actor(sim, "parent", move |bench| fork(&bench.space, 1));
+        bench.actor(sim, "child", move |_| fork(&other, 2));
         bench.afterwards(sim, |_| ());
     });
 }

@@ -55,11 +55,15 @@ impl<E: Environment> ModelSpace<E> {
             InvalidateReason::Exclusive(owner),
         );
         kernel.step();
-        let made = kernel.with(|mm| mm.make_exclusive(self.pid, page));
+        // Held, too: its mapping may go before the device has it.
+        let made = kernel.with(|mm| {
+            let made = mm.make_exclusive(self.pid, page);
+            made.inspect(|frame| mm.hold(*frame))
+        });
         kernel.close(self.pid, open);
         let frame = made.ok_or(Stale::PagesRefused)?;
         commit(address_of(frame));
-        kernel.with(|mm| mm.unlock(frame));
+        kernel.with(|mm| mm.let_go(frame));
         kernel.announce();
         Ok(())
     }

@@ -19,15 +19,7 @@ use crate::mm::{Machine, Pages, Pid, Table};
 /// `EAGAIN` where there is no room for a process, `ENOMEM` where a pinned page cannot be copied.
 pub fn fork<A: Around>(around: &A, parent: Pid) -> Result<Pid, Errno> {
     let _lock = MmapLock::write(around, parent);
-    let free = |mm: &mut Machine| {
-        // One that is ending still takes its entries away.
-        let dead = |pid: &Pid| {
-            let process = mm.process(*pid);
-            !process.alive && process.vmas.all().is_empty() && process.detached.is_empty()
-        };
-        mm.pids().find(dead)
-    };
-    let child = around.with(free).ok_or(Errno::Again)?;
+    let child = around.with(Machine::new_process).ok_or(Errno::Again)?;
     let mut at = 0;
     while let Some(vma) = around.with(|mm| mm.process(parent).vmas.first_from(at).copied()) {
         at = vma.pages.end;
@@ -39,11 +31,11 @@ pub fn fork<A: Around>(around: &A, parent: Pid) -> Result<Pid, Errno> {
         let needed = copied.anon.is_some() || vma.flags.has(VmFlags::MAYBE_GUARD);
         if needed && !wiped && copy_pages(around, parent, child, &vma).is_err() {
             let whole = around.with(|mm| Pages::new(0, mm.shape.pages));
+            around.with(|mm| mm.process_mut(child).alive = false);
             unmap_locked(around, child, whole);
             return Err(Errno::NoMem);
         }
     }
-    around.with(|mm| mm.process_mut(child).alive = true);
     Ok(child)
 }
 
@@ -74,8 +66,11 @@ fn copy_pages<A: Around>(around: &A, parent: Pid, child: Pid, vma: &Vma) -> Resu
 pub fn exit<A: Around>(around: &A, pid: Pid) {
     let _lock = MmapLock::write(around, pid);
     let whole = around.with(|mm| {
-        mm.process_mut(pid).alive = false;
-        Pages::new(0, mm.shape.pages)
+        let whole = Pages::new(0, mm.shape.pages);
+        let process = mm.process_mut(pid);
+        // Nobody gets its number before all is done, even if it has no mapping.
+        (process.alive, process.detached) = (false, whole);
+        whole
     });
     let open = around.open(pid, whole, InvalidateReason::Release);
     around.close(pid, open);
@@ -83,6 +78,18 @@ pub fn exit<A: Around>(around: &A, pid: Pid) {
 }
 
 impl Machine {
+    /// A process that has nothing yet, taken in the same step: another one may fork, too.
+    fn new_process(&mut self) -> Option<Pid> {
+        // One that is ending still takes its entries away.
+        let dead = |pid: &Pid| {
+            let process = self.process(*pid);
+            !process.alive && process.vmas.all().is_empty() && process.detached.is_empty()
+        };
+        let child = self.pids().find(dead)?;
+        self.process_mut(child).alive = true;
+        Some(child)
+    }
+
     /// Whether a child finds a mapping empty.
     fn wipes(&self, vma: &Vma) -> bool {
         vma.flags.has(VmFlags::WIPE_ON_FORK) && !self.has(Mutant::WipeForgotten)

@@ -386,8 +386,8 @@ impl Memory {
 
     /// Gives the frames of a folio back that nobody references.
     pub(crate) fn release(&mut self, head: FrameId) {
-        // A piece of a large one is free page by page.
-        let large = self.frame(head).order == self.large;
+        // A piece of a large one is free page by page, and what is left of one with a bad page.
+        let large = self.frame(head).order == self.large && !self.has_poison(head);
         let private = self.is_device(head) && !self.is_coherent(head);
         if private && large {
             self.device_free_large.push(head.0);

@@ -233,7 +233,11 @@ impl Machine {
     fn settle_one(&mut self, mapping: Mapping, bits: Bits, to: FrameId) {
         self.memory.frame_mut(to).exclusive = bits.has(Bits::EXCLUSIVE);
         let bits = bits.without(Bits::EXCLUSIVE);
-        let entry = self.entry_for(to, bits);
+        let entry = if self.memory.frame(to).poisoned {
+            Entry::HwPoison(to)
+        } else {
+            self.entry_for(to, bits)
+        };
         self.replace(mapping.pid, mapping.page, entry);
     }
 
@@ -257,7 +261,7 @@ impl Machine {
             Block::Table => self.next_used(pid, block.start, block).is_none(),
             Block::Huge(..) | Block::Device(..) => false,
         };
-        if !still || !vma.is_anon() || !vma.pages.covers(block) {
+        if !still || !may_fill(&vma) || !vma.pages.covers(block) {
             return false;
         }
         // For the page table that splitting it will need.
@@ -279,7 +283,7 @@ impl Machine {
         let Some(vma) = self.process(pid).vmas.at(page).copied() else {
             return false;
         };
-        if self.block(pid, page) != Block::Table || !vma.is_anon() {
+        if self.block(pid, page) != Block::Table || !may_fill(&vma) {
             return false;
         }
         match self.entry(pid, page) {
@@ -388,6 +392,8 @@ impl Machine {
                     && self.memory.folio(frame).owner == Owner::Anon
                     && self.try_lock(frame) =>
             {
+                // The device leaves no mark of what it writes.
+                let bits = bits.with(Bits::DIRTY);
                 self.replace(pid, page, Entry::DeviceExclusive(frame, bits));
                 Some(frame)
             }
@@ -409,6 +415,11 @@ impl Machine {
         let vma = self.process(pid).vmas.at(pages.start);
         vma.is_some_and(|vma| vma.is_private() && vma.pages.covers(pages))
     }
+}
+
+/// Whether a mapping's holes are zeros: not those that the program fills itself, nor those of files.
+fn may_fill(vma: &Vma) -> bool {
+    vma.is_anon() && !vma.flags.has(VmFlags::UFFD_MISSING)
 }
 
 /// Bits of an entry for what was a hole.

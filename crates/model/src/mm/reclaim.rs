@@ -97,10 +97,18 @@ pub(crate) enum Unmapped {
 }
 
 /// A memory error in a page, of a device's memory, too: its processes lose it, and nobody gets it
-/// again.
+/// again. Pages of the pool of huge pages have none.
 pub fn poison<A: Around>(around: &A, frame: FrameId) {
-    make_small(around, frame);
-    around.with(|mm| mm.mark_poisoned(frame));
+    if around.with(|mm| mm.memory.folio(frame).owner == Owner::HugePages) {
+        return;
+    }
+    // What comes home meanwhile may be one block again.
+    loop {
+        make_small(around, frame);
+        if around.with(|mm| mm.mark_poisoned(frame)) {
+            break;
+        }
+    }
     unmap_all(around, frame, |mm, mapping| {
         let entry = mm.entry(mapping.pid, mapping.page);
         if entry.mapped_frame() == Some(frame) {
@@ -309,9 +317,14 @@ impl Machine {
         alone
     }
 
-    fn mark_poisoned(&mut self, frame: FrameId) {
+    /// Marks a page, unless block entries map it. Returns whether it did.
+    fn mark_poisoned(&mut self, frame: FrameId) -> bool {
+        if self.memory.folio(frame).entire > 0 {
+            return false;
+        }
         self.hold(frame);
         self.memory.frame_mut(frame).poisoned = true;
+        true
     }
 
     fn seize(&mut self, pid: Pid, page: u32, frame: FrameId) -> Result<Seized, Errno> {

@@ -182,7 +182,9 @@ fn move_pages<A: Around>(around: &A, pid: Pid, old: Pages, to: u32) {
         around.step();
         let target = to + (page - old.start);
         at = around.with(|mm| {
-            if mm.block(pid, page) != Block::Table && !aligned {
+            // What came home meanwhile may be one block again, of which only a part moves.
+            let whole = aligned && !mm.sticks_out(pid, page, old);
+            if mm.block(pid, page) != Block::Table && !whole {
                 mm.split_block(pid, page);
             }
             mm.move_entry(pid, page, target)
@@ -379,15 +381,13 @@ impl Machine {
                 let marker = found == Entry::UffdWp;
                 let entry = if marker { Entry::None } else { found };
                 let bits = match entry {
-                    Entry::Present(..) | Entry::Swap(..) => entry.bits().with(Bits::SOFT_DIRTY),
-                    Entry::None
+                    Entry::Present(..)
                     | Entry::Zero(_)
+                    | Entry::Swap(..)
                     | Entry::Migration(..)
                     | Entry::DevicePrivate(..)
-                    | Entry::DeviceExclusive(..)
-                    | Entry::HwPoison(_)
-                    | Entry::Guard
-                    | Entry::UffdWp => entry.bits(),
+                    | Entry::DeviceExclusive(..) => entry.bits().with(Bits::SOFT_DIRTY),
+                    Entry::None | Entry::HwPoison(_) | Entry::Guard | Entry::UffdWp => entry.bits(),
                 };
                 let bits = bits.without(Bits::UFFD_WP);
                 self.replace(pid, to, entry.with_bits(bits));
@@ -403,7 +403,8 @@ impl Machine {
             }
             Block::Zero(bits) => {
                 self.unmap_block(pid, from);
-                self.set_block(pid, to, Block::Zero(bits.without(Bits::UFFD_WP)));
+                let bits = bits.with(Bits::SOFT_DIRTY).without(Bits::UFFD_WP);
+                self.set_block(pid, to, Block::Zero(bits));
             }
         }
         self.shape.block_around(from).end

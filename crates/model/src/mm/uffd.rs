@@ -7,7 +7,7 @@ use crate::mm::around::{Around, MmapLock};
 use crate::mm::entry::{Block, Entry};
 use crate::mm::errno::Errno;
 use crate::mm::flags::{Bits, VmFlags};
-use crate::mm::map::split_blocks;
+use crate::mm::map::{split_block, split_blocks};
 use crate::mm::protect::{change_flags, for_each_part};
 use crate::mm::{Machine, Pages, Pid};
 
@@ -86,10 +86,18 @@ fn change_stores<A: Around>(around: &A, pid: Pid, pages: Pages, stores: Stores) 
     let mut at = pages.start;
     while at < pages.end {
         around.step();
-        at = around.with(|mm| match stores {
-            Stores::Wait => mm.protect_from_stores(pid, at),
-            Stores::Go => mm.allow_stores(pid, at),
+        // A fault may have brought a block in meanwhile, of which only a part changes.
+        let changed = around.with(|mm| {
+            let whole = !mm.sticks_out(pid, at, pages);
+            whole.then(|| match stores {
+                Stores::Wait => mm.protect_from_stores(pid, at),
+                Stores::Go => mm.allow_stores(pid, at),
+            })
         });
+        match changed {
+            Some(next) => at = next,
+            None => split_block(around, pid, at),
+        }
     }
     around.close(pid, open);
 }

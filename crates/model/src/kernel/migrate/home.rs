@@ -118,6 +118,10 @@ impl<E: Environment> ModelMigration<'_, E> {
                     }
                 },
             });
+        let short = taken == Err(Failed::OutOfMemory.into());
+        if short && pages.len() > 1 {
+            return self.take_home_by_pages(frame, pages, allocation);
+        }
         let Some(to) = taken? else { return Ok(()) };
         let first = allocation.vram().start();
         let at = first.plus(PageCount::new(u64::from(pages.start)).bytes());
@@ -131,6 +135,24 @@ impl<E: Environment> ModelMigration<'_, E> {
             });
         }
         Ok(())
+    }
+
+    /// Where host memory has no large page, small ones will do.
+    fn take_home_by_pages(
+        &mut self,
+        head: FrameId,
+        pages: Pages,
+        allocation: &AllocationRef,
+    ) -> Result<(), Interrupted> {
+        make_small(self.kernel, head);
+        if self.kernel.look(|mm| mm.memory().folio(head).order) > 0 {
+            return Err(Stale::PagesBusy.into());
+        }
+        let mut each = pages.iter();
+        each.try_for_each(|page| {
+            let frame = head.plus(page - pages.start);
+            self.take_home(frame, Pages::one(page), allocation)
+        })
     }
 
     /// Takes the pages from all mappings, in brackets over runs of pages. A child may get new ones
