@@ -11,7 +11,7 @@
 //! the invalidation has ended every device access to it: a device unit may be waiting for the
 //! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PageCount, VramAddr, VramSpan};
+use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PAGE_2M, PageCount, VramAddr, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::mm::{
@@ -22,7 +22,7 @@ use crate::leg::{Leg, Mapping, Refused, Road, blocks};
 use crate::residency::{Busy, DevicePage, Piece};
 use crate::shard::ShardId;
 use crate::space::LiveSpace;
-use crate::staging::Purpose;
+use crate::staging::{Left, Purpose};
 use crate::sys::advise;
 use crate::sys::heap;
 use crate::watch::CannotArm;
@@ -264,20 +264,28 @@ impl LiveSpace {
     }
 
     fn legs_out(&self, span: HostSpan, from: Mapping, goal: &Goal) -> Vec<Leg> {
-        parts(span, goal.folios)
-            .map(|user| match goal.aperture {
+        let _turn = self.staging.turn();
+        let mut legs = Vec::new();
+        for user in parts(span, goal.folios) {
+            legs.push(match goal.aperture {
                 Some(home) => {
                     let parked = home.start().plus(user.start().offset_from(span.start()));
                     Leg::straight(user, from, parked)
                 }
                 None if heap::contains(user.start()) => Leg::closed(user, from),
-                None => self.leg_through(user, from, Purpose::Out),
-            })
-            .collect()
+                None => self.leg_through(user, from, Purpose::Out, &legs),
+            });
+        }
+        legs
     }
 
-    fn leg_through(&self, user: HostSpan, from: Mapping, purpose: Purpose) -> Leg {
-        let slot = self.staging.take(Leg::kind(user), purpose);
+    /// A leg through the slot of the last one, where that is of the same block, or through one more. The
+    /// pieces of an allocation may be far more than there are slots.
+    fn leg_through(&self, user: HostSpan, from: Mapping, purpose: Purpose, before: &[Leg]) -> Leg {
+        let block = |leg: &Leg| leg.user.start().align_down(PAGE_2M);
+        let same = |leg: &&Leg| block(leg) == user.start().align_down(PAGE_2M);
+        let shared = before.last().filter(same).and_then(Leg::slot);
+        let slot = shared.unwrap_or_else(|| self.staging.take(Leg::kind(user), purpose));
         Leg::through(user, from, slot, purpose)
     }
 
@@ -296,8 +304,12 @@ impl LiveSpace {
         for piece in &pieces {
             let invalidation = self.notifiers.start(piece.span, goal.reason);
             self.notifiers.end(&self.env, invalidation);
+        }
+        let turn = self.staging.turn();
+        for piece in &pieces {
             self.legs_home(piece, goal, &mut legs, &mut moves);
         }
+        drop(turn);
         let adopted = match aperture {
             Some(_) => pieces.iter().map(|piece| piece.span.pages()).sum(),
             None => PageCount::ZERO,
@@ -333,7 +345,7 @@ impl LiveSpace {
                 heap::occupy(user);
                 Leg::closed(user, from)
             } else {
-                self.leg_through(user, from, Purpose::Home)
+                self.leg_through(user, from, Purpose::Home, legs)
             };
             let vram = VramSpan::at(
                 piece.page.allocation.vram().start().plus(offset),
@@ -452,9 +464,11 @@ impl Drop for LiveMigration<'_> {
         if !self.done {
             self.undo();
         }
-        for leg in &self.legs {
-            if let Some(slot) = leg.slot() {
-                self.space.staging.put(slot, leg.left);
+        // Legs of one block share a slot, and follow each other.
+        for legs in self.legs.chunk_by(|one, next| one.slot() == next.slot()) {
+            let left = legs.iter().map(|leg| leg.left).reduce(Left::and);
+            if let (Some(slot), Some(left)) = (legs[0].slot(), left) {
+                self.space.staging.put(slot, left);
             }
         }
     }

@@ -1,7 +1,7 @@
 use super::*;
 use core::sync::atomic::Ordering;
 
-use gpusvm::addr::{PAGE, PAGE_2M};
+use gpusvm::addr::PAGE;
 
 use crate::sys::fault_copy::LiveBus;
 use crate::sys::mapping::{AnonMapping, Huge};
@@ -269,4 +269,34 @@ fn what_was_copied_home_is_not_left_for_the_next_one_to_leave() {
     bench.send(holes).expect("plain memory migrates");
     assert_eq!(bench.device_word(0), 0);
     assert_eq!(bench.device_word(2047), 0);
+}
+
+/// What is left of an allocation may be more pieces than there are slots.
+#[test]
+fn allocation_in_many_pieces_comes_home() {
+    for mode in [VramMode::Adopt, VramMode::Copy] {
+        let Some(bench) = Bench::open(mode) else {
+            return;
+        };
+        let land = Territory::reserve(BYTES).expect("there is room");
+        let at = |page: u64| land.span().start().plus(page * PAGE);
+        land.map(land.span(), Huge::Never).expect("memory");
+        for page in 0..64 {
+            LiveBus.write(at(page).get(), &[9; 8]).expect("mapped");
+        }
+        let span = HostSpan::new(at(0), at(64));
+        bench.send(span).expect("plain memory migrates");
+        for page in (0..64).step_by(2) {
+            let dropped = land.discard_raw(HostSpan::at(at(page), PAGE));
+            dropped.expect("it is mapped");
+        }
+        bench.space.settle_events();
+        for page in 0..64 {
+            let mut found = [0xFF; 8];
+            LiveBus.read(at(page).get(), &mut found).expect("mapped");
+            let wanted = if page % 2 == 0 { 0 } else { 9 };
+            assert_eq!(found, [wanted; 8], "page {page}");
+        }
+        assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 0);
+    }
 }
