@@ -11,18 +11,19 @@
 //! the invalidation has ended every device access to it: a device unit may be waiting for the
 //! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PAGE_2M, PageCount, VramAddr, VramSpan};
+use gpusvm::addr::{HostSpan, PageCount, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
-use gpusvm::seam::copy::{CopyMove, CopyWith};
+use gpusvm::seam::copy::CopyMove;
 use gpusvm::seam::mm::{
     AllocationRef, Folios, InvalidateReason, MigrateTo, MigrationSet, Vma, VmaKind,
 };
 
-use crate::leg::{Leg, Mapping, Refused, Road, blocks};
+use crate::leg::{Leg, Mapping, Refused, Road};
+use crate::legs::moves_out;
 use crate::residency::{Busy, DevicePage, Piece};
 use crate::shard::ShardId;
 use crate::space::LiveSpace;
-use crate::staging::{Left, Purpose};
+use crate::staging::Left;
 use crate::sys::advise;
 use crate::sys::heap;
 use crate::watch::CannotArm;
@@ -56,23 +57,6 @@ pub(crate) struct Goal {
 enum Stores {
     Allowed,
     Forbidden,
-}
-
-/// `span` cut at 2 MiB borders, and so that no huge page goes whole where they are to be split: a MOVE
-/// of its first page cuts it.
-fn parts(span: HostSpan, folios: Folios) -> impl Iterator<Item = HostSpan> {
-    blocks(span).flat_map(move |block| {
-        let first = match folios {
-            Folios::Keep => 0,
-            Folios::Split => PAGE.min(block.bytes()),
-        };
-        let border = block.start().plus(first);
-        let both = [
-            HostSpan::new(block.start(), border),
-            HostSpan::new(border, block.end()),
-        ];
-        both.into_iter().filter(|part| !part.is_empty())
-    })
 }
 
 #[derive(Debug)]
@@ -263,32 +247,6 @@ impl LiveSpace {
         }
     }
 
-    fn legs_out(&self, span: HostSpan, from: Mapping, goal: &Goal) -> Vec<Leg> {
-        let _turn = self.staging.turn();
-        let mut legs = Vec::new();
-        for user in parts(span, goal.folios) {
-            legs.push(match goal.aperture {
-                Some(home) => {
-                    let parked = home.start().plus(user.start().offset_from(span.start()));
-                    Leg::straight(user, from, parked)
-                }
-                None if heap::contains(user.start()) => Leg::closed(user, from),
-                None => self.leg_through(user, from, Purpose::Out, &legs),
-            });
-        }
-        legs
-    }
-
-    /// A leg through the slot of the last one, where that is of the same block, or through one more. The
-    /// pieces of an allocation may be far more than there are slots.
-    fn leg_through(&self, user: HostSpan, from: Mapping, purpose: Purpose, before: &[Leg]) -> Leg {
-        let block = |leg: &Leg| leg.user.start().align_down(PAGE_2M);
-        let same = |leg: &&Leg| block(leg) == user.start().align_down(PAGE_2M);
-        let shared = before.last().filter(same).and_then(Leg::slot);
-        let slot = shared.unwrap_or_else(|| self.staging.take(Leg::kind(user), purpose));
-        Leg::through(user, from, slot, purpose)
-    }
-
     fn begin_home(&self, goal: &Goal, part: VramSpan) -> LiveMigration<'_> {
         let (allocation, aperture) = (&goal.allocation, goal.aperture);
         let part = match goal.folios {
@@ -324,41 +282,6 @@ impl LiveSpace {
         }
     }
 
-    fn legs_home(
-        &self,
-        piece: &Piece,
-        goal: &Goal,
-        legs: &mut Vec<Leg>,
-        moves: &mut Vec<CopyMove>,
-    ) {
-        let from = Mapping {
-            shard: piece.shard,
-            left_at: piece.page.left_at,
-        };
-        for user in parts(piece.span, goal.folios) {
-            let offset = piece.page.offset + user.start().offset_from(piece.span.start());
-            if let Some(home) = goal.aperture {
-                legs.push(Leg::straight(user, from, home.start().plus(offset)));
-                continue;
-            }
-            let leg = if heap::contains(user.start()) {
-                heap::occupy(user);
-                Leg::closed(user, from)
-            } else {
-                self.leg_through(user, from, Purpose::Home, legs)
-            };
-            let vram = VramSpan::at(
-                piece.page.allocation.vram().start().plus(offset),
-                user.bytes(),
-            );
-            moves.push(CopyMove {
-                vram,
-                with: CopyWith::To(BusAddr::new(leg.parked.get())),
-            });
-            legs.push(leg);
-        }
-    }
-
     /// Ends the travel of `span`: what waits for it goes on.
     pub(crate) fn arrived(&self, span: HostSpan, shard: ShardId) {
         self.announce_change();
@@ -368,44 +291,6 @@ impl LiveSpace {
             let _nobody_waits = self.watch.shards.uffd(shard).wake(span);
         }
     }
-}
-
-fn moves_out(legs: &[Leg], allocation: &AllocationRef) -> Vec<CopyMove> {
-    let vram = allocation.vram();
-    let first = legs.first().map_or(HostVa::new(0), |leg| leg.user.start());
-    let mut moves = Vec::new();
-    for leg in legs {
-        let at = vram.start().plus(leg.user.start().offset_from(first));
-        match leg.road {
-            Road::Closed => moves_closed(leg, at, &mut moves),
-            Road::Straight | Road::Through(_) => moves.push(CopyMove {
-                vram: VramSpan::at(at, leg.user.bytes()),
-                with: CopyWith::From(BusAddr::new(leg.parked.get())),
-            }),
-        }
-    }
-    moves
-}
-
-/// As the pages of the heap are: reading a hole would make a page there.
-fn moves_closed(leg: &Leg, vram: VramAddr, moves: &mut Vec<CopyMove>) {
-    let mut push = |part: HostSpan, with| {
-        if !part.is_empty() {
-            let at = vram.plus(part.start().offset_from(leg.user.start()));
-            moves.push(CopyMove {
-                vram: VramSpan::at(at, part.bytes()),
-                with,
-            });
-        }
-    };
-    let mut rest = leg.user;
-    while let Some(data) = heap::first_data(rest) {
-        push(HostSpan::new(rest.start(), data.start()), CopyWith::Hole);
-        let from = BusAddr::new(heap::alias_of(data.start()).get());
-        push(data, CopyWith::From(from));
-        rest = HostSpan::new(data.end(), rest.end());
-    }
-    push(rest, CopyWith::Hole);
 }
 
 impl MigrationSet for LiveMigration<'_> {

@@ -1,13 +1,14 @@
 use super::*;
 use core::sync::atomic::Ordering;
+use std::sync::Arc;
 
-use gpusvm::addr::PAGE;
+use gpusvm::addr::{HostVa, PAGE, PAGE_2M};
 
 use crate::sys::fault_copy::LiveBus;
 use crate::sys::mapping::{AnonMapping, Huge};
 use crate::sys::territory::{Advise, Territory};
 use crate::sys::vram::VramMode;
-use crate::toy::Bench;
+use crate::toy::{Bench, Toy};
 use gpusvm_abi::bus::SystemBus;
 
 const BYTES: u64 = 2 * PAGE_2M;
@@ -299,4 +300,25 @@ fn allocation_in_many_pieces_comes_home() {
         }
         assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 0);
     }
+}
+
+#[test]
+fn what_cannot_be_copied_keeps_nothing_else_away() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let (map, span) = filled(Huge::Never);
+    let stuck = HostSpan::at(span.start(), PAGE_2M);
+    let rest = HostSpan::at(stuck.end(), PAGE_2M);
+    let to = MigrateTo::device(Arc::new(Toy::loose(2, stuck)), None);
+    let set = bench.space.begin(stuck, to);
+    set.expect("plain memory migrates").finalize();
+    bench.send(rest).expect("plain memory migrates");
+    bench.space.bring_span_home(span);
+    let table = bench.space.residency.lock();
+    let away = [stuck, rest].map(|span| table.has_departed(span));
+    drop(table);
+    assert_eq!(away, [true, false]);
+    let first = usize::try_from(PAGE_2M / 8).expect("64-bit");
+    assert_eq!(map.words()[first], PAGE_2M / 8 + 1);
 }
