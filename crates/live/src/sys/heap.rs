@@ -215,14 +215,20 @@ pub(crate) fn give(start: *mut u8, size: usize) {
     }
     let _in_runtime = RuntimeScope::enter();
     let span = HostSpan::at(HostVa::new(start.expose_provenance() as u64), bytes);
-    unmap(span);
+    let unmapped = unmap(span);
     occupy(span);
     punch(span);
-    heap.free.lock().insert(span);
+    // Otherwise devices still have what was away, which would pass for the next block's.
+    if unmapped.is_ok() {
+        heap.free.lock().insert(span);
+    }
 }
 
 /// Reserves the addresses of a block again, in a bracket: a device may be using it.
-fn unmap(span: HostSpan) {
+///
+/// # Errors
+/// For want of mappings, or where the program has sealed it: then the block stays mapped.
+fn unmap(span: HostSpan) -> Result<(), Errno> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
     let call = SysCall::make(
         Call::Mmap,
@@ -235,8 +241,11 @@ fn unmap(span: HostSpan) {
             0,
         ],
     );
-    // Refused for want of mappings: then the block stays mapped, to pages without content.
-    let _reserved = call.bracketed();
+    let reserved = call.bracketed();
+    if reserved < 0 {
+        let errno = i32::try_from(reserved.unsigned_abs()).unwrap_or(libc::ENOMEM);
+        return Err(Errno::from_raw_os_error(errno));
+    }
     // SAFETY: advice about children changes no content.
     let _kept = unsafe {
         madvise(
@@ -245,6 +254,7 @@ fn unmap(span: HostSpan) {
             Advice::LinuxDontFork,
         )
     };
+    Ok(())
 }
 
 /// Takes every access to `span` away from the program.
@@ -412,6 +422,21 @@ mod tests {
         assert!(first_data(part(parts - 2)).is_none());
         give(other, 4096);
         give(at, parts * 4096);
+    }
+
+    #[test]
+    fn block_that_cannot_be_unmapped_is_nobodys_next() {
+        const MSEAL: libc::c_long = 462;
+        let (at, span) = taken(1 << 20);
+        // SAFETY: sealing changes no content.
+        let sealed = unsafe { libc::syscall(MSEAL, at, 1 << 20, 0_u64) };
+        if sealed != 0 {
+            return println!("skipped: mappings cannot be sealed");
+        }
+        give(at, 1 << 20);
+        let heap = HEAP.get().expect("it is prepared");
+        assert!(!heap.free.lock().overlaps(span));
+        assert_eq!(first_data(span), None, "its pages are free");
     }
 
     #[test]
