@@ -28,6 +28,7 @@ use crate::residency::everything;
 use crate::shard::BATCH;
 use crate::space::LiveSpace;
 use crate::sys::atfork::{self, ForkHook};
+use crate::sys::heap;
 use crate::sys::thread;
 use crate::sys::uffd::{Message, Uffd};
 
@@ -43,6 +44,7 @@ pub fn begin_anew() {
     if atfork::begin_anew() {
         bracket::forget_space();
         in_thread::stop();
+        heap::begin_anew();
     }
 }
 
