@@ -119,7 +119,9 @@ impl LiveSpace {
             .vma_around(span.start())
             .filter(|vma| vma.span.contains(span.start()))
             .ok_or(Failed::NoVma(span.start()))?;
-        let read_only = self.is_read_only(&vma, span);
+        // What a device has for itself it writes to.
+        let writes = matches!(goal.reason, InvalidateReason::Exclusive(_));
+        let read_only = !writes && self.is_read_only(&vma, span);
         let leaves = |vma: &Vma| vma.kind == VmaKind::Anonymous || read_only;
         if !leaves(&vma) {
             return Err(Failed::NotMigratable(span.start()).into());
