@@ -29,6 +29,7 @@ use crate::shard::BATCH;
 use crate::space::LiveSpace;
 use crate::sys::atfork::{self, ForkHook};
 use crate::sys::heap;
+use crate::sys::stack;
 use crate::sys::thread;
 use crate::sys::uffd::{Message, Uffd};
 
@@ -45,6 +46,7 @@ pub fn begin_anew() {
         bracket::forget_space();
         in_thread::stop();
         heap::begin_anew();
+        stack::begin_anew();
     }
 }
 
