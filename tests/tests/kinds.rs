@@ -3,14 +3,22 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
+use gpusvm::event::{Event, EventSink};
+use gpusvm::seam::env::Ns;
+use gpusvm::seam::mm::{AddressSpace, Owner};
 use gpusvm_abi::bus::{AtomicOp, SystemBus};
 use gpusvm_live::program::Claim;
-use gpusvm_live::{Advise, Backing, Huge, LiveBus, Protect, Territory};
+use gpusvm_live::{
+    Advise, Backing, Huge, LiveBus, LiveConfig, LiveEnv, LiveSpace, Protect, Territory,
+};
 use gpusvm_softgpu::{Kernel, Stop, Tile};
 use gpusvm_tests::skipped;
-use gpusvm_tests::stage::{Resident, away, each_resident, without_privileges};
+use gpusvm_tests::stage::{Resident, away, each_resident, filled, turn, without_privileges};
 
 #[global_allocator]
 static ALLOCATOR: gpusvm_live::RuntimeAlloc = gpusvm_live::RuntimeAlloc;
@@ -158,7 +166,7 @@ impl Merger {
         };
         let first = scans()?;
         while scans()? < first + count {
-            std::thread::yield_now();
+            thread::yield_now();
         }
         Some(())
     }
@@ -324,4 +332,53 @@ fn huge_zero_pages_and_memory_that_nobody_has_touched() {
 #[test]
 fn all_of_it_without_privileges() {
     without_privileges("all_of_it_without_privileges");
+}
+
+/// Hears nothing.
+struct Deaf;
+
+impl EventSink for Deaf {
+    fn record(&self, _now: Ns, _event: &Event) {}
+}
+
+/// A device would write to a page that it has for itself.
+#[test]
+fn page_that_became_read_only_is_given_to_no_device() {
+    let _turn = turn();
+    let space = LiveSpace::open(&LiveConfig::default(), LiveEnv::new(1), Arc::new(Deaf));
+    let space = match space {
+        Ok(space) => space,
+        Err(why) => return println!("skipped: {why}"),
+    };
+    if !space.level().is_patched() {
+        return space.close();
+    }
+    let mut map = filled(2 << 20, 5);
+    let at = HostVa::new(map.address());
+    let [stop, read_only] = [const { AtomicBool::new(false) }; 2];
+    let wrong = AtomicU64::new(0);
+    let take = || {
+        let _busy_or_refused = space.make_exclusive(at, Owner(1), &mut |_bus| {
+            wrong.fetch_add(read_only.load(Ordering::SeqCst).into(), Ordering::SeqCst);
+        });
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                gpusvm_live::thread::run(take);
+            }
+        });
+        for _round in 0..10_000 {
+            map.protect(0, 4096, Protect::Read).expect("it changes");
+            read_only.store(true, Ordering::SeqCst);
+            thread::yield_now();
+            read_only.store(false, Ordering::SeqCst);
+            let given_back = map.protect(0, 4096, Protect::ReadWrite);
+            given_back.expect("it changes");
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    assert_eq!(wrong.load(Ordering::SeqCst), 0);
+    assert_eq!(map.words()[0], 5);
+    space.close();
 }

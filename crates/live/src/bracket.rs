@@ -162,6 +162,9 @@ impl BracketHook for Service {
 pub(crate) enum Effect {
     /// Destroys it and the mapping.
     Unmap,
+    /// The same, by a call that may well be refused: what is away comes home first, so that other
+    /// threads find it meanwhile, and afterwards.
+    Replace,
     /// Destroys it, the mapping stays.
     Clear,
     /// Keeps it; the mapping moves away.
@@ -175,7 +178,7 @@ pub(crate) enum Effect {
 impl Effect {
     const fn reason(self) -> InvalidateReason {
         match self {
-            Self::Unmap | Self::Move => InvalidateReason::Unmap,
+            Self::Unmap | Self::Replace | Self::Move => InvalidateReason::Unmap,
             Self::Clear | Self::Populate => InvalidateReason::Clear,
             Self::Protect => InvalidateReason::ProtectVma,
         }
@@ -221,10 +224,11 @@ pub(crate) fn effects(call: &SysCall) -> [Option<(HostSpan, Effect)>; 2] {
         Call::Madvise => madvise_effect(a2).map_or([None, None], one),
         Call::Mmap => {
             let replaces = a3 & MAP_FIXED != 0 && a3 & MAP_FIXED_NOREPLACE != MAP_FIXED_NOREPLACE;
-            if replaces {
-                one(Effect::Unmap)
-            } else {
-                [None, None]
+            match (replaces, a3 & MAP_ANONYMOUS != 0) {
+                (false, _) => [None, None],
+                (true, true) => one(Effect::Unmap),
+                // The file may be none that can be mapped.
+                (true, false) => one(Effect::Replace),
             }
         }
         Call::Mremap => {
@@ -232,7 +236,7 @@ pub(crate) fn effects(call: &SysCall) -> [Option<(HostSpan, Effect)>; 2] {
             let onto = if fixed { span_of(a4, a2) } else { None };
             [
                 span_of(a0, a1).map(|s| (s, Effect::Move)),
-                onto.map(|s| (s, Effect::Unmap)),
+                onto.map(|s| (s, Effect::Replace)),
             ]
         }
         Call::Brk => [
@@ -259,6 +263,7 @@ fn installs_guards(call: &SysCall) -> bool {
 const GUARD_INSTALL: usize = 102;
 const ENOMEM: isize = 12;
 const MAP_FIXED: usize = 0x10;
+const MAP_ANONYMOUS: usize = 0x20;
 const MAP_FIXED_NOREPLACE: usize = 0x10_0000;
 const MREMAP_FIXED: usize = 2;
 
@@ -277,7 +282,9 @@ fn madvise_effect(advice: usize) -> Option<Effect> {
     const KEEP_ON_FORK: usize = 19;
     match advice {
         WIPE_ON_FORK | KEEP_ON_FORK => Some(Effect::Protect),
-        DONTNEED | FREE | REMOVE | DONTNEED_LOCKED | GUARD_INSTALL => Some(Effect::Clear),
+        DONTNEED | FREE | DONTNEED_LOCKED | GUARD_INSTALL => Some(Effect::Clear),
+        // It is for pages of files, and refused where pages may be away, but on the heap.
+        REMOVE => Some(Effect::Populate),
         POPULATE_READ | POPULATE_WRITE | COLLAPSE => Some(Effect::Populate),
         _ => None,
     }
@@ -377,12 +384,14 @@ impl LiveSpace {
     /// Adjusts the watch to what the call did.
     fn settle_call(&self, span: HostSpan, effect: Effect, outcome: Outcome, suspended: &Suspended) {
         match effect {
-            Effect::Unmap if outcome == Outcome::Done => self.watch.forget(span),
+            Effect::Unmap | Effect::Replace if outcome == Outcome::Done => self.watch.forget(span),
             // The new place is watched when a device first uses it.
             Effect::Move if outcome == Outcome::Done => self.watch.forget(span),
             Effect::Clear if outcome == Outcome::Done => self.watch.resume(suspended),
             Effect::Protect | Effect::Populate => self.watch.resume(suspended),
-            Effect::Unmap | Effect::Clear | Effect::Move => self.watch.rearm(suspended),
+            Effect::Unmap | Effect::Replace | Effect::Clear | Effect::Move => {
+                self.watch.rearm(suspended);
+            }
         }
     }
 

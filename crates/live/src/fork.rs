@@ -34,8 +34,10 @@ use crate::residency::everything;
 use crate::shard::BATCH;
 use crate::space::LiveSpace;
 use crate::sys::atfork::{self, ForkHook};
+use crate::sys::heap;
 use crate::sys::process_lock::Freed;
 use crate::sys::smaps;
+use crate::sys::stack;
 use crate::sys::thread;
 use crate::sys::uffd::{Message, Uffd};
 
@@ -51,6 +53,8 @@ pub fn begin_anew() {
     if atfork::begin_anew() {
         bracket::forget_space();
         in_thread::stop();
+        heap::begin_anew();
+        stack::begin_anew();
     }
 }
 

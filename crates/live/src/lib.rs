@@ -11,7 +11,7 @@
 //! | `spans`, `large` | sets of addresses; huge pages that are away |
 //! | `watch` | which mappings raise faults and brackets |
 //! | `stays` | memory that never leaves: control blocks of threads, and their like |
-//! | `migrate`, `leg`, `staging` | pages leave and return, by `UFFDIO_MOVE` or through the migratable heap |
+//! | `migrate`, `leg`, `legs`, `staging` | pages leave and return, by `UFFDIO_MOVE` or through the migratable heap |
 //! | `read_only` | pages leave mappings that may not be written |
 //! | `shard`, `pool`, `reader` | userfaultfds, and the threads that serve CPU faults |
 //! | `in_thread` | CPU faults that are served where they occur |
@@ -48,6 +48,7 @@ mod in_thread;
 mod inside;
 mod large;
 mod leg;
+mod legs;
 mod level;
 mod mappings;
 mod migrate;

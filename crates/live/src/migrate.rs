@@ -11,18 +11,19 @@
 //! the invalidation has ended every device access to it: a device unit may be waiting for the
 //! reader at a hole in host memory, and the reader serves that while the span is merely claimed.
 
-use gpusvm::addr::{BusAddr, HostSpan, HostVa, PAGE, PageCount, VramAddr, VramSpan};
+use gpusvm::addr::{HostSpan, PageCount, VramSpan};
 use gpusvm::error::{Failed, Interrupted, Stale};
-use gpusvm::seam::copy::{CopyMove, CopyWith};
+use gpusvm::seam::copy::CopyMove;
 use gpusvm::seam::mm::{
     AllocationRef, Folios, InvalidateReason, MigrateTo, MigrationSet, Vma, VmaKind,
 };
 
-use crate::leg::{Leg, Mapping, Refused, Road, blocks};
+use crate::leg::{Leg, Mapping, Refused, Road};
+use crate::legs::moves_out;
 use crate::residency::{Busy, DevicePage, Piece};
 use crate::shard::ShardId;
 use crate::space::LiveSpace;
-use crate::staging::Purpose;
+use crate::staging::Left;
 use crate::sys::advise;
 use crate::sys::heap;
 use crate::watch::CannotArm;
@@ -56,23 +57,6 @@ pub(crate) struct Goal {
 enum Stores {
     Allowed,
     Forbidden,
-}
-
-/// `span` cut at 2 MiB borders, and so that no huge page goes whole where they are to be split: a MOVE
-/// of its first page cuts it.
-fn parts(span: HostSpan, folios: Folios) -> impl Iterator<Item = HostSpan> {
-    blocks(span).flat_map(move |block| {
-        let first = match folios {
-            Folios::Keep => 0,
-            Folios::Split => PAGE.min(block.bytes()),
-        };
-        let border = block.start().plus(first);
-        let both = [
-            HostSpan::new(block.start(), border),
-            HostSpan::new(border, block.end()),
-        ];
-        both.into_iter().filter(|part| !part.is_empty())
-    })
 }
 
 #[derive(Debug)]
@@ -135,7 +119,9 @@ impl LiveSpace {
             .vma_around(span.start())
             .filter(|vma| vma.span.contains(span.start()))
             .ok_or(Failed::NoVma(span.start()))?;
-        let read_only = self.is_read_only(&vma, span);
+        // What a device has for itself it writes to.
+        let writes = matches!(goal.reason, InvalidateReason::Exclusive(_));
+        let read_only = !writes && self.is_read_only(&vma, span);
         let leaves = |vma: &Vma| vma.kind == VmaKind::Anonymous || read_only;
         if !leaves(&vma) {
             return Err(Failed::NotMigratable(span.start()).into());
@@ -263,24 +249,6 @@ impl LiveSpace {
         }
     }
 
-    fn legs_out(&self, span: HostSpan, from: Mapping, goal: &Goal) -> Vec<Leg> {
-        parts(span, goal.folios)
-            .map(|user| match goal.aperture {
-                Some(home) => {
-                    let parked = home.start().plus(user.start().offset_from(span.start()));
-                    Leg::straight(user, from, parked)
-                }
-                None if heap::contains(user.start()) => Leg::closed(user, from),
-                None => self.leg_through(user, from, Purpose::Out),
-            })
-            .collect()
-    }
-
-    fn leg_through(&self, user: HostSpan, from: Mapping, purpose: Purpose) -> Leg {
-        let slot = self.staging.take(Leg::kind(user), purpose);
-        Leg::through(user, from, slot, purpose)
-    }
-
     fn begin_home(&self, goal: &Goal, part: VramSpan) -> LiveMigration<'_> {
         let (allocation, aperture) = (&goal.allocation, goal.aperture);
         let part = match goal.folios {
@@ -296,8 +264,12 @@ impl LiveSpace {
         for piece in &pieces {
             let invalidation = self.notifiers.start(piece.span, goal.reason);
             self.notifiers.end(&self.env, invalidation);
+        }
+        let turn = self.staging.turn();
+        for piece in &pieces {
             self.legs_home(piece, goal, &mut legs, &mut moves);
         }
+        drop(turn);
         let adopted = match aperture {
             Some(_) => pieces.iter().map(|piece| piece.span.pages()).sum(),
             None => PageCount::ZERO,
@@ -312,41 +284,6 @@ impl LiveSpace {
         }
     }
 
-    fn legs_home(
-        &self,
-        piece: &Piece,
-        goal: &Goal,
-        legs: &mut Vec<Leg>,
-        moves: &mut Vec<CopyMove>,
-    ) {
-        let from = Mapping {
-            shard: piece.shard,
-            left_at: piece.page.left_at,
-        };
-        for user in parts(piece.span, goal.folios) {
-            let offset = piece.page.offset + user.start().offset_from(piece.span.start());
-            if let Some(home) = goal.aperture {
-                legs.push(Leg::straight(user, from, home.start().plus(offset)));
-                continue;
-            }
-            let leg = if heap::contains(user.start()) {
-                heap::occupy(user);
-                Leg::closed(user, from)
-            } else {
-                self.leg_through(user, from, Purpose::Home)
-            };
-            let vram = VramSpan::at(
-                piece.page.allocation.vram().start().plus(offset),
-                user.bytes(),
-            );
-            moves.push(CopyMove {
-                vram,
-                with: CopyWith::To(BusAddr::new(leg.parked.get())),
-            });
-            legs.push(leg);
-        }
-    }
-
     /// Ends the travel of `span`: what waits for it goes on.
     pub(crate) fn arrived(&self, span: HostSpan, shard: ShardId) {
         self.announce_change();
@@ -356,44 +293,6 @@ impl LiveSpace {
             let _nobody_waits = self.watch.shards.uffd(shard).wake(span);
         }
     }
-}
-
-fn moves_out(legs: &[Leg], allocation: &AllocationRef) -> Vec<CopyMove> {
-    let vram = allocation.vram();
-    let first = legs.first().map_or(HostVa::new(0), |leg| leg.user.start());
-    let mut moves = Vec::new();
-    for leg in legs {
-        let at = vram.start().plus(leg.user.start().offset_from(first));
-        match leg.road {
-            Road::Closed => moves_closed(leg, at, &mut moves),
-            Road::Straight | Road::Through(_) => moves.push(CopyMove {
-                vram: VramSpan::at(at, leg.user.bytes()),
-                with: CopyWith::From(BusAddr::new(leg.parked.get())),
-            }),
-        }
-    }
-    moves
-}
-
-/// As the pages of the heap are: reading a hole would make a page there.
-fn moves_closed(leg: &Leg, vram: VramAddr, moves: &mut Vec<CopyMove>) {
-    let mut push = |part: HostSpan, with| {
-        if !part.is_empty() {
-            let at = vram.plus(part.start().offset_from(leg.user.start()));
-            moves.push(CopyMove {
-                vram: VramSpan::at(at, part.bytes()),
-                with,
-            });
-        }
-    };
-    let mut rest = leg.user;
-    while let Some(data) = heap::first_data(rest) {
-        push(HostSpan::new(rest.start(), data.start()), CopyWith::Hole);
-        let from = BusAddr::new(heap::alias_of(data.start()).get());
-        push(data, CopyWith::From(from));
-        rest = HostSpan::new(data.end(), rest.end());
-    }
-    push(rest, CopyWith::Hole);
 }
 
 impl MigrationSet for LiveMigration<'_> {
@@ -452,9 +351,11 @@ impl Drop for LiveMigration<'_> {
         if !self.done {
             self.undo();
         }
-        for leg in &self.legs {
-            if let Some(slot) = leg.slot() {
-                self.space.staging.put(slot, leg.left);
+        // Legs of one block share a slot, and follow each other.
+        for legs in self.legs.chunk_by(|one, next| one.slot() == next.slot()) {
+            let left = legs.iter().map(|leg| leg.left).reduce(Left::and);
+            if let (Some(slot), Some(left)) = (legs[0].slot(), left) {
+                self.space.staging.put(slot, left);
             }
         }
     }

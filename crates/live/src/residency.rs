@@ -273,10 +273,17 @@ impl Residency {
             .collect()
     }
 
-    /// An allocation that has resident pages in `span`.
-    pub(crate) fn any_resident(&self, span: HostSpan) -> Option<AllocationRef> {
+    /// An allocation that has resident pages in `span`, and is none of `but`.
+    pub(crate) fn any_resident(
+        &self,
+        span: HostSpan,
+        but: &[AllocationId],
+    ) -> Option<AllocationRef> {
         self.overlapping(span).find_map(|(_, state)| match state {
-            State::Resident(page) => Some(page.allocation.clone()),
+            State::Resident(page) => {
+                let other = !but.contains(&page.allocation.id());
+                other.then(|| page.allocation.clone())
+            }
             State::Claimed | State::Transit(_) => None,
         })
     }

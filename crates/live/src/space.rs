@@ -305,18 +305,24 @@ impl LiveSpace {
         }
     }
 
-    /// Brings all resident pages of `span` home and waits for those that travel.
+    /// Brings all resident pages of `span` home and waits for those that travel. Pages that cannot be
+    /// copied were reported, and stay where they are.
     pub(crate) fn bring_home(&self, span: HostSpan, cause: HomeCause) {
+        let mut stuck = Vec::new();
         loop {
             self.wait_settled(span);
             // Asked at one moment: what travels may be put back where it was.
             let table = self.residency.lock();
-            let (resident, travelling) = (table.any_resident(span), table.is_travelling(span));
+            let (resident, travelling) =
+                (table.any_resident(span, &stuck), table.is_travelling(span));
             drop(table);
-            match resident.map(|allocation| allocation.bring_home(cause)) {
-                // A page that cannot be copied; it was reported, and stays where it is.
-                Some(Err(Interrupted::Failed(_))) => return,
-                Some(Ok(_) | Err(Interrupted::Stale(_))) => {}
+            match resident {
+                Some(allocation) => {
+                    let id = allocation.id();
+                    if let Err(Interrupted::Failed(_)) = allocation.bring_home(cause) {
+                        stuck.push(id);
+                    }
+                }
                 None if travelling => {}
                 None => return,
             }

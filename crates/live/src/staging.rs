@@ -27,10 +27,10 @@
 //! path, and a few at a time: a wake-up costs as much as dropping many pages. A few pages `put` drops
 //! itself. Where the attendant is late, or a child of fork has none, `take` does what is needed.
 //!
-//! Lock rank: leaf.
+//! Lock rank: leaf. Whoever has the [turn](Staging::turn) waits for slots, which come back without it.
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
-use gpusvm::seam::env::Mutex;
+use gpusvm::seam::env::{Mutex, MutexGuard};
 use gpusvm_abi::bus::SystemBus;
 
 use crate::env::LiveEnv;
@@ -58,6 +58,7 @@ pub(crate) struct Staging {
     shelves: [Mutex<LiveEnv, Shelf>; 2],
     /// A slot has come back: what those who found none sleep on.
     returned: Changes,
+    turn: Mutex<LiveEnv, ()>,
 }
 
 /// The slots of one kind that are not in use.
@@ -74,7 +75,7 @@ struct Shelf {
 }
 
 /// A slot in use.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Slot {
     /// Start of its 2 MiB.
     pub(crate) at: HostVa,
@@ -111,6 +112,19 @@ pub(crate) enum Left {
     Nothing,
 }
 
+impl Left {
+    /// What is left of two that shared a slot.
+    pub(crate) fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Pages(one), Self::Pages(other)) => Self::Pages(one.join(other)),
+            (Self::Pages(part), Self::Fresh | Self::Nothing)
+            | (Self::Fresh | Self::Nothing, Self::Pages(part)) => Self::Pages(part),
+            (Self::Fresh, _) | (_, Self::Fresh) => Self::Fresh,
+            (Self::Nothing, Self::Nothing) => Self::Nothing,
+        }
+    }
+}
+
 impl Staging {
     /// Maps and registers the slots.
     ///
@@ -129,7 +143,14 @@ impl Staging {
             arenas,
             shelves: shelves.map(Mutex::<LiveEnv, _>::new),
             returned: Changes::new(),
+            turn: Mutex::<LiveEnv, _>::new(()),
         })
+    }
+
+    /// The right to take slots, which a migration has until it has all that it needs: were several at
+    /// it, each could wait for slots that the others have taken so far.
+    pub(crate) fn turn(&self) -> MutexGuard<'_, LiveEnv, ()> {
+        self.turn.lock()
     }
 
     /// A slot that is ready for `purpose`. Waits for one to come back where all are in use.

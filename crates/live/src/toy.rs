@@ -4,7 +4,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE_2M, PageCount, VramAddr, VramSpan};
-use gpusvm::error::Interrupted;
+use gpusvm::error::{Failed, Interrupted};
 use gpusvm::event::{Event, EventSink, HomeCause};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::env::Ns;
@@ -164,7 +164,7 @@ impl DeviceAllocation for Toy {
 
     fn bring_home(self: Arc<Self>, _cause: HomeCause) -> Result<PageCount, Interrupted> {
         let Some((space, memory)) = self.home.clone() else {
-            return Ok(PageCount::ZERO);
+            return Err(Failed::AddressSpaceGone.into());
         };
         let Some(space) = space.upgrade() else {
             return Ok(PageCount::ZERO);

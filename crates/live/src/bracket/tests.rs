@@ -8,7 +8,7 @@ use crate::sys::territory::Territory;
 use crate::sys::vram::VramMode;
 use crate::toy::Bench;
 
-use Effect::{Clear, Move, Populate, Protect, Unmap};
+use Effect::{Clear, Move, Populate, Protect, Replace, Unmap};
 
 /// An address that is page-aligned, and one that is not.
 const AT: usize = 0x7000_0000;
@@ -36,6 +36,10 @@ fn each_call_brackets_the_pages_that_it_changes_and_no_others() {
             SysCall::new(Call::Mmap, &[AT, TWO, 3, 0x32]),
             &[(AT, Unmap)],
         ),
+        (
+            SysCall::new(Call::Mmap, &[AT, TWO, 3, 0x12]),
+            &[(AT, Replace)],
+        ),
         (SysCall::new(Call::Mmap, &[AT, TWO, 3, 0x22]), &[]),
         (SysCall::new(Call::Mmap, &[AT, TWO, 3, 0x10_0022]), &[]),
         (
@@ -44,11 +48,11 @@ fn each_call_brackets_the_pages_that_it_changes_and_no_others() {
         ),
         (
             SysCall::new(Call::Mremap, &[AT, TWO, TWO, 3, onto]),
-            &[(AT, Move), (onto, Unmap)],
+            &[(AT, Move), (onto, Replace)],
         ),
         (advice(4), &[(AT, Clear)]),
         (advice(8), &[(AT, Clear)]),
-        (advice(9), &[(AT, Clear)]),
+        (advice(9), &[(AT, Populate)]),
         (advice(24), &[(AT, Clear)]),
         (advice(102), &[(AT, Clear)]),
         (advice(22), &[(AT, Populate)]),
@@ -139,4 +143,43 @@ fn content_is_gone_where_a_call_fails_that_has_unmapped_it() {
     let mut byte = [7];
     LiveBus::new().read(at, &mut byte).expect("mapped");
     assert_eq!(byte, [0], "a mapping of its own");
+}
+
+#[test]
+fn other_threads_find_what_a_call_that_will_be_refused_would_have_destroyed() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let land = Territory::reserve(2 << 20).expect("there is room");
+    let span = land.span();
+    land.map(span, Huge::Never).expect("a hole");
+    let at = span.start().get();
+    let (from, bytes) = (
+        usize::try_from(at).expect("64-bit"),
+        usize::try_from(span.bytes()).expect("64-bit"),
+    );
+    let calls = [
+        SysCall::new(Call::Madvise, &[from, bytes, 9]),
+        SysCall::new(Call::Mmap, &[from, bytes, 3, 0x12, usize::MAX]),
+        SysCall::new(Call::Mremap, &[AT, bytes, bytes, 3, from]),
+    ];
+    for call in calls {
+        for offset in [0, PAGE] {
+            LiveBus::new().write(at + offset, &[1]).expect("mapped");
+        }
+        bench.send(span).expect("plain memory migrates");
+        let [first, second] = effects(&call);
+        let what = second.or(first).expect("it changes the span");
+        bench.space.begin_change(&[span]);
+        let mut byte = [7];
+        let refused = bench.space.bracket_span(what, || {
+            LiveBus::new().read(at, &mut byte).expect("mapped");
+            -22
+        });
+        bench.space.end_change(&[span]);
+        assert_eq!((refused, byte), (-22, [1]), "{call:?}");
+        LiveBus::new().read(at + PAGE, &mut byte).expect("mapped");
+        assert_eq!(byte, [1], "{call:?}");
+    }
+    assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 0);
 }

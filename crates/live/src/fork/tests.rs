@@ -7,7 +7,6 @@ use gpusvm::addr::{HostVa, PAGE_2M};
 
 use crate::env::LiveEnv;
 use crate::sys::child::{By, Child};
-use crate::sys::heap;
 use crate::sys::mapping::{AnonMapping, Huge};
 use crate::sys::patch::{Call, SysCall};
 use crate::sys::territory::{Advise, Territory};
@@ -376,20 +375,4 @@ fn child_begins_anew_whatever_locks_others_held() {
         child
     });
     assert!(child.expect("a child").passed().expect("ours"));
-}
-
-/// The blocks of both would have the same pages.
-#[test]
-fn child_that_begins_anew_keeps_off_the_heap_of_its_parent() {
-    let Some(bench) = Bench::open(VramMode::Adopt) else {
-        return;
-    };
-    heap::prepare().expect("address space");
-    let child = Child::make(By::Fork, || {
-        begin_anew();
-        heap::prepare() == Err(Errno::PERM)
-    });
-    assert!(child.expect("a child").passed().expect("ours"));
-    heap::prepare().expect("it is there");
-    drop(bench);
 }

@@ -1,13 +1,14 @@
 use super::*;
 use core::sync::atomic::Ordering;
+use std::sync::Arc;
 
-use gpusvm::addr::{PAGE, PAGE_2M};
+use gpusvm::addr::{HostVa, PAGE, PAGE_2M};
 
 use crate::sys::fault_copy::LiveBus;
 use crate::sys::mapping::{AnonMapping, Huge};
 use crate::sys::territory::{Advise, Territory};
 use crate::sys::vram::VramMode;
-use crate::toy::Bench;
+use crate::toy::{Bench, Toy};
 use gpusvm_abi::bus::SystemBus;
 
 const BYTES: u64 = 2 * PAGE_2M;
@@ -269,4 +270,55 @@ fn what_was_copied_home_is_not_left_for_the_next_one_to_leave() {
     bench.send(holes).expect("plain memory migrates");
     assert_eq!(bench.device_word(0), 0);
     assert_eq!(bench.device_word(2047), 0);
+}
+
+/// What is left of an allocation may be more pieces than there are slots.
+#[test]
+fn allocation_in_many_pieces_comes_home() {
+    for mode in [VramMode::Adopt, VramMode::Copy] {
+        let Some(bench) = Bench::open(mode) else {
+            return;
+        };
+        let land = Territory::reserve(BYTES).expect("there is room");
+        let at = |page: u64| land.span().start().plus(page * PAGE);
+        land.map(land.span(), Huge::Never).expect("memory");
+        for page in 0..64 {
+            LiveBus.write(at(page).get(), &[9; 8]).expect("mapped");
+        }
+        let span = HostSpan::new(at(0), at(64));
+        bench.send(span).expect("plain memory migrates");
+        for page in (0..64).step_by(2) {
+            let dropped = land.discard_raw(HostSpan::at(at(page), PAGE));
+            dropped.expect("it is mapped");
+        }
+        bench.space.settle_events();
+        for page in 0..64 {
+            let mut found = [0xFF; 8];
+            LiveBus.read(at(page).get(), &mut found).expect("mapped");
+            let wanted = if page % 2 == 0 { 0 } else { 9 };
+            assert_eq!(found, [wanted; 8], "page {page}");
+        }
+        assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 0);
+    }
+}
+
+#[test]
+fn what_cannot_be_copied_keeps_nothing_else_away() {
+    let Some(bench) = Bench::open(VramMode::Adopt) else {
+        return;
+    };
+    let (map, span) = filled(Huge::Never);
+    let stuck = HostSpan::at(span.start(), PAGE_2M);
+    let rest = HostSpan::at(stuck.end(), PAGE_2M);
+    let to = MigrateTo::device(Arc::new(Toy::loose(2, stuck)), None);
+    let set = bench.space.begin(stuck, to);
+    set.expect("plain memory migrates").finalize();
+    bench.send(rest).expect("plain memory migrates");
+    bench.space.bring_span_home(span);
+    let table = bench.space.residency.lock();
+    let away = [stuck, rest].map(|span| table.has_departed(span));
+    drop(table);
+    assert_eq!(away, [true, false]);
+    let first = usize::try_from(PAGE_2M / 8).expect("64-bit");
+    assert_eq!(map.words()[first], PAGE_2M / 8 + 1);
 }

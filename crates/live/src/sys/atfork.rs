@@ -98,7 +98,6 @@ extern "C" fn child() {
         lock.free(&alone);
     }
     heap::FIRST.free(&alone);
-    heap::give_up();
     for lock in HOOK.get().into_iter().flat_map(|hook| hook.locks()) {
         lock.free(&alone);
     }

@@ -14,15 +14,15 @@
 //! and after a while the page is taken out of the file. The same offset leads from one to the other, so a look at
 //! an address needs no lock.
 //!
-//! Blocks are whole pages; their owner alone unmaps them. Children have none of this memory.
+//! Blocks are whole pages; their owner alone unmaps them. Children have none of this memory; one that
+//! [begins anew](begin_anew) makes a heap of its own.
 
 use core::alloc::Layout;
 use core::ffi::c_void;
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::OnceLock;
 
 use gpusvm::addr::{HostSpan, HostVa, PAGE, PAGE_2M};
 use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
@@ -59,8 +59,15 @@ static ALIAS: AtomicU64 = AtomicU64::new(0);
 /// New allocations of the program come from here.
 #[unsafe(link_section = ".data")]
 static WANTED: AtomicBool = AtomicBool::new(false);
+/// Null before there is one.
 #[unsafe(link_section = ".data")]
-static HEAP: OnceLock<Heap> = OnceLock::new();
+static HEAP: AtomicPtr<Heap> = AtomicPtr::new(ptr::null_mut());
+/// First addresses of the views that this process had blocks of as somebody's child; 0 where a place is
+/// free.
+#[unsafe(link_section = ".data")]
+static FORMER: [AtomicU64; GENERATIONS] = [const { AtomicU64::new(0) }; GENERATIONS];
+/// Most children of children that have a heap each.
+const GENERATIONS: usize = 8;
 
 /// What stays for the life of the process.
 struct Heap {
@@ -74,57 +81,71 @@ struct Heap {
     _alias: OwnedSpan,
 }
 
-/// The heap is the parent's, whose file it shares: this process must not use it.
-#[unsafe(link_section = ".data")]
-static INHERITED: AtomicBool = AtomicBool::new(false);
-
-/// The child of a process with a heap has none, for good. Async-signal-safe.
-pub(super) fn give_up() {
-    if HEAP.get().is_some() {
-        INHERITED.store(true, Ordering::Relaxed);
-    }
-}
-
 /// Held while the heap is set up.
 pub(super) static FIRST: ProcessLock<()> = ProcessLock::new(());
 
 /// Sets the heap up, once per process.
 ///
 /// # Errors
-/// The system's: no memory file, or no address space. `EPERM` in a child that has inherited one.
+/// The system's: no memory file, or no address space.
 pub(crate) fn prepare() -> Result<(), Errno> {
     let _first = FIRST.lock();
-    if INHERITED.load(Ordering::Relaxed) {
-        return Err(Errno::PERM);
-    }
-    if HEAP.get().is_some() {
+    if heap().is_some() {
         return Ok(());
+    }
+    if FORMER.iter().all(|view| view.load(Ordering::Relaxed) != 0) {
+        return Err(Errno::NOMEM);
     }
     let _in_runtime = RuntimeScope::enter();
     let file = memfd_create("gpusvm-heap", MemfdFlags::CLOEXEC)?;
     ftruncate(&file, BYTES)?;
     let inode = rustix::fs::fstat(&file)?.st_ino;
-    let view = reserve()?;
+    // Blocks of a parent must not pass for this heap's: where they were, nothing comes any more.
+    let mut view = reserve()?;
+    while FORMER
+        .iter()
+        .filter_map(view_at)
+        .any(|former| former.overlaps(view))
+    {
+        view = reserve()?;
+    }
     let alias = map_alias(file.as_fd())?;
     let mut free = SpanSet::default();
     free.insert(view);
-    let heap = Heap {
+    let heap = Box::new(Heap {
         file,
         inode,
         free: lock_api::Mutex::new(free),
         kept: lock_api::Mutex::new(VecDeque::new()),
         _alias: OwnedSpan::declare(alias).ok_or(Errno::NOMEM)?,
-    };
-    if HEAP.set(heap).is_ok() {
-        ALIAS.store(alias.start().get(), Ordering::Relaxed);
-        VIEW.store(view.start().get(), Ordering::Release);
-    }
+    });
+    HEAP.store(Box::leak(heap), Ordering::Release);
+    ALIAS.store(alias.start().get(), Ordering::Relaxed);
+    VIEW.store(view.start().get(), Ordering::Release);
     Ok(())
+}
+
+fn heap() -> Option<&'static Heap> {
+    // SAFETY: null, or a heap that is never freed.
+    unsafe { HEAP.load(Ordering::Acquire).as_ref() }
+}
+
+/// In a child: from now on it may have a heap of its own. The one before is its parent's, whose pages it
+/// must not map: both would have them. Blocks that it still has pointers to are never given back.
+pub(crate) fn begin_anew() {
+    HEAP.store(ptr::null_mut(), Ordering::Release);
+    let view = VIEW.swap(0, Ordering::AcqRel);
+    let free = |place: &&AtomicU64| place.load(Ordering::Relaxed) == 0;
+    if view != 0
+        && let Some(place) = FORMER.iter().find(free)
+    {
+        place.store(view, Ordering::Relaxed);
+    }
 }
 
 /// Allocations of the program come from here from now on. The heap is [prepared](prepare).
 pub(crate) fn start_allocating() {
-    WANTED.store(HEAP.get().is_some(), Ordering::Relaxed);
+    WANTED.store(heap().is_some(), Ordering::Relaxed);
 }
 
 /// New ones come from elsewhere again.
@@ -164,9 +185,20 @@ fn map_alias(file: BorrowedFd<'_>) -> Result<HostSpan, Errno> {
     Ok(HostSpan::at(start, BYTES))
 }
 
-/// Whether `block` is one of this heap's.
+/// Whether `block` is one of this heap's, or of a parent's.
 pub(crate) fn holds(block: *mut u8) -> bool {
-    contains(HostVa::new(block.addr() as u64))
+    let at = HostVa::new(block.addr() as u64);
+    contains(at)
+        || FORMER
+            .iter()
+            .filter_map(view_at)
+            .any(|view| view.contains(at))
+}
+
+/// The view that begins at an address, if that is one.
+fn view_at(start: &AtomicU64) -> Option<HostSpan> {
+    let start = start.load(Ordering::Relaxed);
+    (start != 0).then(|| HostSpan::at(HostVa::new(start), BYTES))
 }
 
 /// Whether requests of both sizes get as many pages.
@@ -188,7 +220,7 @@ pub(crate) fn overlaps(span: HostSpan) -> bool {
 
 /// Whether a mapping of file `inode` is part of a block.
 pub(crate) fn is_block(at: HostVa, inode: u64) -> bool {
-    contains(at) && HEAP.get().is_some_and(|heap| heap.inode == inode)
+    contains(at) && heap().is_some_and(|heap| heap.inode == inode)
 }
 
 /// Where the runtime finds the byte at `at`, an address of the view.
@@ -199,7 +231,7 @@ pub(crate) fn alias_of(at: HostVa) -> HostVa {
 
 /// A block of zeros for a request of the program; `None` where there is none.
 pub(crate) fn take(layout: Layout) -> Option<*mut u8> {
-    let heap = HEAP.get()?;
+    let heap = heap()?;
     let _in_runtime = RuntimeScope::enter();
     let bytes = pages(layout.size())?;
     let align = u64::try_from(layout.align()).ok()?;
@@ -223,22 +255,28 @@ pub(crate) fn take(layout: Layout) -> Option<*mut u8> {
 
 /// Takes a block back, or its part from `start` on.
 pub(crate) fn give(start: *mut u8, size: usize) {
-    let (Some(heap), Some(bytes)) = (HEAP.get(), pages(size)) else {
+    let (Some(heap), Some(bytes)) = (heap(), pages(size)) else {
         return;
     };
-    if atfork::is_child() || INHERITED.load(Ordering::Relaxed) {
+    let span = HostSpan::at(HostVa::new(start.expose_provenance() as u64), bytes);
+    if atfork::is_child() || !contains(span.start()) {
         return;
     }
     let _in_runtime = RuntimeScope::enter();
-    let span = HostSpan::at(HostVa::new(start.expose_provenance() as u64), bytes);
-    unmap(span);
+    let unmapped = unmap(span);
     occupy(span);
     punch(span);
-    heap.free.lock().insert(span);
+    // Otherwise devices still have what was away, which would pass for the next block's.
+    if unmapped.is_ok() {
+        heap.free.lock().insert(span);
+    }
 }
 
 /// Reserves the addresses of a block again, in a bracket: a device may be using it.
-fn unmap(span: HostSpan) {
+///
+/// # Errors
+/// For want of mappings, or where the program has sealed it: then the block stays mapped.
+fn unmap(span: HostSpan) -> Result<(), Errno> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
     let call = SysCall::make(
         Call::Mmap,
@@ -251,8 +289,11 @@ fn unmap(span: HostSpan) {
             0,
         ],
     );
-    // Refused for want of mappings: then the block stays mapped, to pages without content.
-    let _reserved = call.bracketed();
+    let reserved = call.bracketed();
+    if reserved < 0 {
+        let errno = i32::try_from(reserved.unsigned_abs()).unwrap_or(libc::ENOMEM);
+        return Err(Errno::from_raw_os_error(errno));
+    }
     // SAFETY: advice about children changes no content.
     let _kept = unsafe {
         madvise(
@@ -261,6 +302,7 @@ fn unmap(span: HostSpan) {
             Advice::LinuxDontFork,
         )
     };
+    Ok(())
 }
 
 /// Takes every access to `span` away from the program.
@@ -287,7 +329,7 @@ fn protect(span: HostSpan, access: MprotectFlags) -> Result<(), Errno> {
 /// The content of `span` is elsewhere now. Its pages stay for a while: most of what leaves comes back,
 /// and making pages anew takes several times as long as filling them.
 pub(crate) fn vacate(span: HostSpan) {
-    let Some(heap) = HEAP.get() else {
+    let Some(heap) = heap() else {
         return;
     };
     let mut kept = heap.kept.lock();
@@ -302,7 +344,7 @@ pub(crate) fn vacate(span: HostSpan) {
 
 /// The pages of `span` are about to be filled, or to go: they are no longer dropped behind one's back.
 pub(crate) fn occupy(span: HostSpan) {
-    if let Some(heap) = HEAP.get() {
+    if let Some(heap) = heap() {
         heap.kept.lock().retain(|kept| !kept.overlaps(span));
     }
 }
@@ -333,7 +375,7 @@ fn data_from(at: HostVa) -> Option<HostVa> {
     let view = VIEW.load(Ordering::Acquire);
     let from = SeekFrom::Data(at.get().checked_sub(view)?);
     // ENXIO: there is none up to the end of the file.
-    let data = seek(&HEAP.get()?.file, from).ok()?;
+    let data = seek(&heap()?.file, from).ok()?;
     Some(HostVa::new(view + data))
 }
 
@@ -408,6 +450,28 @@ mod tests {
     }
 
     #[test]
+    fn child_that_begins_anew_has_pages_of_its_own() {
+        let (at, span) = taken(1 << 20);
+        let layout = Layout::from_size_align(1 << 20, 4096).expect("a valid layout");
+        let child = Child::make(By::Fork, || {
+            atfork::begin_anew();
+            begin_anew();
+            let own = prepare().ok().and_then(|()| take(layout));
+            // SAFETY: the whole block.
+            let filled = own.map(|own| unsafe { own.write_bytes(9, 1 << 20) });
+            // The parent's block.
+            give(at, 1 << 20);
+            filled.is_some() && holds(at) && !contains(span.start())
+        });
+        assert!(child.expect("a child").passed().expect("it ends"));
+        let (next, _) = taken(1 << 20);
+        // SAFETY: inside the block.
+        assert_eq!(unsafe { next.read_volatile() }, 0);
+        give(next, 1 << 20);
+        give(at, 1 << 20);
+    }
+
+    #[test]
     fn pages_of_what_is_away_are_kept_for_the_latest_only() {
         const PART: u64 = 4096;
         let parts = KEPT + 3;
@@ -428,6 +492,21 @@ mod tests {
         assert!(first_data(part(parts - 2)).is_none());
         give(other, 4096);
         give(at, parts * 4096);
+    }
+
+    #[test]
+    fn block_that_cannot_be_unmapped_is_nobodys_next() {
+        const MSEAL: libc::c_long = 462;
+        let (at, span) = taken(1 << 20);
+        // SAFETY: sealing changes no content.
+        let sealed = unsafe { libc::syscall(MSEAL, at, 1 << 20, 0_u64) };
+        if sealed != 0 {
+            return println!("skipped: mappings cannot be sealed");
+        }
+        give(at, 1 << 20);
+        let heap = heap().expect("it is prepared");
+        assert!(!heap.free.lock().overlaps(span));
+        assert_eq!(first_data(span), None, "its pages are free");
     }
 
     #[test]

@@ -61,6 +61,13 @@ pub(super) fn prepare() -> Result<(), Errno> {
     Ok(())
 }
 
+/// In a child, which has only the thread that forked: the stacks of all others are free.
+pub(crate) fn begin_anew() {
+    if FIRST_TOP.load(Ordering::Relaxed) != 0 {
+        FREE.store(u64::MAX, Ordering::Release);
+    }
+}
+
 /// Maps all stacks, the lowest page of each as a guard, and one more guard behind the last, which
 /// keeps the system from joining that stack with a neighbour's mapping.
 fn map() -> Result<usize, Errno> {
@@ -146,6 +153,21 @@ pub(super) fn run<R>(work: impl FnOnce() -> R) -> Option<R> {
 mod tests {
     use super::*;
     use gpusvm::addr::{HostSpan, HostVa};
+
+    use crate::sys::child::{By, Child};
+
+    #[test]
+    fn child_that_begins_anew_has_all_stacks() {
+        prepare().expect("stacks can be mapped");
+        // As another thread has one, which the child does not have.
+        let taken = Taken::take();
+        let child = Child::make(By::Fork, || {
+            begin_anew();
+            FREE.load(Ordering::Relaxed) == u64::MAX
+        });
+        drop(taken);
+        assert!(child.expect("a child").passed().expect("it ends"));
+    }
 
     #[test]
     fn work_runs_on_a_stack_of_the_runtime_which_is_free_again_afterwards() {

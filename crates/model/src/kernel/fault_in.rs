@@ -122,8 +122,7 @@ fn find(mm: &Machine, pid: Pid, page: u32, request: &FaultIn) -> Found {
     let entry = mm.entry(pid, page);
     match entry {
         Entry::Present(frame, bits) => match request.access {
-            // Written from now on: a device leaves no mark, and what MADV_FREE gave away must stay.
-            Access::Write if !bits.has(Bits::WRITE.with(Bits::DIRTY)) => Found::Fault,
+            Access::Write if !bits.has(Bits::WRITE) => Found::Fault,
             Access::Read | Access::Write => Found::At(Location::System(address_of(frame))),
         },
         Entry::DevicePrivate(frame, bits) => find_device(mm, (frame, bits), request),

@@ -248,7 +248,7 @@ impl Machine {
         if !usable || busy || !self.try_lock(frame) {
             return None;
         }
-        if folio.flags.has(FolioFlags::LAZYFREE) && !folio.flags.has(FolioFlags::DIRTY) {
+        if folio.flags.has(FolioFlags::LAZYFREE) {
             self.hold(frame);
             return Some(Leaves::Nothing);
         }
@@ -281,8 +281,11 @@ impl Machine {
         if locked || (pinned && self.mutant != Some(Mutant::PinnedReclaimed)) {
             return Unmapped::Stays;
         }
+        // By a CPU, or by a device: either may have come since it was chosen.
+        let written =
+            bits.has(Bits::DIRTY) || self.memory.folio(frame).flags.has(FolioFlags::DIRTY);
         let new = match leaves {
-            Leaves::Nothing if bits.has(Bits::DIRTY) => {
+            Leaves::Nothing if written => {
                 let folio = self.memory.folio_mut(frame);
                 folio.flags = folio.flags.without(FolioFlags::LAZYFREE);
                 return Unmapped::Stays;

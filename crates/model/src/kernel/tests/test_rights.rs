@@ -83,19 +83,6 @@ fn units_may_use_parts_of_large_pages() {
 }
 
 #[test]
-fn what_a_device_writes_is_not_dropped() {
-    let bench = Bench::new();
-    bench.map(0, 1);
-    bench.store(0, 1);
-    let advised = bench.space.madvise(bench.at(0), PAGE, FREE);
-    advised.expect("anonymous");
-    let at = look_up(&bench, Access::Write);
-    units(&bench).write(at.get(), &[7]).expect("writable");
-    assert!(bench.space.reclaim(bench.at(0)), "it can go");
-    assert_eq!(bench.load(0), 7);
-}
-
-#[test]
 fn what_a_device_only_reads_may_be_dropped() {
     let bench = Bench::new();
     bench.map(0, 1);
