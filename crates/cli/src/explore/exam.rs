@@ -11,8 +11,9 @@ use serde_json::json;
 
 use crate::args::ExploreArgs;
 use crate::cpu_time;
+use crate::explore::failure::{check_writable, save, shorten, show};
 use crate::explore::plan::Plan;
-use crate::explore::{ExploreError, check_writable, explorer, plans, save, shorten, show};
+use crate::explore::{ExploreError, explorer, plans};
 use crate::progress::Worlds;
 use crate::table::Table;
 

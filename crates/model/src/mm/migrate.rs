@@ -310,7 +310,7 @@ impl Machine {
         true
     }
 
-    /// Lets a collected page go: unlocked, no longer held; it is free if nobody maps it.
+    /// Lets a page go that was locked and held: it is free if nobody maps it any more.
     pub fn let_go(&mut self, frame: FrameId) {
         self.unlock(frame);
         if let Some(slot) = self.memory.folio(frame).swap {

@@ -129,10 +129,7 @@ pub fn poison<A: Around>(around: &A, frame: FrameId) {
 pub fn inject_error<A: Around>(around: &A, pid: Pid, page: u32) -> Result<(), Errno> {
     let frame = seize(around, pid, page)?;
     poison(around, frame);
-    around.with(|mm| {
-        mm.unlock(frame);
-        mm.unhold(frame);
-    });
+    around.with(|mm| mm.let_go(frame));
     around.announce();
     Ok(())
 }

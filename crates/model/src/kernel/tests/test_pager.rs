@@ -1,6 +1,8 @@
 //! Faults that the program serves itself, and memory errors.
 
+use gpusvm::addr::PAGE;
 use gpusvm::error::Failed;
+use gpusvm::seam::env::Point;
 use gpusvm::seam::mm::{Access, AddressSpace, FaultIn, MigrateTo, Pager};
 
 use super::test_bench::Bench;
@@ -104,5 +106,23 @@ fn a_memory_error_waits_for_a_migration_and_devices_are_refused() {
     };
     let refused = bench.space.fault_in(&request, &mut Vec::new());
     assert_eq!(refused, Err(Failed::BadPage(bench.at(0)).into()));
+    bench.check();
+}
+
+/// A page that was read in from swap is freed by who had it last, be it whom an error made lock it.
+#[test]
+fn a_child_that_ends_during_a_memory_error_leaves_no_page_behind() {
+    let bench = Bench::new();
+    bench.map(0, 1);
+    bench.store(0, 1);
+    assert!(bench.space.reclaim(bench.at(0)), "it goes to swap");
+    let child = bench.space.fork().expect("room");
+    bench.env.at(Point::PteWrite, move || child.exit());
+    let lost = reclaim::inject_error(&**bench.space.kernel(), Pid(0), 0);
+    assert_eq!(lost, Ok(()));
+    let unmapped = bench.space.munmap(bench.at(0), PAGE);
+    unmapped.expect("mapped");
+    let left = bench.kernel.look(|mm| mm.memory().taken_frames().count());
+    assert_eq!(left, 0);
     bench.check();
 }
