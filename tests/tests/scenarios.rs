@@ -113,6 +113,13 @@ fn run(number: u32, host: HostKind) {
     }
 }
 
+/// Asserts that the one scenario of `text` passes on the model.
+fn assert_passes_on_the_model(text: &str) {
+    let scenarios = parse("here", text).expect("it can be read");
+    let verdicts = scenarios.iter().map(|one| one.run(HostKind::Model));
+    assert_eq!(verdicts.collect::<Vec<_>>(), [Verdict::Passed]);
+}
+
 #[test]
 fn every_scenario_of_the_reference_is_there_or_says_what_it_waits_for() {
     let mut seen: BTreeMap<u32, u32> = BTreeMap::new();
@@ -155,12 +162,7 @@ scenario 1 pages with errors, and pages that are protected
 
 #[test]
 fn pages_have_errors_and_are_protected() {
-    let scenarios = parse("here", BAD_PAGES).expect("it can be read");
-    let verdicts: Vec<_> = scenarios
-        .iter()
-        .map(|one| one.run(HostKind::Model))
-        .collect();
-    assert_eq!(verdicts, [Verdict::Passed]);
+    assert_passes_on_the_model(BAD_PAGES);
 }
 
 /// A page that a device gets for itself is a range of its own, and the range that had it is no more.
@@ -200,12 +202,7 @@ scenario 1 prefetch of pages of which some are there, and one is a guard
 
 #[test]
 fn prefetch_of_what_cannot_be_fetched_is_no_error() {
-    let scenarios = parse("here", GUARDED).expect("it can be read");
-    let verdicts: Vec<_> = scenarios
-        .iter()
-        .map(|one| one.run(HostKind::Model))
-        .collect();
-    assert_eq!(verdicts, [Verdict::Passed]);
+    assert_passes_on_the_model(GUARDED);
 }
 
 /// Scenarios are there to find bugs. Each of these finds one that is planted.

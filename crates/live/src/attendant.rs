@@ -23,7 +23,7 @@ use crate::sys::uffd::Uffd;
 /// The thread and what waits for it.
 #[derive(Debug)]
 pub(crate) struct Attendant {
-    pub(crate) orphans: Mutex<LiveEnv, Vec<Orphan>>,
+    orphans: Mutex<LiveEnv, Vec<Orphan>>,
     stop: AtomicBool,
     thread: Mutex<LiveEnv, Option<RuntimeThread>>,
 }
@@ -61,6 +61,12 @@ impl Attendant {
     pub(crate) fn adopt(&self, orphan: Orphan) {
         self.orphans.lock().push(orphan);
         last_wish::call();
+    }
+
+    /// A child that waits, which the caller feeds.
+    #[cfg(test)]
+    pub(crate) fn next_orphan(&self) -> Option<Orphan> {
+        self.orphans.lock().pop()
     }
 
     /// Ends the thread, after the children that wait.

@@ -118,14 +118,20 @@ fn heap_end_that_goes_down_unmaps_and_up_does_not() {
     );
 }
 
+/// Mapped memory without huge pages.
+fn small_pages() -> Territory {
+    let land = Territory::reserve(2 << 20).expect("there is room");
+    land.map(land.span(), Huge::Never).expect("a hole");
+    land
+}
+
 #[test]
 fn content_is_gone_where_a_call_fails_that_has_unmapped_it() {
     let Some(bench) = Bench::open(VramMode::Adopt) else {
         return;
     };
-    let land = Territory::reserve(2 << 20).expect("there is room");
+    let land = small_pages();
     let span = land.span();
-    land.map(span, Huge::Never).expect("a hole");
     let at = span.start().get();
     LiveBus::new().write(at, &[1]).expect("mapped");
     bench.send(span).expect("plain memory migrates");
@@ -150,9 +156,8 @@ fn other_threads_find_what_a_call_that_will_be_refused_would_have_destroyed() {
     let Some(bench) = Bench::open(VramMode::Adopt) else {
         return;
     };
-    let land = Territory::reserve(2 << 20).expect("there is room");
+    let land = small_pages();
     let span = land.span();
-    land.map(span, Huge::Never).expect("a hole");
     let at = span.start().get();
     let (from, bytes) = (
         usize::try_from(at).expect("64-bit"),

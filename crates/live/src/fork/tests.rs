@@ -238,8 +238,7 @@ fn call_while_a_child_waits(bench: &Bench, huge: Huge, call: Call, advice: usize
         while !ended.load(Ordering::SeqCst) && !waits::sleepers().iter().any(waits) {
             std::thread::yield_now();
         }
-        let next = || bench.space.attendant.orphans.lock().pop();
-        while let Some(orphan) = next() {
+        while let Some(orphan) = bench.space.attendant.next_orphan() {
             feed(&bench.space, orphan);
         }
     });

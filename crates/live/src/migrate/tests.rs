@@ -172,6 +172,17 @@ fn content_that_came_meanwhile_wins_and_is_counted() {
     assert_eq!(bench.counts.lost.load(Ordering::Relaxed), 1);
 }
 
+/// Memory of small pages, of which the first 64 are there and begin with nines.
+fn nines() -> Territory {
+    let land = Territory::reserve(BYTES).expect("there is room");
+    land.map(land.span(), Huge::Never).expect("memory");
+    for page in 0..64 {
+        let at = land.span().start().plus(page * PAGE);
+        LiveBus.write(at.get(), &[9; 8]).expect("mapped");
+    }
+    land
+}
+
 /// Where pages are away, the system tells nobody of guards; copying over them would remove them,
 /// as Linux 6.18 does.
 #[test]
@@ -180,12 +191,8 @@ fn guards_that_nobody_told_of_stay_when_pages_come_home() {
         let Some(bench) = Bench::open(mode) else {
             return;
         };
-        let land = Territory::reserve(BYTES).expect("there is room");
+        let land = nines();
         let at = |page: u64| land.span().start().plus(page * PAGE);
-        land.map(land.span(), Huge::Never).expect("memory");
-        for page in 0..64 {
-            LiveBus.write(at(page).get(), &[9; 8]).expect("mapped");
-        }
         bench
             .send(HostSpan::new(at(0), at(64)))
             .expect("plain memory migrates");
@@ -279,12 +286,8 @@ fn allocation_in_many_pieces_comes_home() {
         let Some(bench) = Bench::open(mode) else {
             return;
         };
-        let land = Territory::reserve(BYTES).expect("there is room");
+        let land = nines();
         let at = |page: u64| land.span().start().plus(page * PAGE);
-        land.map(land.span(), Huge::Never).expect("memory");
-        for page in 0..64 {
-            LiveBus.write(at(page).get(), &[9; 8]).expect("mapped");
-        }
         let span = HostSpan::new(at(0), at(64));
         bench.send(span).expect("plain memory migrates");
         for page in (0..64).step_by(2) {

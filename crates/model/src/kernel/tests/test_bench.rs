@@ -10,9 +10,9 @@ use gpusvm::mmu::{Interval, Seq};
 use gpusvm::seam::copy::{CopyMove, CopyWith};
 use gpusvm::seam::env::{Environment, Ns, Point, Work};
 use gpusvm::seam::mm::{
-    AddressSpace, AllocationId, AllocationRef, CpuFault, CpuFaultOutcome, CpuFaultSink,
-    DeviceAllocation, Folios, InvalidateReason, InvalidationSink, MigrateTo, MigrationSet,
-    PagemapId,
+    Access, AddressSpace, AllocationId, AllocationRef, CpuFault, CpuFaultOutcome, CpuFaultSink,
+    DeviceAllocation, FaultIn, Folios, InvalidateReason, InvalidationSink, Location, MigrateTo,
+    MigrationSet, PagemapId, Pager,
 };
 use gpusvm_abi::bus::SystemBus;
 
@@ -230,6 +230,22 @@ impl Bench {
         self.copy(set.moves());
         between();
         Ok((set.finalize(), weak))
+    }
+
+    /// Where the first page is, for a device that wants this right.
+    pub(super) fn look_up(&self, access: Access) -> BusAddr {
+        let mut runs = Vec::new();
+        let request = FaultIn {
+            span: self.span(0, 1),
+            access,
+            keep: None,
+            pager: Pager::Wait,
+        };
+        self.space.fault_in(&request, &mut runs).expect("mapped");
+        match runs[0].at {
+            Location::System(at) => at,
+            Location::Device { .. } => panic!("in host memory"),
+        }
     }
 
     /// Checks that nothing is wrong.

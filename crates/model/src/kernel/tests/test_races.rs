@@ -6,8 +6,7 @@ use gpusvm::addr::{BusAddr, PAGE, PageCount, VramSpan};
 use gpusvm::event::HomeCause;
 use gpusvm::seam::env::Point;
 use gpusvm::seam::mm::{
-    Access, AddressSpace, DeviceAllocation, FaultIn, Folios, Location, MigrateTo, MigrationSet,
-    Owner, Pager,
+    Access, AddressSpace, DeviceAllocation, Folios, MigrateTo, MigrationSet, Owner,
 };
 use gpusvm_abi::bus::SystemBus;
 
@@ -198,17 +197,7 @@ fn what_a_device_writes_to_a_page_that_was_given_away_stays() {
     bench.store(0, 1);
     let freed = bench.space.madvise(bench.at(0), PAGE, FREE);
     freed.expect("anonymous");
-    let request = FaultIn {
-        span: bench.span(0, 1),
-        access: Access::Write,
-        keep: None,
-        pager: Pager::Wait,
-    };
-    let mut runs = Vec::new();
-    bench.space.fault_in(&request, &mut runs).expect("there");
-    let Location::System(page) = runs[0].at else {
-        panic!("nobody sent it away")
-    };
+    let page = bench.look_up(Access::Write);
     write(&bench, page, 7);
     let gone = [0, 1].map(|_time| bench.space.reclaim(bench.at(0)));
     assert_eq!(gone, [false, true], "given away no more, then swapped out");

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use gpusvm::addr::{BusAddr, PAGE};
-use gpusvm::seam::mm::{Access, AddressSpace, FaultIn, Location, Pager};
+use gpusvm::addr::PAGE;
+use gpusvm::seam::mm::Access;
 use gpusvm_abi::bus::SystemBus;
 
 use super::test_bench::Bench;
@@ -11,22 +11,7 @@ use crate::kernel::bus::{Bus, Violation};
 use crate::mm::flags::Prot;
 
 const FREE: i32 = 8;
-
-/// Where the first page is, for a device that wants this right.
-fn look_up(bench: &Bench, access: Access) -> BusAddr {
-    let mut runs = Vec::new();
-    let request = FaultIn {
-        span: bench.span(0, 1),
-        access,
-        keep: None,
-        pager: Pager::Wait,
-    };
-    bench.space.fault_in(&request, &mut runs).expect("mapped");
-    match runs[0].at {
-        Location::System(at) => at,
-        Location::Device { .. } => panic!("in host memory"),
-    }
-}
+const HUGE: i32 = 14;
 
 fn units(bench: &Bench) -> Bus<super::test_bench::TestEnv> {
     Bus::of_units(Arc::clone(&bench.kernel))
@@ -37,7 +22,7 @@ fn units_may_do_what_some_process_may() {
     let bench = Bench::new();
     bench.map(0, 1);
     bench.store(0, 1);
-    let at = look_up(&bench, Access::Write);
+    let at = bench.look_up(Access::Write);
     assert!(units(&bench).write(at.get(), &[2]).is_ok());
     bench
         .space
@@ -59,7 +44,7 @@ fn units_may_not_store_to_what_a_child_has_too() {
     let bench = Bench::new();
     bench.map(0, 1);
     bench.store(0, 1);
-    let at = look_up(&bench, Access::Write);
+    let at = bench.look_up(Access::Write);
     let child = bench.space.fork().expect("room");
     assert!(units(&bench).write(at.get(), &[2]).is_err());
     assert_eq!(child.load(bench.at(0)), Ok(1));
@@ -69,11 +54,11 @@ fn units_may_not_store_to_what_a_child_has_too() {
 fn units_may_use_parts_of_large_pages() {
     let bench = Bench::new();
     bench.map(0, 8);
-    let advised = bench.space.madvise(bench.at(0), 8 * PAGE, 14);
+    let advised = bench.space.madvise(bench.at(0), 8 * PAGE, HUGE);
     advised.expect("anonymous");
     bench.store(1, 4);
     assert!(bench.kernel.look(|mm| mm.is_huge(bench.space.pid(), 0)));
-    let at = look_up(&bench, Access::Write).get();
+    let at = bench.look_up(Access::Write).get();
     let pages = bench.kernel.look(|mm| 1 << mm.shape().pmd_order);
     for page in 0..pages {
         let at = at + u64::from(page) * PAGE;
@@ -89,7 +74,7 @@ fn what_a_device_only_reads_may_be_dropped() {
     bench.store(0, 1);
     let advised = bench.space.madvise(bench.at(0), PAGE, FREE);
     advised.expect("anonymous");
-    let _at = look_up(&bench, Access::Read);
+    let _at = bench.look_up(Access::Read);
     assert!(bench.space.reclaim(bench.at(0)), "it can go");
     assert_eq!(bench.load(0), 0);
 }
